@@ -1,0 +1,150 @@
+"""The operators on CPUs: exact integers through oneDNN's int8 linear and convolution (VNNI, AMX where there is).
+
+oneDNN multiplies uint8 by int8, so activations are shifted by 128 together with their zero point. It takes one
+activation scale a call: samples are grouped by timestep index, of which a batch usually has one. It also wants int8
+weights in a layout of its own: that copy is made at a layer's first call, kept for as long as its packed weight lives,
+and counted by ``prepacked_bytes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dq_kernels.packing import unpack_int4
+
+
+class _Prepacked(NamedTuple):
+    weight: torch.Tensor  # oneDNN's layout
+    version: int  # of the packed weight that it was made from
+
+
+_prepacked_weights = WeakTensorKeyDictionary()
+
+
+def prepacked_bytes() -> int:
+    """Memory that the int8 copies for oneDNN take now, in bytes."""
+    return sum(entry.weight.numel() for entry in _prepacked_weights.values())
+
+
+def _prepack(weight: torch.Tensor, prepack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    entry = _prepacked_weights.get(weight)
+    if entry is None or entry.version != weight._version:
+        if not torch.backends.mkldnn.is_available():
+            raise RuntimeError("dq_kernels on a CPU needs a PyTorch built with oneDNN; this one has none")
+        entry = _Prepacked(prepack(unpack_int4(weight)), weight._version)
+        _prepacked_weights[weight] = entry
+    return entry.weight
+
+
+def _by_timestep(
+    x: torch.Tensor, timestep_index: torch.Tensor, num_timesteps: int, run: Callable[[torch.Tensor, int], torch.Tensor]
+) -> torch.Tensor:
+    """Calls ``run(samples of x, t)`` once for every timestep index t in the batch; puts the results in order again."""
+    index = timestep_index.clamp(0, num_timesteps - 1)
+    present = index.unique().tolist()
+    if len(present) == 1:
+        return run(x, present[0])
+    parts = {t: run(x[index == t], t) for t in present}
+    out = x.new_empty(x.shape[0], *parts[present[0]].shape[1:], dtype=torch.float32)
+    for t, part in parts.items():
+        out[index == t] = part
+    return out
+
+
+def quantize(
+    x: torch.Tensor,
+    weight_dilation: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """As ``reference.quantize``, in place on one fp32 buffer."""
+    index = timestep_index.clamp(0, act_scale.numel() - 1)
+    per_sample = (-1, *[1] * (x.ndim - 1))
+    if x.shape[-1] % 2:
+        x, weight_dilation = F.pad(x, (0, 1)), F.pad(weight_dilation, (0, 1), value=1.0)
+    q = x.float() * weight_dilation.reciprocal()
+    q *= act_scale[index].reciprocal().view(per_sample)
+    q.add_(0.5).floor_().add_(act_zero_point[index].view(per_sample))
+    q.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return q.to(torch.int8, memory_format=torch.contiguous_format)
+
+
+def int4_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """As ``reference.int4_linear``."""
+    out_channels = weight.shape[0]
+    prepacked = _prepack(weight, lambda w: torch.ops.onednn.qlinear_prepack(w, None))
+    bias = None if bias is None else bias.float()
+    no_zero_points = torch.zeros(out_channels, dtype=torch.int32)
+
+    def run(samples: torch.Tensor, t: int) -> torch.Tensor:
+        rows = (samples.view(torch.uint8) ^ 0x80).flatten(0, -2)
+        y = torch.ops.onednn.qlinear_pointwise(
+            rows, float(act_scale[t]), int(act_zero_point[t]) + 128, prepacked, weight_scale, no_zero_points, bias,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y.view(*samples.shape[:-1], out_channels)
+
+    y = _by_timestep(x, timestep_index, act_scale.numel(), run)
+    if residual is not None:
+        y = y + residual
+    return y.to(out_dtype)
+
+
+def int4_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    channel_add: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """As ``reference.int4_conv2d``; oneDNN pads with the zero point by itself."""
+    prepacked = _prepack(
+        weight,
+        lambda w: torch.ops.onednn.qconv_prepack(
+            w.permute(0, 3, 1, 2).contiguous(), weight_scale, 1.0, 128, stride, padding, dilation, 1, None
+        ),
+    )
+    bias = None if bias is None else bias.float()
+    no_zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
+
+    def run(samples: torch.Tensor, t: int) -> torch.Tensor:
+        pixels = (samples.view(torch.uint8) ^ 0x80).permute(0, 3, 1, 2)
+        y = torch.ops.onednn.qconv2d_pointwise(
+            pixels, float(act_scale[t]), int(act_zero_point[t]) + 128, prepacked, weight_scale, no_zero_points, bias,
+            stride, padding, dilation, 1, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y.permute(0, 2, 3, 1)
+
+    y = _by_timestep(x, timestep_index, act_scale.numel(), run)
+    if channel_add is not None:
+        y = y + channel_add[:, None, None, :]
+    if residual is not None:
+        y = y + residual
+    return y.to(out_dtype).contiguous()

@@ -1,0 +1,70 @@
+"""The INT4 storage format: two signed 4-bit values a byte, half-split along the input channels.
+
+Byte ``j`` of a row holds channel ``j`` in its low nibble and channel ``j + K/2`` in its high nibble. A kernel that
+loads one block of bytes therefore needs two contiguous blocks of activations, and no interleave, whatever its block
+size. An odd K is padded with one zero channel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+INT4_MIN, INT4_MAX = -8, 7
+
+
+def pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """Packs signed 4-bit values along the last dimension.
+
+    Args:
+        values: [..., K] int8 in [-8, 7].
+
+    Returns:
+        [..., ceil(K / 2)] uint8.
+
+    Raises:
+        ValueError: if the dtype is not int8 or a value lies outside [-8, 7].
+    """
+    if values.dtype != torch.int8:
+        raise ValueError(f"pack_int4 takes int8 values, got {values.dtype}")
+    if values.numel() and (values.min() < INT4_MIN or values.max() > INT4_MAX):
+        raise ValueError(f"pack_int4 takes values in [{INT4_MIN}, {INT4_MAX}], got {values.min()} to {values.max()}")
+    if values.shape[-1] % 2:
+        values = torch.nn.functional.pad(values, (0, 1))
+    low, high = values.view(torch.uint8).chunk(2, dim=-1)
+    return (low & 0x0F) | (high << 4)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Inverts ``pack_int4``: [..., K/2] uint8 -> [..., K] int8 in [-8, 7], K even."""
+    signed = packed.view(torch.int8)
+    return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
+
+
+@triton.jit
+def unpack_int4_x16(packed, PTX: tl.constexpr):
+    """uint8 tile -> two int8 tiles that hold 16 times the values of the low and of the high nibbles.
+
+    A nibble in the upper half of a byte *is* the int8 number 16 q, so no sign extension is needed; whoever sums
+    products of these divides by 16, exactly. With ``PTX`` one instruction works on four bytes at once.
+    """
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+                shl.b32 $0, $2, 4;
+                and.b32 $0, $0, 0xF0F0F0F0;
+                and.b32 $1, $2, 0xF0F0F0F0;
+            }
+            """,
+            "=&r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = (packed << 4).to(tl.int8, bitcast=True)
+        high = (packed & 0xF0).to(tl.int8, bitcast=True)
+    return low, high

@@ -1,0 +1,24 @@
+"""Packaging: the folder ``kernels/`` installs as the import package ``dq_kernels``."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+EVALUATION = ["scipy", "scikit-image"]
+EXAMPLES = [*EVALUATION, "scikit-learn", "pillow", "tqdm"]
+TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "ruff", "mypy", "build", "accelerate", "transformers", "peft"]
+
+setup(
+    name="dq-runtime",
+    version="0.1.0",
+    description="Packed-INT4 diffusion UNets on Triton kernels: DilateQuant for diffusers.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["dq_runtime", "dq_runtime.calibration", "dq_runtime.evaluation", "dq_kernels"],
+    package_dir={"dq_kernels": "kernels"},
+    package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed"]},
+    install_requires=["torch>=2.6", "triton>=3.3; platform_system == 'Linux'", "diffusers>=0.36", "numpy", "safetensors", "tqdm", "accelerate"],
+    extras_require={"evaluation": EVALUATION, "examples": EXAMPLES, "test": TEST},
+)
