@@ -1,0 +1,49 @@
+"""dq_runtime: packed-INT4 diffusion UNets for diffusers, by DilateQuant, on Triton kernels.
+
+Importing it registers the quantization method with diffusers, so that stock ``from_pretrained`` loads packed
+checkpoints. Calibration loads on first use: inference does not need it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dq_runtime.config import DilateQuantConfig
+from dq_runtime.convert import dequantize
+from dq_runtime.diffusers_quantizer import register
+from dq_runtime.layers import QuantConv2d, QuantLinear
+
+if TYPE_CHECKING:
+    from dq_runtime.calibration.calibrate import calibrate
+    from dq_runtime.calibration.collect import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
+
+_CALIBRATION = {
+    "calibrate": "calibrate",
+    "CalibrationSet": "collect",
+    "collect_from_pipeline": "collect",
+    "collect_from_scheduler": "collect",
+    "record": "collect",
+}
+
+__all__ = [
+    "CalibrationSet",
+    "DilateQuantConfig",
+    "QuantConv2d",
+    "QuantLinear",
+    "calibrate",
+    "collect_from_pipeline",
+    "collect_from_scheduler",
+    "dequantize",
+    "record",
+]
+__version__ = "0.1.0"
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CALIBRATION:
+        from importlib import import_module
+
+        return getattr(import_module(f"dq_runtime.calibration.{_CALIBRATION[name]}"), name)
+    raise AttributeError(f"module 'dq_runtime' has no attribute {name!r}")

@@ -1,0 +1,130 @@
+"""Collecting calibration data: every call that a sampling trajectory makes of the UNet, with its inputs.
+
+The inputs are recorded, not the activations: whoever needs activations (ranges, distillation) replays the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class UNetCall:
+    """One call of the UNet, on the CPU.
+
+    Attributes:
+        sample: [B, C, H, W].
+        timestep: [1] or [B] fp32.
+        arguments: the remaining keyword arguments (``encoder_hidden_states``, ``class_labels``, ...).
+    """
+
+    sample: torch.Tensor
+    timestep: torch.Tensor
+    arguments: dict[str, Any]
+
+    @torch.no_grad()
+    def run(self, unet: nn.Module) -> Any:
+        """Calls a UNet with these inputs, on its device and in its dtype."""
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(unet.device, unet.dtype if tensor.is_floating_point() else None)
+
+        arguments = tree_map_only(torch.Tensor, place, self.arguments)
+        return unet(place(self.sample), self.timestep.to(unet.device), **arguments)
+
+
+@dataclass
+class CalibrationSet:
+    """The recorded calls, in order."""
+
+    calls: list[UNetCall] = field(default_factory=list)
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The distinct timesteps, sorted."""
+        if not self.calls:
+            raise ValueError("The calibration set is empty: record at least one sampling run with dq_runtime.record")
+        return torch.cat([call.timestep for call in self.calls]).unique().tolist()
+
+
+@contextmanager
+def record(unet: nn.Module) -> Iterator[CalibrationSet]:
+    """Records every call of a floating-point UNet that is made inside the ``with`` block, whoever makes it.
+
+    >>> with dq_runtime.record(pipeline.unet) as calibration_set:
+    ...     pipeline("a lighthouse at dusk")
+    """
+    calibration_set = CalibrationSet()
+
+    def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
+        sample, timestep = arguments.pop("sample"), arguments.pop("timestep")
+        calibration_set.calls.append(
+            UNetCall(
+                sample=to_cpu(sample),
+                timestep=torch.as_tensor(timestep, dtype=torch.float32).detach().cpu().reshape(-1).clone(),
+                arguments=tree_map_only(torch.Tensor, to_cpu, arguments),
+            )
+        )
+
+    handle = unet.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield calibration_set
+    finally:
+        handle.remove()
+
+
+def collect_from_pipeline(pipeline: Any, calls: Iterable[Mapping[str, Any]]) -> CalibrationSet:
+    """Runs a diffusers pipeline and records the calls of its UNet.
+
+    Args:
+        pipeline: with a ``unet``.
+        calls: the keyword arguments of each run: ``[{"prompt": "a lighthouse", "num_inference_steps": 30}, ...]``.
+    """
+    with record(pipeline.unet) as calibration_set:
+        for arguments in tqdm(list(calls), desc="Collecting"):
+            pipeline(**arguments)
+    return calibration_set
+
+
+@torch.no_grad()
+def collect_from_scheduler(
+    unet: Any,
+    scheduler: Any,
+    noise: torch.Tensor,
+    num_inference_steps: int,
+    arguments: Mapping[str, torch.Tensor] | None = None,
+    batch_size: int = 16,
+) -> CalibrationSet:
+    """Samples with a bare UNet and a diffusers scheduler, from noise to image, and records the UNet's calls.
+
+    Args:
+        noise: [B, C, H, W], standard normal.
+        arguments: the UNet's further arguments, each a tensor with B rows (``class_labels``, ...).
+        batch_size: rows of ``noise`` that run together.
+    """
+    with record(unet) as calibration_set:
+        starts = range(0, noise.shape[0], batch_size)
+        with tqdm(total=len(starts) * num_inference_steps, desc="Collecting") as progress:
+            for start in starts:
+                rows = slice(start, start + batch_size)
+                batch_arguments = {name: value[rows].to(unet.device) for name, value in (arguments or {}).items()}
+                scheduler.set_timesteps(num_inference_steps)
+                sample = noise[rows].to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+                for timestep in scheduler.timesteps:
+                    scaled = scheduler.scale_model_input(sample, timestep)
+                    prediction = unet(scaled, timestep, **batch_arguments).sample
+                    sample = scheduler.step(prediction, timestep, sample).prev_sample
+                    progress.update()
+    return calibration_set

@@ -1,0 +1,139 @@
+"""The Temporal Parallel Quantizer's tables: one activation scale and zero point per layer and timestep.
+
+Initialised by a search for the least squared error on that timestep's samples (DilateQuant, arXiv 2409.14307).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dq_runtime.calibration.collect import CalibrationSet
+from dq_runtime.timesteps import TimestepGrid
+
+VALUES_PER_TIMESTEP = 32768  # of each layer's input, for the search
+CANDIDATES = 32
+ROUNDS = 2
+
+Samples = dict[str, list[torch.Tensor]]
+
+
+def sample_inputs(
+    unet: nn.Module, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet, grid: TimestepGrid
+) -> Samples:
+    """Replays the calibration set and keeps a random part of what each layer sees.
+
+    Returns:
+        for each layer that was reached, a list of T tensors [rows, K]: inputs at each timestep of the grid. Layers that
+        see one tensor get equal samples.
+
+    Raises:
+        ValueError: if an input is not finite; names the layer.
+    """
+    indices = [grid.nearest(c.timestep, c.sample.shape[0], c.timestep.device) for c in calibration_set.calls]
+    calls_at = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices]).sum(0).tolist()
+    samples: dict[str, list[list[torch.Tensor]]] = {}
+    position = 0
+
+    def keep(name: str, x: torch.Tensor) -> None:
+        x = x.detach().movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x.detach()
+        if not bool(x.isfinite().all()):
+            raise ValueError(
+                f"{name}: its input holds NaN or infinity during calibration. Check that the floating-point UNet draws "
+                "proper images in this dtype (some models overflow in float16: try bfloat16 or float32)"
+            )
+        parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
+        index = indices[position].to(x.device)
+        for t in indices[position].unique().tolist():
+            rows = x[index == t].flatten(0, -2)
+            wanted = -(-VALUES_PER_TIMESTEP // (rows.shape[1] * calls_at[t]))
+            # The same rows for layers that see one tensor.
+            chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(position))[:wanted]
+            parts[t].append(rows[chosen.to(rows.device)].float())
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        for position, call in enumerate(tqdm(calibration_set.calls, desc="Observing activations")):
+            call.run(unet)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: [torch.cat(rows) for rows in parts] for name, parts in samples.items()}
+
+
+def layers_by_input(samples: Samples) -> list[list[str]]:
+    """Groups layers that see one tensor (the q, k, v of a self-attention, ...): those whose samples are all equal."""
+    groups: dict[bytes, list[str]] = {}
+    for name, per_timestep in samples.items():
+        digest = hashlib.sha256()
+        for rows in per_timestep:
+            digest.update(str(tuple(rows.shape)).encode())
+            digest.update(rows.cpu().numpy().tobytes())
+        groups.setdefault(digest.digest(), []).append(name)
+    return list(groups.values())
+
+
+def temporal_quantizer(
+    per_timestep: list[torch.Tensor], weight_dilation: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Searches, timestep by timestep, the scale and zero point of least squared error.
+
+    Args:
+        per_timestep: T tensors [rows, K], a layer's inputs.
+        weight_dilation: [K], by which the quantizer divides them.
+        bits: of the quantized values.
+
+    Returns:
+        act_scale [T] fp32 and act_zero_point [T] int32.
+    """
+    pairs = [search_range((rows / weight_dilation).flatten(), bits) for rows in per_timestep]
+    scales, zero_points = zip(*pairs, strict=True)
+    return torch.stack(scales), torch.stack(zero_points)
+
+
+def search_range(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The asymmetric quantizer of least squared error for ``values`` [n] fp32.
+
+    Starts from the values' range, widened to hold zero, and shrinks its upper and its lower end in turn.
+
+    Returns:
+        scale, 0-d fp32, and zero point, 0-d int32.
+    """
+    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
+    if low == high:  # all zeros: any scale is exact
+        return torch.ones_like(low), torch.zeros_like(low, dtype=torch.int32)
+    fractions = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES, device=values.device)
+    lowest, highest = low, high
+    for _ in range(ROUNDS):
+        high = _best_end(values, bits, low.expand(CANDIDATES), highest * fractions)[1]
+        low = _best_end(values, bits, lowest * fractions, high.expand(CANDIDATES))[0]
+    return _scale_and_zero_point(low, high, bits)
+
+
+def _best_end(
+    values: torch.Tensor, bits: int, lows: torch.Tensor, highs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    errors = []
+    for low, high in zip(lows, highs, strict=True):
+        if low == high:
+            errors.append(values.square().sum())
+            continue
+        scale, zero_point = _scale_and_zero_point(low, high, bits)
+        q = torch.floor(values / scale + 0.5).add_(zero_point).clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        errors.append(q.sub_(zero_point).mul_(scale).sub_(values).square_().sum())
+    best = torch.stack(errors).argmin()
+    return lows[best], highs[best]
+
+
+def _scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps [low, high] (which holds zero) onto the 2^bits integers; the zero point is exact."""
+    scale = (high - low) / (2**bits - 1)
+    zero_point = torch.floor(-(2 ** (bits - 1)) - low / scale + 0.5)
+    return scale, zero_point.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int32)

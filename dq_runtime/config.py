@@ -1,0 +1,66 @@
+"""The quantization config: what a user chooses, and what a checkpoint records in its ``config.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+DILATIONS = ("weight", "none")
+
+
+class DilateQuantMethod(str, Enum):
+    """The name under which diffusers knows this quantization method."""
+
+    DILATEQUANT = "dilatequant"
+
+
+@dataclass
+class DilateQuantConfig(QuantizationConfigMixin):
+    """How to quantize a UNet with DilateQuant (arXiv 2409.14307).
+
+    Args:
+        weight_bits: 4; weights are packed two to a byte.
+        activation_bits: 8, 6 or 4; activations are stored as int8 whatever the number.
+        dilation: "weight", the paper's rule, stretches unsaturated input channels of the weights as far as no weight
+            range grows; "none" turns it off.
+        max_dilation: the largest factor by which a channel is stretched.
+        modules_to_not_convert: layers that stay in floating point, by dotted name or part of one: "conv_in",
+            "mid_block", "to_out.0".
+        timesteps: the sorted timesteps that the activation tables hold; filled in by calibration.
+
+    Raises:
+        ValueError: for a value that is not supported.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 8
+    dilation: str = "weight"
+    max_dilation: float = 8.0
+    modules_to_not_convert: list[str] = field(default_factory=lambda: ["conv_in", "conv_out"])
+    timesteps: list[float] | None = None
+    quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT
+
+    def __post_init__(self) -> None:
+        self.quant_method = DilateQuantMethod(self.quant_method)
+        if self.weight_bits != 4:
+            raise ValueError(f"weight_bits must be 4 (two weights to a byte), got {self.weight_bits}")
+        if self.activation_bits not in (8, 6, 4):
+            raise ValueError(f"activation_bits must be 8, 6 or 4, got {self.activation_bits}")
+        if self.dilation not in DILATIONS:
+            raise ValueError(f"dilation must be one of {DILATIONS}, got {self.dilation!r}")
+        if not self.max_dilation >= 1:
+            raise ValueError(f"max_dilation must be at least 1, got {self.max_dilation}")
+        if isinstance(self.modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert must be a list, got the string {self.modules_to_not_convert!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON can hold them."""
+        return {**super().to_dict(), "quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The fields that differ from the defaults."""
+        default = DilateQuantConfig().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != default[name]}

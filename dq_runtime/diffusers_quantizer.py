@@ -1,0 +1,131 @@
+"""The diffusers quantizer: stock ``from_pretrained`` loads packed checkpoints, stock ``save_pretrained`` writes them.
+
+Importing ``dq_runtime`` registers it; diffusers has no public hook, so this writes into its two mappings.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
+from dq_runtime.convert import dequantize, insert_empty_layers, quantized_layers
+from dq_runtime.layers import QuantizedLayer
+
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class DilateQuantizer(DiffusersQuantizer):
+    """Loads and saves UNets that ``dq_runtime.calibrate`` quantized."""
+
+    quantization_config: DilateQuantConfig
+    is_serializable = True
+    is_trainable = False
+
+    def __init__(self, quantization_config: DilateQuantConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise ValueError(
+                "These weights are in floating point, and DilateQuant cannot quantize while it loads: load them "
+                "without quantization_config, call dq_runtime.calibrate(unet, calibration_set, config), then "
+                "save_pretrained"
+            )
+        super().__init__(quantization_config, **kwargs)
+        self.modules_to_not_convert = quantization_config.modules_to_not_convert
+        self._checkpoint_keys: set[str] = set()  # known from diffusers 0.37 on
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError for a compute dtype that the kernels do not know."""
+        dtype = kwargs.get("torch_dtype")
+        if dtype is not None and dtype not in COMPUTE_DTYPES:
+            raise ValueError(f"torch_dtype must be float16, bfloat16 or float32 for a DilateQuant UNet, got {dtype}")
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Notes what the checkpoint holds."""
+        self._checkpoint_keys = set(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        insert_empty_layers(model, self.quantization_config)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        unexpected = self._checkpoint_keys - set(model.state_dict())
+        self._refuse("unexpected", [key for key in unexpected if not any(re.search(p, key) for p in ignored)])
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Raises ValueError for a missing tensor, of which diffusers would make a warning and an empty layer."""
+        self._refuse("missing", missing_keys)
+        return missing_keys
+
+    def _refuse(self, what: str, keys: list[str]) -> None:
+        if keys:
+            listed = ", ".join(sorted(keys)[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
+            raise ValueError(
+                f"The checkpoint does not fit this UNet and its quantization_config; {what} tensors: {listed}. The "
+                "file is incomplete or was made for another config: download or save it again"
+            )
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        """Whether a tensor is a packed weight or a table, which no dtype cast may touch."""
+        module_name, _, tensor_name = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        return isinstance(module, QuantizedLayer) and tensor_name != "bias"
+
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor
+    ) -> bool:
+        """Raises ValueError for a tensor of another shape than its layer and config ask for."""
+        expected, found = tuple(current_param.shape), tuple(loaded_param.shape)
+        if expected != found:
+            raise ValueError(
+                f"{param_name}: expected shape {expected}, the checkpoint holds {found}. It was made for another model "
+                "or config: save it again"
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Puts a tensor into its layer as the checkpoint holds it: ``param_value`` may have been cast already."""
+        module_name, _, tensor_name = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        stored, empty = state_dict[param_name], getattr(module, tensor_name)
+        if stored.dtype != empty.dtype:
+            raise ValueError(
+                f"{param_name}: expected {empty.dtype}, the checkpoint holds {stored.dtype}. Casting a packed "
+                "checkpoint destroys it: save it again"
+            )
+        value = stored.to(target_device).contiguous()
+        if isinstance(empty, nn.Parameter):
+            module._parameters[tensor_name] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[tensor_name] = value
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for layer in quantized_layers(model).values():
+            if not layer.weight.is_meta:  # weights that were offloaded to disk
+                layer.check_tensors()
+        # With this flag diffusers refuses half(), to(dtype) and IP-Adapter loading, all of which work here.
+        model.is_quantized = False
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        return dequantize(model)
+
+
+def register() -> None:
+    """Makes the method known to diffusers."""
+    AUTO_QUANTIZER_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig

@@ -1,0 +1,142 @@
+"""Quantized layers: drop-ins for ``nn.Linear`` and ``nn.Conv2d`` that hold packed INT4 weights and small tables.
+
+A layer is born empty, on the meta device; ``load_state_dict(tensors, assign=True)`` or diffusers' loader fills it. Its
+forward quantizes the input with the current timestep's scale, multiplies integers, and returns the input's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from dq_kernels import ops
+from dq_kernels.packing import unpack_int4
+from torch import nn
+
+from dq_runtime.tables import TableModule
+from dq_runtime.timesteps import TimestepGrid
+
+
+class QuantizedLayer(TableModule):
+    """What ``QuantLinear`` and ``QuantConv2d`` have in common.
+
+    Tensors (N output channels, K input channels, T timesteps):
+        weight: uint8, packed: [N, K'/2] or [N, KH, KW, K'/2], K' = K padded to even.
+        weight_scale, weight_sum: [N] fp32; [N] int32, the sum of a channel's 4-bit values (also its check sum).
+        weight_dilation: [K] fp32.
+        act_scale, act_zero_point: [T] fp32, [T] int32.
+        bias: [N] in the compute dtype, or None.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_scale: torch.Tensor
+    weight_sum: torch.Tensor
+    weight_dilation: torch.Tensor
+    act_scale: torch.Tensor
+    act_zero_point: torch.Tensor
+    timestep_grid: TimestepGrid
+    name: str
+    activation_bits: int
+
+    def _init_quantized(
+        self, name: str, packed_shape: tuple[int, ...], channels: int, activation_bits: int, timestep_grid: TimestepGrid
+    ) -> None:
+        self.name = name
+        self.activation_bits = activation_bits
+        # One grid serves all layers and belongs to the UNet; as a submodule it would be saved once a layer.
+        object.__setattr__(self, "timestep_grid", timestep_grid)
+        self.weight = nn.Parameter(torch.empty(packed_shape, dtype=torch.uint8, device="meta"), requires_grad=False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        per_output, per_timestep = (packed_shape[0],), (timestep_grid.num_timesteps,)
+        for table, shape, dtype in (
+            ("weight_scale", per_output, torch.float32),
+            ("weight_sum", per_output, torch.int32),
+            ("weight_dilation", (channels,), torch.float32),
+            ("act_scale", per_timestep, torch.float32),
+            ("act_zero_point", per_timestep, torch.int32),
+        ):
+            self.register_buffer(table, torch.empty(shape, dtype=dtype, device="meta"))
+
+    def _quantize_input(self, x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [B, ..., K] -> (int8 [B, ..., K'], timestep index [B])."""
+        index = self.timestep_grid.index
+        if index is None:
+            raise RuntimeError(
+                f"{self.name}: no timestep is known. Call the UNet rather than the layer: it maps its `timestep` "
+                "argument to the activation scales of all layers"
+            )
+        if x.shape[-1] != channels:
+            raise ValueError(f"{self.name}: expected an input of {channels} channels, got {x.shape[-1]}")
+        if x.shape[0] != index.shape[0]:
+            raise ValueError(
+                f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}"
+            )
+        index = index.to(x.device)
+        q = ops.quantize(
+            x, self.weight_dilation, self.act_scale, self.act_zero_point, index, self.activation_bits
+        )  # fmt: skip
+        return q, index
+
+    def check_tensors(self) -> None:
+        """Raises ValueError, naming the layer, if a tensor holds values that no calibration writes."""
+        remedy = "The checkpoint is corrupt: download or save it again"
+        for name, table in self._tables():
+            if table.is_floating_point() and not bool((table.isfinite() & (table > 0)).all()):
+                raise ValueError(f"{self.name}.{name} must be finite and positive. {remedy}")
+        limit = 2 ** (self.activation_bits - 1)
+        if not bool(((self.act_zero_point >= -limit) & (self.act_zero_point < limit)).all()):
+            raise ValueError(f"{self.name}.act_zero_point must lie in [{-limit}, {limit - 1}]. {remedy}")
+        if not torch.equal(packed_sum(self.weight), self.weight_sum):
+            raise ValueError(f"{self.name}.weight does not add up to {self.name}.weight_sum. {remedy}")
+
+    def _tables(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.named_buffers(recurse=False)
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):
+    """``y = x W^T + b`` with packed INT4 weights; takes and returns [B, ..., channels] in the compute dtype."""
+
+    @classmethod
+    def like(cls, linear: nn.Linear, name: str, activation_bits: int, timestep_grid: TimestepGrid) -> QuantLinear:
+        """An empty quantized layer of a linear layer's shape."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
+        packed_shape = (linear.out_features, (linear.in_features + 1) // 2)
+        layer._init_quantized(name, packed_shape, linear.in_features, activation_bits, timestep_grid)
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, index = self._quantize_input(x, self.in_features)
+        return ops.int4_linear(
+            q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
+            out_dtype=x.dtype,
+        )  # fmt: skip
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW]."""
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid) -> QuantConv2d:
+        """An empty quantized layer of a convolution's shape (groups = 1)."""
+        layer = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            bias=conv.bias is not None, device="meta", dtype=conv.weight.dtype,
+        )  # fmt: skip
+        packed_shape = (conv.out_channels, *conv.kernel_size, (conv.in_channels + 1) // 2)
+        layer._init_quantized(name, packed_shape, conv.in_channels, activation_bits, timestep_grid)
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, index = self._quantize_input(x.permute(0, 2, 3, 1), self.in_channels)
+        y = ops.int4_conv2d(
+            q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
+            stride=self.stride, padding=self.padding, dilation=self.dilation, out_dtype=x.dtype,
+        )  # fmt: skip
+        return y.permute(0, 3, 1, 2)
+
+
+def packed_sum(weight: torch.Tensor) -> torch.Tensor:
+    """The sum of each output channel's 4-bit values: packed [N, ...] uint8 -> [N] int32."""
+    return unpack_int4(weight).flatten(1).sum(1, dtype=torch.int32)

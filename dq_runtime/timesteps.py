@@ -1,0 +1,68 @@
+"""The timesteps of a quantized UNet: which row of the activation tables each sample of a forward pass uses.
+
+At every forward the UNet's own ``timestep`` argument is mapped, on the device and without a sync, to an int32 index per
+sample. There is no step counter: a call may repeat a timestep, skip some, start mid-way or mix several in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dq_runtime.tables import TableModule
+
+
+class TimestepGrid(TableModule):
+    """The sorted timesteps that a UNet was calibrated on, and the index that its layers read.
+
+    Args:
+        timesteps: the T calibrated timesteps, in the unit of the UNet's ``timestep`` argument.
+    """
+
+    boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
+    index: torch.Tensor | None  # [B] int32, of the current forward pass
+
+    def __init__(self, timesteps: Sequence[float]) -> None:
+        super().__init__()
+        if not timesteps or sorted(set(timesteps)) != list(timesteps):
+            raise ValueError(f"timesteps must be a sorted list without repeats, got {timesteps}")
+        values = torch.tensor(timesteps, dtype=torch.float32)
+        self.num_timesteps = len(timesteps)
+        self.register_buffer("boundaries", (values[1:] + values[:-1]) / 2, persistent=False)
+        self.register_buffer("index", None, persistent=False)
+
+    def nearest(self, timestep: torch.Tensor | float, batch_size: int, device: torch.device) -> torch.Tensor:
+        """The index of the grid point nearest to each sample's timestep; ties go to the smaller one.
+
+        Args:
+            timestep: a number, or a tensor of any real dtype that is 0-d, [1] or [batch_size].
+
+        Returns:
+            [batch_size] int32 on ``device``.
+
+        Raises:
+            TypeError: if the timestep is no real number.
+            ValueError: if its shape is another one.
+        """
+        if not isinstance(timestep, torch.Tensor):
+            if isinstance(timestep, bool) or not isinstance(timestep, (int, float)):
+                raise TypeError(f"timestep must be an int, a float or a tensor of them, got {type(timestep).__name__}")
+            timestep = torch.full((1,), float(timestep), device=device)
+        if timestep.dtype == torch.bool or timestep.is_complex():
+            raise TypeError(f"timestep must hold integers or floats, got {timestep.dtype}")
+        if timestep.ndim > 1 or timestep.numel() not in (1, batch_size):
+            raise ValueError(
+                f"timestep must be a scalar or hold one entry for each of the {batch_size} samples, "
+                f"got shape {list(timestep.shape)}"
+            )
+        timestep = timestep.to(device=device, dtype=torch.float32).reshape(-1).expand(batch_size)
+        return torch.bucketize(timestep.contiguous(), self.boundaries.to(device), out_int32=True)
+
+    def before_forward(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The UNet's forward pre-hook: fills ``index`` from its ``sample`` and ``timestep`` arguments."""
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        self.index = self.nearest(timestep, sample.shape[0], sample.device)

@@ -1,0 +1,175 @@
+"""INT4 linear layer: the integer sums exactly, the float epilogue to rounding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dq_kernels import linear, ops, reference, tuning
+
+# Against float64, rounded once to the result's dtype. fp32: five roundings of 2^-24. In 16 bit, a value next to a
+# rounding boundary may come out one step further (2^-10, 2^-7), which few do.
+TOLERANCES = [
+    pytest.param(torch.float32, 1e-6, id="float32"),
+    pytest.param(torch.float16, 1e-4, id="float16"),
+    pytest.param(torch.bfloat16, 1e-3, id="bfloat16"),
+]
+
+
+def exact_sums(arguments):
+    """sum_k q_x q_w - zp_t sum_k q_w, in integers; fp32 holds them exactly below 2^24."""
+    x, weight, timestep_index = (arguments[name] for name in ("x", "weight", "timestep_index"))
+    zero_point = arguments["act_zero_point"][timestep_index].view(-1, *[1] * (x.ndim - 1))
+    return (reference.linear_accumulator(x, weight) - zero_point * arguments["weight_sum"]).float()
+
+
+def float64_linear(arguments, values):
+    """torch's own linear layer on the numbers that the integers stand for."""
+    x, timestep_index = arguments["x"], arguments["timestep_index"]
+    scale, zero_point = (
+        arguments[name][timestep_index].double().view(-1, *[1] * (x.ndim - 1))
+        for name in ("act_scale", "act_zero_point")
+    )
+    w = values.double() * arguments["weight_scale"].double()[:, None]
+    bias, residual = arguments["bias"], arguments["residual"]
+    y = F.linear(scale * (x[..., : values.shape[1]] - zero_point), w, None if bias is None else bias.double())
+    return y if residual is None else y + residual.double()
+
+
+@pytest.mark.parametrize("rows", [(1,), (9,), (41,), (5, 7), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "out_channels"), [(2, 1), (34, 41), (64, 96), (128, 341), (130, 96), (320, 1), (341, 41)]
+)
+def test_integer_sums_are_exact(run, linear_arguments, rows, channels, out_channels):
+    arguments, _ = linear_arguments((*rows, channels), out_channels)
+
+    assert torch.equal(run("int4_linear", arguments), exact_sums(arguments))
+
+
+@pytest.mark.parametrize(
+    ("q_x", "q_w", "zero_point"), [(-128, -8, 127), (-128, 7, -128), (127, -8, -128), (127, 7, 127)]
+)
+@pytest.mark.parametrize("channels", [320, 23040], ids=["K320", "longest-sum-of-SDXL"])
+def test_extreme_values_do_not_overflow(run, linear_arguments, channels, q_x, q_w, zero_point):
+    arguments, values = linear_arguments((2, channels), 3)
+    byte = (q_w & 15) | (q_w & 15) << 4
+    arguments["x"].fill_(q_x)
+    arguments["weight"].fill_(byte)
+    arguments["weight_sum"].fill_(channels * q_w)
+    arguments["act_zero_point"].fill_(zero_point)
+
+    y = run("int4_linear", arguments)
+
+    assert torch.equal(y, torch.full((2, 3), float(channels * q_w * (q_x - zero_point))))
+
+
+def test_rows_of_many_samples_in_one_tile_take_their_own_timestep(run, linear_arguments):
+    arguments, _ = linear_arguments((30, 3, 34), 5)
+    arguments["timestep_index"] = torch.randint(0, 3, (30,), dtype=torch.int32)
+    arguments["act_scale"] = torch.tensor([1.0, 2.0, 4.0])
+    scale = arguments["act_scale"][arguments["timestep_index"]].view(-1, 1, 1)
+
+    assert torch.equal(run("int4_linear", arguments), exact_sums(arguments) * scale)
+
+
+def test_timestep_outside_the_table_is_clamped_to_its_ends(run, linear_arguments):
+    arguments, _ = linear_arguments((4, 3, 34), 5)
+    arguments["timestep_index"] = torch.tensor([0, 2, 0, 2], dtype=torch.int32)
+    expected = exact_sums(arguments)
+    arguments["timestep_index"] = torch.tensor([-1, 3, -(2**31), 2**31 - 1], dtype=torch.int32)
+
+    assert torch.equal(run("int4_linear", arguments), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("x_shape", [(1, 64), (3, 23, 130), (2, 3, 4, 341)], ids=str)
+def test_epilogue_scales_then_adds_bias_and_residual(run, linear_arguments, relative_rms, x_shape, dtype, tolerance):
+    arguments, values = linear_arguments(x_shape, 41, dtype)
+    expected = float64_linear(arguments, values)
+
+    y = run("int4_linear", arguments)
+
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert relative_rms(y, expected.to(dtype)) < tolerance
+
+
+@pytest.mark.parametrize("absent", ["bias", "residual"])
+def test_each_addend_is_optional(run, linear_arguments, relative_rms, absent):
+    arguments, values = linear_arguments((2, 5, 34), 41, torch.float32)
+    arguments[absent] = None
+
+    assert relative_rms(run("int4_linear", arguments), float64_linear(arguments, values)) < 1e-6
+
+
+def test_addends_may_have_another_dtype_than_the_result(run, linear_arguments, relative_rms):
+    arguments, values = linear_arguments((2, 5, 34), 41, torch.bfloat16)
+    arguments |= {"residual": arguments["residual"].half(), "out_dtype": torch.float32}
+
+    assert relative_rms(run("int4_linear", arguments), float64_linear(arguments, values)) < 1e-6
+
+
+def test_odd_channel_count_passes_from_quantize_to_linear(run, linear_arguments, relative_rms):
+    arguments, values = linear_arguments((2, 5, 41), 9, torch.float32)
+    tables = {name: arguments[name] for name in ("act_scale", "act_zero_point", "timestep_index")}
+    x = torch.randn(2, 5, 41, generator=torch.Generator().manual_seed(0))
+    arguments["x"] = run("quantize", {"x": x, "weight_dilation": torch.ones(41), "bits": 8} | tables)
+
+    assert relative_rms(run("int4_linear", arguments), float64_linear(arguments, values)) < 1e-6
+
+
+@pytest.mark.parametrize("config", tuning.CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}")
+@pytest.mark.parametrize("channels", [128, 200])
+def test_every_launch_configuration_gives_the_same_sums(
+    monkeypatch, triton_device, linear_arguments, config, channels
+):
+    monkeypatch.setattr(linear, "launch_config", lambda num_rows, out_channels: config)
+    arguments, _ = linear_arguments((3, 47, channels), 131)
+    expected = exact_sums(arguments)
+    arguments = {key: value.to(triton_device) if torch.is_tensor(value) else value for key, value in arguments.items()}
+
+    assert torch.equal(linear.int4_linear(**arguments).cpu(), expected)
+
+
+@pytest.mark.cuda
+def test_plain_and_ptx_unpacking_agree(monkeypatch, linear_arguments):
+    arguments, _ = linear_arguments((3, 47, 200), 131)
+    expected = exact_sums(arguments)
+    arguments = {key: value.cuda() if torch.is_tensor(value) else value for key, value in arguments.items()}
+    for ptx in (False, tuning.use_ptx()):
+        monkeypatch.setattr(linear, "use_ptx", lambda ptx=ptx: ptx)
+        assert torch.equal(linear.int4_linear(**arguments).cpu(), expected)
+
+
+def test_result_is_fp16_without_bias_unless_told_otherwise(linear_arguments):
+    arguments, _ = linear_arguments((2, 34), 5)
+    for name in ("bias", "residual", "out_dtype"):
+        del arguments[name]
+
+    assert torch.equal(ops.int4_linear(**arguments), exact_sums(arguments).half())
+
+
+@pytest.mark.parametrize("x_shape", [(3, 34), (3, 5, 341)], ids=str)
+def test_reference_agrees_with_torchs_linear_in_float64(linear_arguments, relative_rms, x_shape):
+    arguments, values = linear_arguments(x_shape, 41, torch.float32)
+    expected = float64_linear(arguments, values)
+
+    assert relative_rms(reference.int4_linear(**arguments | {"out_dtype": torch.float64}), expected) < 1e-12
+
+
+@pytest.mark.parametrize("dilated", [False, True])
+def test_reference_dequantizes_the_weight(linear_arguments, relative_rms, dilated):
+    arguments, values = linear_arguments((1, 35), 6, torch.float32)
+    weight_dilation = torch.linspace(1, 8, 35) if dilated else None
+    expected = values * arguments["weight_scale"][:, None]
+    expected = expected / weight_dilation if dilated else F.pad(expected, (0, 1))
+
+    w = reference.dequantize_weight(arguments["weight"], arguments["weight_scale"], weight_dilation)
+
+    assert relative_rms(w, expected) < 1e-6
+
+
+@pytest.mark.parametrize("actual", [torch.nan, torch.inf])
+def test_error_measure_never_passes_a_result_that_is_no_number(relative_rms, actual):
+    expected = torch.tensor([1.0, 2.0])
+
+    assert relative_rms(torch.tensor([1.0, 2.002]), expected) == pytest.approx(0.002 / 5**0.5, rel=1e-3)
+    assert relative_rms(torch.tensor([1.0, actual]), expected) == torch.inf

@@ -1,0 +1,179 @@
+"""Activation quantization: every implementation bit for bit like the reference, the reference like hand-made numbers."""
+
+import pytest
+import torch
+from dq_kernels import reference
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def quantize_arguments(x, bits=8, act_scale=(0.011, 0.3, 0.07), act_zero_point=(-5, 6, 0), timestep_index=None):
+    """Arguments with a random dilation and, unless told otherwise, another timestep for every sample in turn."""
+    generator = torch.Generator().manual_seed(1)
+    if timestep_index is None:
+        timestep_index = [(sample + 1) % len(act_scale) for sample in range(x.shape[0])]
+    return {
+        "x": x,
+        "weight_dilation": 1 + 3 * torch.rand(x.shape[-1], generator=generator),
+        "act_scale": torch.tensor(act_scale, dtype=torch.float32),
+        "act_zero_point": torch.tensor(act_zero_point, dtype=torch.int32),
+        "timestep_index": torch.tensor(timestep_index, dtype=torch.int32),
+        "bits": bits,
+    }
+
+
+def plain_arguments(values, bits=8, act_scale=1.0, act_zero_point=0):
+    """One sample [1, K], one timestep, no dilation."""
+    arguments = quantize_arguments(torch.tensor([values]), bits, [act_scale], [act_zero_point], [0])
+    return arguments | {"weight_dilation": torch.ones(len(values))}
+
+
+def random_x(*shape, dtype=torch.float32):
+    return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 41), (2, 33, 66), (3, 1, 5, 129), (2, 9, 7, 4)], ids=str)
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_reference(run, dtype, bits, shape):
+    arguments = quantize_arguments(random_x(*shape, dtype=dtype), bits)
+
+    q = run("quantize", arguments)
+
+    assert q.dtype == torch.int8
+    assert q.is_contiguous()
+    assert torch.equal(q, reference.quantize(**arguments))
+
+
+def test_halves_round_up_whatever_their_sign(run):
+    arguments = plain_arguments([-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5], act_zero_point=10)
+    expected = [[7, 8, 9, 10, 11, 12, 13, 14]]
+
+    assert reference.quantize(**arguments).tolist() == expected
+    assert run("quantize", arguments).tolist() == expected
+
+
+def test_dilation_and_scale_divide_then_the_zero_point_is_added(run):
+    arguments = plain_arguments([6.0, -6.0, 6.0, 0.0], act_scale=0.5, act_zero_point=-7)
+    arguments["weight_dilation"] = torch.tensor([1.0, 1.0, 4.0, 2.0])
+    expected = [[5, -19, -4, -7]]
+
+    assert reference.quantize(**arguments).tolist() == expected
+    assert run("quantize", arguments).tolist() == expected
+
+
+@pytest.mark.parametrize(("bits", "low", "high"), [(8, -128, 127), (6, -32, 31), (4, -8, 7), (2, -2, 1)])
+def test_saturates_at_the_ends_of_the_range_after_the_shift(run, bits, low, high):
+    arguments = plain_arguments([low - 2.0, low - 1.0, low, high - 2.0, high - 1.0, high], bits, act_zero_point=1)
+    expected = [[low, low, low + 1, high - 1, high, high]]
+
+    assert reference.quantize(**arguments).tolist() == expected
+    assert run("quantize", arguments).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_values_saturate_and_do_not_wrap(run, dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([[3e4, -3e4, largest, -largest, torch.inf, -torch.inf]], dtype=dtype)
+    arguments = quantize_arguments(x, act_scale=[1e-6], act_zero_point=[3], timestep_index=[0])
+    expected = [[127, -128, 127, -128, 127, -128]]
+
+    assert reference.quantize(**arguments).tolist() == expected
+    assert run("quantize", arguments).tolist() == expected
+
+
+def test_values_at_and_beside_half_steps_round_as_in_the_reference(run):
+    """A fused multiply-add, a division for the reciprocal or another order of the products would round some of these."""
+    generator = torch.Generator().manual_seed(0)
+    samples, steps, channels = 8, 64, 63
+    act_scale = 0.001 + 0.1 * torch.rand(samples, generator=generator)
+    half_steps = (torch.arange(steps) - 32.5).view(1, -1, 1) * act_scale.view(-1, 1, 1)
+    arguments = quantize_arguments(
+        half_steps.expand(-1, -1, channels).contiguous(), 8, act_scale.tolist(), [0] * samples, range(samples)
+    )
+    x = arguments["x"].mul_(arguments["weight_dilation"])
+    below, above = (torch.nextafter(x, torch.tensor(end)) for end in (-torch.inf, torch.inf))
+    arguments["x"] = torch.cat([below, x, above], dim=1)
+
+    q = run("quantize", arguments)
+
+    assert torch.equal(q, reference.quantize(**arguments))
+    assert q[:, :steps].ne(q[:, 2 * steps :]).any(), "no value crossed a half step: the test lost its point"
+
+
+@pytest.mark.parametrize("timestep_index", [[-1, 3, 99], [-(2**31), 2**31 - 1, 2]], ids=["near", "far"])
+def test_timestep_outside_the_table_is_clamped_to_its_ends(run, timestep_index):
+    x = random_x(3, 5, 6)
+    inside = quantize_arguments(x, timestep_index=[0, 2, 2])
+
+    q = run("quantize", quantize_arguments(x, timestep_index=timestep_index))
+
+    assert torch.equal(q, reference.quantize(**inside))
+
+
+def test_each_sample_takes_its_own_timesteps_scale(run):
+    x = random_x(1, 4, 6).expand(3, -1, -1)
+    together = run("quantize", quantize_arguments(x, timestep_index=[2, 0, 1]))
+    alone = [run("quantize", quantize_arguments(x[:1], timestep_index=[t])) for t in (2, 0, 1)]
+
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together[0], together[1])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 65])
+def test_odd_channel_count_is_padded_with_the_zero_point(run, channels):
+    arguments = quantize_arguments(random_x(3, 5, channels), timestep_index=[0, 1, 2])
+
+    q = run("quantize", arguments)
+
+    assert q.shape == (3, 5, channels + 1)
+    assert q[..., -1].tolist() == [[zero_point] * 5 for zero_point in (-5, 6, 0)]
+    assert torch.equal(q, reference.quantize(**arguments))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), id="NCHW"),
+        pytest.param(
+            lambda x: x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+            id="channels_last",
+        ),
+        pytest.param(lambda x: x.transpose(1, 2), id="rows-and-columns-swapped"),
+        pytest.param(lambda x: x.transpose(0, 1), id="samples-and-rows-swapped"),
+        pytest.param(lambda x: x[:, :, 1::2], id="every-other-column"),
+        pytest.param(lambda x: x[..., 3:36], id="some-channels"),
+        pytest.param(lambda x: x[:1].expand(3, -1, -1, -1), id="one-sample-repeated"),
+    ],
+)
+def test_any_strides_give_contiguous_nhwc(run, view):
+    arguments = quantize_arguments(view(random_x(4, 6, 7, 37)))
+
+    q = run("quantize", arguments)
+
+    assert q.is_contiguous()
+    assert torch.equal(q, reference.quantize(**arguments))
+
+
+def test_quantizing_leaves_its_input_alone(run):
+    x = random_x(2, 3, 4)
+    before = x.clone()
+
+    run("quantize", quantize_arguments(x))
+
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_reference_dequantizes_to_within_half_a_step(bits):
+    x = random_x(3, 8, 5).clamp(-2, 2)
+    step = 4.2 / 2**bits
+    arguments = quantize_arguments(x, bits, [step, 2 * step, 4 * step], [0, 0, 0])
+    tables = {name: arguments[name] for name in ("act_scale", "act_zero_point", "timestep_index")}
+
+    q = reference.quantize(**arguments)
+    restored = reference.dequantize_activation(q, arguments["weight_dilation"], **tables)
+
+    half_steps = arguments["act_scale"][[1, 2, 0], None, None] * arguments["weight_dilation"] / 2
+    assert restored.shape == x.shape
+    assert ((restored - x).abs() <= half_steps * (1 + 1e-5)).all()
