@@ -19,6 +19,14 @@ setup(
     packages=["dq_runtime", "dq_runtime.calibration", "dq_runtime.evaluation", "dq_kernels"],
     package_dir={"dq_kernels": "kernels"},
     package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed"]},
-    install_requires=["torch>=2.6", "triton>=3.3; platform_system == 'Linux'", "diffusers>=0.36", "numpy", "safetensors", "tqdm", "accelerate"],
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.3; platform_system == 'Linux'",
+        "diffusers>=0.36",
+        "numpy",
+        "safetensors",
+        "tqdm",
+        "accelerate",
+    ],
     extras_require={"evaluation": EVALUATION, "examples": EXAMPLES, "test": TEST},
 )

@@ -103,7 +103,9 @@ QUANTIZE_VARIANTS = (
 )
 
 
-def compile_variant(variant: Variant, target: GPUTarget, constants: dict[str, Any], options: dict[str, Any]) -> CompiledKernel:
+def compile_variant(
+    variant: Variant, target: GPUTarget, constants: dict[str, Any], options: dict[str, Any]
+) -> CompiledKernel:
     """Compiles as the JIT would at a launch: ``constants`` join the variant's own."""
     names = variant.kernel.arg_names
     constants = variant.constants | {name: value for name, value in constants.items() if name in names}
@@ -149,7 +151,9 @@ def amdgcn_instructions(text: str) -> list[Instruction]:
 
 def main_loop(instructions: list[Instruction]) -> list[Instruction]:
     """The shortest backward jump around a matrix instruction; empty where there is none."""
-    loops = (instructions[i.jump : end + 1] for end, i in enumerate(instructions) if i.jump is not None and i.jump <= end)
+    loops = (
+        instructions[i.jump : end + 1] for end, i in enumerate(instructions) if i.jump is not None and i.jump <= end
+    )
     return min((loop for loop in loops if any(map(is_mma, loop))), key=len, default=[])
 
 
@@ -270,7 +274,10 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "{num_warps}x{num_stages}".format(**row) if gemm else str(row["num_warps"]),
                 *(str(row[name]) for name in ("registers", "spilled_registers", "stack_bytes", "shared_bytes")),
                 ", ".join(f"{count} {name}" for name, count in row["mma"].items()),
-                *(str(row[f"loop_{name}"]) for name in ("instructions", "mma", "wide_loads", "narrow_loads", "shared_stores")),
+                *(
+                    str(row[f"loop_{name}"])
+                    for name in ("instructions", "mma", "wide_loads", "narrow_loads", "shared_stores")
+                ),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

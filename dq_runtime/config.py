@@ -41,7 +41,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
     max_dilation: float = 8.0
     modules_to_not_convert: list[str] = field(default_factory=lambda: ["conv_in", "conv_out"])
     timesteps: list[float] | None = None
-    quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT
+    quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self.quant_method = DilateQuantMethod(self.quant_method)

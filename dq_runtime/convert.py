@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
-from dq_kernels.reference import dequantize_weight
 from torch import nn
 
 from dq_runtime.config import DilateQuantConfig
-from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, conv2d_arguments
 from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
@@ -94,7 +94,7 @@ def quantized_layers(unet: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in unet.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def insert_empty_layers(unet: nn.Module, config: DilateQuantConfig) -> dict[str, QuantizedLayer]:
+def insert_empty_layers(unet: Any, config: DilateQuantConfig) -> dict[str, QuantizedLayer]:
     """Replaces every layer to be quantized by an empty one on the meta device, and makes the UNet map its timestep.
 
     Args:
@@ -125,9 +125,7 @@ def insert_empty_layers(unet: nn.Module, config: DilateQuantConfig) -> dict[str,
     return {name: empty[id(module)] for name, module in plan.layers.items()}
 
 
-def convert(
-    unet: nn.Module, config: DilateQuantConfig, tensors: Mapping[str, Mapping[str, torch.Tensor]]
-) -> nn.Module:
+def convert(unet: Any, config: DilateQuantConfig, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
     """Quantizes a UNet in place from finished tensors.
 
     Args:
@@ -152,7 +150,7 @@ def convert(
 
 
 @torch.no_grad()
-def dequantize(unet: nn.Module) -> nn.Module:
+def dequantize(unet: Any) -> Any:
     """Turns a quantized UNet back, in place, into a stock one, whose weights are the rounded ones.
 
     Raises:
@@ -174,16 +172,13 @@ def dequantize(unet: nn.Module) -> nn.Module:
 
 
 def _dequantized_layer(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
-    weight = dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation)
+    weight = layer.dequantized_weight()
+    module: nn.Linear | nn.Conv2d
     if isinstance(layer, QuantConv2d):
         weight = weight.permute(0, 3, 1, 2).contiguous()
-        module: nn.Module = nn.Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-            bias=layer.bias is not None, device="meta",
-        )  # fmt: skip
+        module = nn.Conv2d(**conv2d_arguments(layer), device="meta")
     else:
-        assert isinstance(layer, QuantLinear)
-        module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+        module = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
     state = {"weight": weight.to(dtype)}
     if layer.bias is not None:
         state["bias"] = layer.bias.to(dtype)

@@ -6,13 +6,12 @@ forward quantizes the input with the current timestep's scale, multiplies intege
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
-from dq_kernels import ops
-from dq_kernels.packing import unpack_int4
 from torch import nn
 
+from dq_kernels import ops
 from dq_runtime.tables import TableModule
 from dq_runtime.timesteps import TimestepGrid
 
@@ -28,8 +27,8 @@ class QuantizedLayer(TableModule):
         bias: [N] in the compute dtype, or None.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: torch.Tensor
+    bias: Any
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
     weight_dilation: torch.Tensor
@@ -74,25 +73,26 @@ class QuantizedLayer(TableModule):
                 f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}"
             )
         index = index.to(x.device)
-        q = ops.quantize(
-            x, self.weight_dilation, self.act_scale, self.act_zero_point, index, self.activation_bits
-        )  # fmt: skip
+        q = ops.quantize(x, self.weight_dilation, self.act_scale, self.act_zero_point, index, self.activation_bits)
         return q, index
 
     def check_tensors(self) -> None:
         """Raises ValueError, naming the layer, if a tensor holds values that no calibration writes."""
         remedy = "The checkpoint is corrupt: download or save it again"
-        for name, table in self._tables():
+        for name, table in self.named_buffers(recurse=False):
             if table.is_floating_point() and not bool((table.isfinite() & (table > 0)).all()):
                 raise ValueError(f"{self.name}.{name} must be finite and positive. {remedy}")
         limit = 2 ** (self.activation_bits - 1)
         if not bool(((self.act_zero_point >= -limit) & (self.act_zero_point < limit)).all()):
             raise ValueError(f"{self.name}.act_zero_point must lie in [{-limit}, {limit - 1}]. {remedy}")
-        if not torch.equal(packed_sum(self.weight), self.weight_sum):
+        if not torch.equal(ops.unpack_int4(self.weight).flatten(1).sum(1, dtype=torch.int32), self.weight_sum):
             raise ValueError(f"{self.name}.weight does not add up to {self.name}.weight_sum. {remedy}")
 
-    def _tables(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.named_buffers(recurse=False)
+    def dequantized_weight(self) -> torch.Tensor:
+        """The rounded weights without their dilation: [N, K] or [N, KH, KW, K] fp32."""
+        per_output = self.weight_scale.view(-1, *[1] * (self.weight.ndim - 1))
+        weight = ops.unpack_int4(self.weight)[..., : self.weight_dilation.numel()]
+        return weight * per_output / self.weight_dilation
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -114,19 +114,26 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         )  # fmt: skip
 
 
+def conv2d_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """The arguments with which ``nn.Conv2d`` makes a convolution of the same shape."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
+
+
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW]."""
 
     @classmethod
     def like(cls, conv: nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid) -> QuantConv2d:
         """An empty quantized layer of a convolution's shape (groups = 1)."""
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            bias=conv.bias is not None, device="meta", dtype=conv.weight.dtype,
-        )  # fmt: skip
+        layer = cls(**conv2d_arguments(conv), device="meta", dtype=conv.weight.dtype)
         packed_shape = (conv.out_channels, *conv.kernel_size, (conv.in_channels + 1) // 2)
         layer._init_quantized(name, packed_shape, conv.in_channels, activation_bits, timestep_grid)
         return layer
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, index = self._quantize_input(x.permute(0, 2, 3, 1), self.in_channels)
@@ -135,8 +142,3 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             stride=self.stride, padding=self.padding, dilation=self.dilation, out_dtype=x.dtype,
         )  # fmt: skip
         return y.permute(0, 3, 1, 2)
-
-
-def packed_sum(weight: torch.Tensor) -> torch.Tensor:
-    """The sum of each output channel's 4-bit values: packed [N, ...] uint8 -> [N] int32."""
-    return unpack_int4(weight).flatten(1).sum(1, dtype=torch.int32)

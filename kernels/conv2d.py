@@ -1,6 +1,7 @@
 """INT4 convolution on the GPU: an implicit GEMM over NHWC int8 activations and packed INT4 weights.
 
-    y_mn = act_scale_t weight_scale_n (sum_{tap,k} q_x q_w - zp_t sum_{tap,k} q_w) + bias_n + channel_add_bn + residual_mn
+    y_mn = act_scale_t weight_scale_n (sum_{tap,k} q_x q_w - zp_t sum_{tap,k} q_w)
+           + bias_n + channel_add_bn + residual_mn
 
 Row m of the GEMM is one output pixel. One flat loop runs over taps x channel blocks; a tap that falls outside the image
 reads the sample's zero point, the quantized zero, so the correction by sum q_w holds at the borders as well. As in
@@ -9,6 +10,8 @@ the sum.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -83,7 +86,9 @@ def int4_conv2d_kernel(
         row = top + tap // KERNEL_W * DILATION_H
         column = left + tap % KERNEL_W * DILATION_W
         in_image = ((row >= 0) & (row < height) & (column >= 0) & (column < width))[None, :]
-        x_ptrs = x_ptr + (((sample * height + row) * width + column) * (2 * half_channels))[None, :] + start + k[:, None]
+        x_ptrs = (
+            x_ptr + (((sample * height + row) * width + column) * (2 * half_channels))[None, :] + start + k[:, None]
+        )
         weight_ptrs = weight_rows + tap * half_channels + start
         if EVEN_K:
             packed = tl.load(weight_ptrs)
@@ -179,8 +184,8 @@ def int4_conv2d(
 
 
 def conv2d_output_size(
-    size: tuple[int, int],
-    kernel_size: tuple[int, int],
+    size: Sequence[int],
+    kernel_size: Sequence[int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],

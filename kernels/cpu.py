@@ -8,7 +8,7 @@ and counted by ``prepacked_bytes``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,9 +26,10 @@ class _Prepacked(NamedTuple):
 _prepacked_weights = WeakTensorKeyDictionary()
 
 
-def prepacked_bytes() -> int:
-    """Memory that the int8 copies for oneDNN take now, in bytes."""
-    return sum(entry.weight.numel() for entry in _prepacked_weights.values())
+def prepacked_bytes(weights: Iterable[torch.Tensor] | None = None) -> int:
+    """Memory that the int8 copies for oneDNN take now, in bytes: of these packed weights, or of all."""
+    entries = _prepacked_weights.values() if weights is None else map(_prepacked_weights.get, weights)
+    return sum(entry.weight.numel() for entry in entries if entry is not None)
 
 
 def _prepack(weight: torch.Tensor, prepack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -11,9 +11,24 @@ sample, on the device; out-of-range values are clamped.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from dq_kernels import conv2d, cpu, linear, quantize as triton_quantize  # isort: skip
+from dq_kernels import conv2d, cpu, linear
+from dq_kernels import quantize as triton_quantize
 from dq_kernels.conv2d import conv2d_output_size
+from dq_kernels.cpu import prepacked_bytes
+from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+
+__all__ = [
+    "INT4_MAX",
+    "INT4_MIN",
+    "int4_conv2d",
+    "int4_linear",
+    "pack_int4",
+    "prepacked_bytes",
+    "quantize",
+    "unpack_int4",
+]
 
 _library = torch.library.Library("dq_kernels", "DEF")
 _TABLES = "Tensor act_scale, Tensor act_zero_point, Tensor timestep_index"
@@ -39,21 +54,46 @@ _library.impl("int4_conv2d", conv2d.int4_conv2d, "CUDA")
 
 
 @torch.library.register_fake("dq_kernels::quantize")
-def _(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits):
+def _(
+    x: Tensor, weight_dilation: Tensor, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor, bits: int
+) -> Tensor:
     channels = x.shape[-1]
     return x.new_empty(*x.shape[:-1], channels + channels % 2, dtype=torch.int8)
 
 
 @torch.library.register_fake("dq_kernels::int4_linear")
-def _(x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, residual, out_dtype):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
 
 
 @torch.library.register_fake("dq_kernels::int4_conv2d")
 def _(
-    x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, channel_add, residual,
-    stride, padding, dilation, out_dtype,
-):  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    out_dtype: torch.dtype,
+) -> Tensor:
     size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
     return x.new_empty(x.shape[0], *size, weight.shape[0], dtype=out_dtype)
 
@@ -63,7 +103,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_tables(op: str, batch: int, act_scale, act_zero_point, timestep_index) -> None:
+def _check_tables(op: str, batch: int, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor) -> None:
     _require(
         act_scale.dtype == torch.float32 and act_zero_point.dtype == torch.int32,
         f"{op}: act_scale must be float32 and act_zero_point int32, got {act_scale.dtype} and {act_zero_point.dtype}",
@@ -75,7 +115,7 @@ def _check_tables(op: str, batch: int, act_scale, act_zero_point, timestep_index
     )
 
 
-def _check_operands(op: str, x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, out_dtype) -> None:
+def _check_operands(op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype) -> None:
     _require(
         x.dtype == torch.int8 and weight.dtype == torch.uint8,
         f"{op}: x must be int8 (from quantize) and weight uint8 (from pack_int4), got {x.dtype} and {weight.dtype}",
@@ -95,13 +135,13 @@ def _check_operands(op: str, x: torch.Tensor, weight: torch.Tensor, weight_scale
 
 
 def quantize(
-    x: torch.Tensor,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
+    x: Tensor,
+    weight_dilation: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
     bits: int,
-) -> torch.Tensor:
+) -> Tensor:
     """Quantizes activations: clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t) to ``bits`` bits.
 
     Args:
@@ -128,17 +168,17 @@ def quantize(
 
 
 def int4_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_sum: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
+) -> Tensor:
     """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, summed in int32.
 
     Args:
@@ -172,21 +212,21 @@ def int4_linear(
 
 
 def int4_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_sum: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    channel_add: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bias: Tensor | None = None,
+    channel_add: Tensor | None = None,
+    residual: Tensor | None = None,
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     out_dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
+) -> Tensor:
     """A 2-D convolution over NHWC, groups = 1, padded with each sample's zero point (the quantized zero).
 
     Args:

@@ -78,7 +78,7 @@ def linear_arguments():
 
 @pytest.fixture(scope="session")
 def conv2d_arguments():
-    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K]; ``dtype`` as in linear_arguments."""
+    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K]; for ``dtype`` see linear."""
 
     def conv2d_arguments(
         x_shape, out_channels, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), dtype=None, seed=0
@@ -101,7 +101,7 @@ def conv2d_arguments():
 
 
 def _operands(x_shape, values, dtype, generator):
-    """What both operators take. An odd K is padded in x with noise: the packed weight there is 0, so x must not count."""
+    """What both operators take. An odd K is padded in x with noise, which must not count: the weight there is 0."""
     batch, channels, out_channels, num_timesteps = x_shape[0], x_shape[-1], values.shape[0], len(ZERO_POINTS)
     x_shape = (*x_shape[:-1], channels + channels % 2)
     arguments = {

@@ -1,1 +1,1 @@
-"""Calibration: everything between a floating-point UNet and the tensors of a quantized one. Inference never imports it."""
+"""Calibration: from a floating-point UNet to the tensors of a quantized one. Inference never imports it."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from dq_kernels.packing import pack_int4
 from torch import nn
 from tqdm import tqdm
 
+from dq_kernels.ops import pack_int4
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import weight_dilation
 from dq_runtime.calibration.temporal import Samples, layers_by_input, sample_inputs, temporal_quantizer

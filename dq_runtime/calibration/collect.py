@@ -31,7 +31,7 @@ class UNetCall:
     arguments: dict[str, Any]
 
     @torch.no_grad()
-    def run(self, unet: nn.Module) -> Any:
+    def run(self, unet: Any) -> Any:
         """Calls a UNet with these inputs, on its device and in its dtype."""
 
         def place(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.timesteps import TimestepGrid
 
-VALUES_PER_TIMESTEP = 32768  # of each layer's input, for the search
-CANDIDATES = 32
+VALUES_PER_TIMESTEP = 8192  # of each layer's input, for the search
+CANDIDATES = 24
 ROUNDS = 2
 
 Samples = dict[str, list[torch.Tensor]]
@@ -37,7 +37,7 @@ def sample_inputs(
     indices = [grid.nearest(c.timestep, c.sample.shape[0], c.timestep.device) for c in calibration_set.calls]
     calls_at = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices]).sum(0).tolist()
     samples: dict[str, list[list[torch.Tensor]]] = {}
-    position = 0
+    position = 0  # of the call that is running
 
     def keep(name: str, x: torch.Tensor) -> None:
         x = x.detach().movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x.detach()
@@ -60,8 +60,9 @@ def sample_inputs(
         for name, layer in layers.items()
     ]
     try:
-        for position, call in enumerate(tqdm(calibration_set.calls, desc="Observing activations")):
+        for call in tqdm(calibration_set.calls, desc="Observing activations"):
             call.run(unet)
+            position += 1
     finally:
         for handle in handles:
             handle.remove()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from dq_kernels.packing import INT4_MAX, INT4_MIN
+
+from dq_kernels.ops import INT4_MAX, INT4_MIN
 
 CANDIDATES = 64
 SMALLEST_CLIP = 0.4  # of the largest magnitude

@@ -1,0 +1,1 @@
+"""Measuring a quantized UNet: image metrics and memory footprint."""

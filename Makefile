@@ -1,0 +1,33 @@
+# `make demo` and `make test` do all of their own set-up, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test lint train clean
+
+demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
+	$(BIN)/python examples/digits/demo.py
+
+test: $(INSTALLED) lint  ## everything: style, types, tests
+	$(BIN)/pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p dq_kernels -p dq_runtime
+
+train: $(INSTALLED)  ## train the digits models again
+	$(BIN)/python examples/digits/train.py
+
+# CPU wheels are enough for both commands; on a GPU machine install the package into an environment with CUDA's torch.
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt setuptools torch
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --config-settings editable_mode=strict -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

@@ -1,0 +1,70 @@
+"""How much memory a UNet takes: counted from its tensors, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from dq_kernels import ops
+from dq_runtime.convert import quantized_layers
+from dq_runtime.layers import QuantizedLayer
+
+FP16_BYTES = 2
+WEIGHT_TENSORS = ("weight", "weight_scale", "weight_sum")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a UNet.
+
+    Attributes:
+        unet: all parameters and buffers, as they are.
+        unet_fp16: all parameters, were none of them quantized and each in fp16.
+        weights: of the quantized layers: packed weights, their scales and sums.
+        weights_fp16: the same layers' weights in fp16.
+        tables: of the quantized layers: dilations, activation scales and zero points.
+        cpu_prepacked: int8 copies of weights that oneDNN keeps after a forward on a CPU; none on a GPU.
+    """
+
+    unet: int
+    unet_fp16: int
+    weights: int
+    weights_fp16: int
+    tables: int
+    cpu_prepacked: int
+
+    @property
+    def weight_ratio(self) -> float:
+        """Quantized weights over the same weights in fp16."""
+        return self.weights / self.weights_fp16
+
+
+def footprint(unet: nn.Module) -> Footprint:
+    """Measures a UNet, quantized or not."""
+    layers = quantized_layers(unet).values()
+    weights = sum(_bytes(getattr(layer, name)) for layer in layers for name in WEIGHT_TENSORS)
+    buffers = sum(_bytes(buffer) for layer in layers for buffer in layer.buffers())
+    scales_and_sums = sum(_bytes(layer.weight_scale) + _bytes(layer.weight_sum) for layer in layers)
+    packed = sum(layer.weight.numel() for layer in layers)
+    elements = sum(map(_elements, layers))
+    parameters = sum(parameter.numel() for parameter in unet.parameters())
+    return Footprint(
+        unet=sum(map(_bytes, [*unet.parameters(), *unet.buffers()])),
+        unet_fp16=FP16_BYTES * (parameters - packed + elements),
+        weights=weights,
+        weights_fp16=FP16_BYTES * elements,
+        tables=buffers - scales_and_sums,
+        cpu_prepacked=ops.prepacked_bytes([layer.weight for layer in layers]),
+    )
+
+
+def _elements(layer: QuantizedLayer) -> int:
+    """The number of weights before packing."""
+    return prod(layer.weight.shape[:-1]) * layer.weight_dilation.numel()
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

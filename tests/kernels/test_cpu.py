@@ -1,0 +1,174 @@
+"""oneDNN's copies of the weights: counted, dropped and refreshed with the weight, and exact for every later call."""
+
+import gc
+
+import pytest
+import torch
+
+from dq_kernels import ops, reference
+from dq_kernels.packing import pack_int4
+
+
+def assert_exact(op, arguments):
+    assert torch.equal(getattr(ops, op)(**arguments), getattr(reference, op)(**arguments))
+
+
+@pytest.fixture
+def make(linear_arguments, conv2d_arguments):
+    """Makes arguments of an operator with unit scales, so that fp32 results are integers."""
+
+    def make(op, batch=2, size=(8, 8), seed=0):
+        if op == "int4_linear":
+            return linear_arguments((batch, size[0], 34), 9, seed=seed)[0]
+        return conv2d_arguments((batch, *size, 34), 9, seed=seed)[0]
+
+    return make
+
+
+OPERATORS = pytest.mark.parametrize("op", ["int4_linear", "int4_conv2d"])
+WEIGHTS = {"int4_linear": 9 * 34, "int4_conv2d": 9 * 9 * 34}
+
+
+@OPERATORS
+def test_one_int8_copy_of_a_weight_is_counted_however_often_it_is_used(make, op):
+    arguments = make(op)
+    before = ops.prepacked_bytes()
+
+    for batch in (1, 2, 5):
+        getattr(ops, op)(**make(op, batch=batch) | {"weight": arguments["weight"]})
+
+        assert ops.prepacked_bytes() == before + WEIGHTS[op]
+
+
+@OPERATORS
+def test_every_weight_has_a_copy_of_its_own(make, op):
+    first, second = make(op, seed=0), make(op, seed=1)
+    before = ops.prepacked_bytes()
+
+    for arguments in (first, second, first):
+        assert_exact(op, arguments)
+
+    assert ops.prepacked_bytes() == before + 2 * WEIGHTS[op]
+
+
+def test_copies_of_some_weights_can_be_counted_alone(make):
+    used, unused = make("int4_linear", seed=0)["weight"], make("int4_linear", seed=1)["weight"]
+    conv = make("int4_conv2d")
+    ops.int4_linear(**make("int4_linear") | {"weight": used})
+    ops.int4_conv2d(**conv)
+
+    assert ops.prepacked_bytes([used]) == WEIGHTS["int4_linear"]
+    assert ops.prepacked_bytes([unused]) == 0
+    assert ops.prepacked_bytes([used, unused, conv["weight"]]) == sum(WEIGHTS.values())
+
+
+@OPERATORS
+def test_copy_goes_when_the_weight_goes(make, op):
+    arguments = make(op)
+    before = ops.prepacked_bytes()
+    getattr(ops, op)(**arguments)
+    assert ops.prepacked_bytes() > before
+
+    del arguments
+    gc.collect()
+
+    assert ops.prepacked_bytes() == before
+
+
+def change_in_place(weight, other):
+    weight.copy_(other)
+
+
+def change_one_byte(weight, other):
+    weight.view(-1)[-1] ^= 0xFF
+
+
+def replace_data(weight, other):
+    weight.data = other.clone()
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_one_byte, replace_data])
+@OPERATORS
+def test_copy_is_refreshed_when_the_weight_changes(make, op, change):
+    arguments, other = make(op, seed=0), make(op, seed=1)
+    before = ops.prepacked_bytes()
+    first = getattr(ops, op)(**arguments)
+
+    change(arguments["weight"], other["weight"])
+    second = getattr(ops, op)(**arguments | {"weight_sum": other["weight_sum"]})
+
+    assert not torch.equal(first, second)
+    assert torch.equal(second, getattr(reference, op)(**arguments))
+    assert ops.prepacked_bytes() == before + WEIGHTS[op]
+
+
+@OPERATORS
+def test_weight_made_in_inference_mode_works_in_and_after_it(make, op):
+    with torch.inference_mode():
+        arguments = make(op)
+        assert_exact(op, arguments)
+    assert_exact(op, arguments)
+
+
+def test_conv_copy_serves_other_image_sizes_and_batches(make):
+    weight = {key: make("int4_conv2d")[key] for key in ("weight", "weight_sum")}
+
+    for batch, size in [(2, (8, 8)), (2, (13, 5)), (5, (13, 5)), (1, (1, 1)), (3, (40, 64)), (2, (8, 8))]:
+        assert_exact("int4_conv2d", make("int4_conv2d", batch, size, seed=batch) | weight)
+
+
+def test_conv_copy_serves_other_strides_paddings_and_dilations(make):
+    arguments = make("int4_conv2d")
+
+    for stride, padding, dilation in [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 0, 1), (3, 4, 2), (1, 1, 1)]:
+        geometry = {"stride": (stride,) * 2, "padding": (padding,) * 2, "dilation": (dilation,) * 2}
+        assert_exact("int4_conv2d", arguments | geometry)
+
+
+def test_conv_copy_serves_other_weight_scales(make):
+    arguments = make("int4_conv2d")
+    assert_exact("int4_conv2d", arguments)
+
+    assert_exact("int4_conv2d", arguments | {"weight_scale": torch.full((9,), 0.25)})
+
+
+@pytest.mark.parametrize("zero_points", [(5, -128, 5), (-128, 127, -128), (127, -128, 0, -1)], ids=str)
+@OPERATORS
+def test_every_zero_point_is_exact_whichever_came_first(make, op, zero_points):
+    """-128 is 0 to oneDNN's uint8, where it could drop the correction for good."""
+    arguments = make(op)
+
+    for zero_point in zero_points:
+        assert_exact(op, arguments | {"act_zero_point": torch.full((3,), zero_point, dtype=torch.int32)})
+
+
+@OPERATORS
+def test_batch_of_mixed_timesteps_gives_what_its_samples_give_alone(make, op):
+    arguments = make(op, batch=5) | {"timestep_index": torch.tensor([2, 0, 2, 1, 0], dtype=torch.int32)}
+
+    together = getattr(ops, op)(**arguments)
+
+    per_sample = ("x", "timestep_index")
+    for sample in range(5):
+        alone = arguments | {name: arguments[name][sample : sample + 1] for name in per_sample}
+        assert torch.equal(together[sample : sample + 1], getattr(ops, op)(**alone))
+
+
+def test_torch_without_onednn_is_reported_as_such(make, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+
+    with pytest.raises(RuntimeError, match="built with oneDNN"):
+        ops.int4_linear(**make("int4_linear"))
+
+
+def test_both_halves_of_a_byte_reach_onednn():
+    """One channel at a time: x picks it out, and the result is its weight."""
+    values = torch.tensor([[1, -2, 3, -4, 5, -6, 7, -8]], dtype=torch.int8)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    index = torch.zeros(8, dtype=torch.int32)
+
+    y = ops.int4_linear(
+        torch.eye(8, dtype=torch.int8), pack_int4(values), one, zero, one, zero, index, out_dtype=torch.float32
+    )
+
+    assert y.flatten().tolist() == values.flatten().tolist()

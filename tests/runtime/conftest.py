@@ -1,0 +1,192 @@
+"""Two tiny random UNets, calibrated once a session. A test that changes one works on a copy of it."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+from dq_kernels import reference
+from dq_kernels.packing import pack_int4
+from torch import nn
+
+import dq_runtime
+from dq_runtime.convert import quantized_layers
+from dq_runtime.timesteps import TimestepGrid
+
+TABLES = ("weight_scale", "weight_sum", "weight_dilation", "act_scale", "act_zero_point")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A UNet before and after quantization, and what it is called with."""
+
+    stock: nn.Module
+    quantized: nn.Module
+    calibration_set: Any
+    sample: torch.Tensor
+    arguments: dict[str, torch.Tensor]
+
+    def copy(self):
+        return copy.deepcopy(self.quantized)
+
+    def call(self, unet, timestep=500, dtype=torch.float32):
+        arguments = {name: value.to(dtype) for name, value in self.arguments.items()}
+        return unet(self.sample.to(dtype), timestep, **arguments).sample
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _silent_progress_bars():
+    diffusers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def new_unet():
+    """Makes a ``UNet2DModel`` with random weights; keyword arguments replace these."""
+
+    def new_unet(**arguments):
+        torch.manual_seed(0)
+        defaults = {
+            "sample_size": 8,
+            "layers_per_block": 1,
+            "block_out_channels": (32, 64),
+            "norm_num_groups": 8,
+            "attention_head_dim": 8,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        }
+        return UNet2DModel(**defaults | arguments).eval()
+
+    return new_unet
+
+
+@pytest.fixture(scope="session")
+def calibration_call():
+    """Records one call at timestep 500: the smallest calibration set there is."""
+
+    def calibration_call(unet):
+        with torch.no_grad(), dq_runtime.record(unet) as calibration_set:
+            unet(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), 500)
+        return calibration_set
+
+    return calibration_call
+
+
+@pytest.fixture(scope="session")
+def unet2d(new_unet):
+    return _quantize(new_unet(), channels=3, arguments={})
+
+
+@pytest.fixture(scope="session")
+def unet2d_condition():
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    return _quantize(unet, channels=4, arguments={"encoder_hidden_states": torch.randn(2, 5, 32)})
+
+
+def _quantize(unet, channels, arguments):
+    stock = copy.deepcopy(unet)
+    noise = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(2))
+    calibration_set = dq_runtime.collect_from_scheduler(unet, DDIMScheduler(), noise, 4, arguments)
+    dq_runtime.calibrate(unet, calibration_set)
+    # What an untrained UNet sees hardly depends on the timestep. Rows that differ make a wrong one show.
+    for layer in quantized_layers(unet).values():
+        layer.act_scale *= 1 + torch.arange(4) / 2
+    return Subject(stock, unet, calibration_set, noise, arguments)
+
+
+@pytest.fixture(params=["unet2d", "unet2d_condition"])
+def subject(request):
+    """Either UNet."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def tables():
+    """A copy of every table of a UNet, by name."""
+
+    def tables(unet):
+        return {n: t.clone() for n, t in unet.state_dict().items() if n.rpartition(".")[2] in TABLES}
+
+    return tables
+
+
+@pytest.fixture(scope="session")
+def assert_same_tensors():
+    """Asserts that two state dicts hold the same names, dtypes and bits."""
+
+    def assert_same_tensors(actual, expected):
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert actual[name].dtype == tensor.dtype, name
+            assert torch.equal(actual[name], tensor), name
+
+    return assert_same_tensors
+
+
+@pytest.fixture(scope="session")
+def new_layer():
+    """Quantizes a stock layer's shape with random tensors: three timesteps (0, 10, 20), zero points far from zero."""
+
+    def new_layer(stock, bits=8):
+        generator = torch.Generator().manual_seed(3)
+        layer_class = dq_runtime.QuantLinear if isinstance(stock, nn.Linear) else dq_runtime.QuantConv2d
+        layer = layer_class.like(stock, "mid_block.layer", bits, TimestepGrid([0.0, 10.0, 20.0]))
+        shape = stock.weight.movedim(1, -1).shape
+        values = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
+        state = {
+            "weight": pack_int4(values),
+            "weight_scale": 0.01 + 0.02 * torch.rand(shape[0], generator=generator),
+            "weight_sum": values.flatten(1).sum(1, dtype=torch.int32),
+            "weight_dilation": 1 + 3 * torch.rand(shape[-1], generator=generator),
+            "act_scale": torch.tensor([0.5, 1.0, 2.0]) / 2 ** (bits - 3),
+            "act_zero_point": torch.tensor([-(2 ** (bits - 1)), 3, 2 ** (bits - 1) - 1], dtype=torch.int32),
+        }
+        if stock.bias is not None:
+            state["bias"] = stock.bias.detach()
+        layer.load_state_dict(state, assign=True)
+        return layer
+
+    return new_layer
+
+
+@pytest.fixture(scope="session")
+def fake_quantized():
+    """What a quantized layer stands for, in float64: its stock layer, on the rounded input, with the rounded weight."""
+
+    def fake_quantized(layer, x, rows):
+        is_conv = isinstance(layer, nn.Conv2d)
+        index = torch.tensor(rows, dtype=torch.int32)
+        x = x.movedim(1, -1) if is_conv else x
+        q = reference.quantize(
+            x, layer.weight_dilation, layer.act_scale, layer.act_zero_point, index, layer.activation_bits
+        )
+        x = reference.dequantize_activation(
+            q, layer.weight_dilation, layer.act_scale, layer.act_zero_point, index
+        ).double()
+        weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation).double()
+        bias = None if layer.bias is None else layer.bias.double()
+        if not is_conv:
+            return F.linear(x, weight, bias)
+        x, weight = x.movedim(-1, 1), weight.movedim(-1, 1)
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+
+    return fake_quantized
