@@ -75,7 +75,7 @@ def calibration_call():
 
     def calibration_call(unet):
         with torch.no_grad(), dq_runtime.record(unet) as calibration_set:
-            unet(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), 500)
+            unet(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(unet.dtype), 500)
         return calibration_set
 
     return calibration_call

@@ -1,0 +1,344 @@
+"""Swapping a UNet's layers for quantized ones, which stay as they are and why, and the way back."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from diffusers.models.downsampling import Downsample2D, FirDownsample2D
+from dq_kernels import reference
+from torch import nn
+
+import dq_runtime
+from dq_runtime import DilateQuantConfig, QuantConv2d, QuantLinear
+from dq_runtime.convert import insert_empty_layers, plan_conversion, quantized_layers
+
+
+def stock_layers(unet):
+    return {name: module for name, module in unet.named_modules() if type(module) in (nn.Linear, nn.Conv2d)}
+
+
+@pytest.fixture
+def quantize(calibration_call):
+    """Calibrates a UNet on one call."""
+
+    def quantize(unet, **config):
+        return dq_runtime.calibrate(unet, calibration_call(unet), DilateQuantConfig(**config))
+
+    return quantize
+
+
+def test_every_layer_is_replaced_but_the_kept_ones(subject):
+    kept = {"conv_in", "conv_out"}
+
+    assert stock_layers(subject.quantized).keys() == kept
+    assert quantized_layers(subject.quantized).keys() == stock_layers(subject.stock).keys() - kept
+
+
+def test_replaced_layers_keep_their_geometry_and_bias(subject):
+    originals = stock_layers(subject.stock)
+    for name, layer in quantized_layers(subject.quantized).items():
+        original = originals[name]
+        assert type(layer) is (QuantLinear if type(original) is nn.Linear else QuantConv2d)
+        for attribute in ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding"):
+            assert getattr(layer, attribute, None) == getattr(original, attribute, None), (name, attribute)
+        assert (layer.bias is None) == (original.bias is None), name
+        if layer.bias is not None:
+            assert torch.equal(layer.bias, original.bias), name
+
+
+def test_nothing_else_is_changed(subject, assert_same_tensors):
+    prefixes = tuple(f"{name}." for name in quantized_layers(subject.quantized))
+
+    def others(unet):
+        return {name: tensor for name, tensor in unet.state_dict().items() if not name.startswith(prefixes)}
+
+    assert_same_tensors(others(subject.quantized), others(subject.stock))
+
+
+def test_no_floating_point_copy_of_a_weight_is_hidden(subject):
+    subject.call(subject.quantized)
+    originals = stock_layers(subject.stock)
+    for name, layer in quantized_layers(subject.quantized).items():
+        outputs, inputs, *taps = originals[name].weight.shape
+        held = [*layer.parameters(), *layer.buffers(), *(v for v in vars(layer).values() if torch.is_tensor(v))]
+
+        expected = outputs * torch.Size(taps).numel() * ((inputs + 1) // 2)  # two weights a byte
+        expected += 4 * (2 * outputs + inputs + 2 * 4)  # weight_scale, weight_sum; dilation; two tables of 4 timesteps
+        expected += 0 if layer.bias is None else 4 * outputs
+        assert sum(t.numel() * t.element_size() for t in held) == expected, name
+        assert all(t.numel() < originals[name].weight.numel() for t in held if t.is_floating_point()), name
+
+
+def test_weights_are_rounded_to_four_bits_of_the_original(subject, relative_rms):
+    originals = stock_layers(subject.stock)
+    for name, layer in quantized_layers(subject.quantized).items():
+        weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation)
+
+        # Uniform weights: 15 steps over their range cost 1 / sqrt(3) / 7.5 / 2 / (1 / sqrt(3)) = 0.067, and more where a
+        # channel's largest weight stands out. Another order of the channels would cost 1.4.
+        assert relative_rms(weight.movedim(-1, 1), originals[name].weight) < 0.1, name
+
+
+@pytest.mark.parametrize(
+    ("entry", "kept", "converted"),
+    [
+        ("mid_block.resnets.0.conv1", "mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"),
+        ("mid_block", "mid_block.attentions.0.to_q", "up_blocks.0.attentions.0.to_q"),
+        ("to_out.0", "mid_block.attentions.0.to_out.0", "mid_block.attentions.0.to_q"),
+        ("resnets.1", "mid_block.resnets.1.conv1", "mid_block.resnets.0.conv1"),
+        ("conv", "up_blocks.0.upsamplers.0.conv", "mid_block.resnets.0.conv1"),
+    ],
+)
+def test_modules_are_kept_by_name_or_by_whole_parts_of_one(new_unet, entry, kept, converted):
+    plan = plan_conversion(new_unet(), DilateQuantConfig(modules_to_not_convert=[entry]))
+
+    assert kept in plan.kept
+    assert kept not in plan.layers
+    assert converted in plan.layers
+    assert "conv_in" in plan.layers  # the default list is replaced, not added to
+    assert all(f".{entry}." in f".{name}." for name in plan.kept)
+
+
+def test_kept_modules_stay_the_same_objects(new_unet, quantize):
+    unet = new_unet()
+    kept = unet.mid_block.resnets[0].conv1
+
+    quantize(unet, modules_to_not_convert=["mid_block", "conv_in", "conv_out"])
+
+    assert unet.mid_block.resnets[0].conv1 is kept
+    assert not any(name.startswith("mid_block") for name in quantized_layers(unet))
+    assert unet.config.quantization_config.modules_to_not_convert == ["mid_block", "conv_in", "conv_out"]
+
+
+def test_nothing_left_to_quantize_is_refused(new_unet):
+    unet = new_unet()
+
+    with pytest.raises(ValueError, match="No layer is left"):
+        plan_conversion(unet, DilateQuantConfig(modules_to_not_convert=[name for name, _ in unet.named_children()]))
+
+
+def test_grouped_convolution_stays_and_one_warning_says_so(new_unet, quantize, caplog):
+    unet = new_unet()
+    unet.mid_block.resnets[0].conv2 = nn.Conv2d(64, 64, 3, padding=1, groups=4)
+
+    with caplog.at_level(logging.INFO, "dq_runtime"):
+        quantize(unet)
+
+    assert type(unet.mid_block.resnets[0].conv2) is nn.Conv2d
+    (line,) = [r for r in caplog.records if "mid_block.resnets.0.conv2" in r.getMessage()]
+    assert line.levelno == logging.WARNING
+    assert "mid_block.resnets.0.conv2 (groups > 1)" in line.getMessage()
+    assert "conv_in, conv_out (in modules_to_not_convert)" in line.getMessage()
+    assert torch.isfinite(unet(torch.randn(1, 3, 8, 8), 500).sample).all()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(64, 64, 3, padding="same"),
+        nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect"),
+        type("WeightStandardizedConv2d", (nn.Conv2d,), {})(64, 64, 3, padding=1),
+        nn.ConvTranspose2d(64, 64, 3, padding=1),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_layers_without_a_kernel_stay_and_are_listed(new_unet, module):
+    unet = new_unet()
+    unet.mid_block.resnets[0].conv2 = module
+
+    plan = plan_conversion(unet, DilateQuantConfig())
+
+    assert "mid_block.resnets.0.conv2" in plan.kept
+    assert "mid_block.resnets.0.conv2" not in plan.layers
+
+
+def test_only_what_the_user_asked_for_is_no_warning(new_unet, quantize, caplog):
+    with caplog.at_level(logging.INFO, "dq_runtime"):
+        quantize(new_unet())
+
+    (line,) = caplog.records
+    assert line.levelno == logging.INFO
+    assert line.getMessage() == "Kept in floating point: conv_in, conv_out (in modules_to_not_convert)"
+
+
+def test_layer_that_calibration_never_reached_stays_and_a_warning_says_so(new_unet, quantize, caplog, tmp_path):
+    unet = new_unet()
+    unet.mid_block.spare = nn.Linear(8, 8)
+
+    with caplog.at_level(logging.WARNING, "dq_runtime"):
+        quantize(unet)
+
+    assert type(unet.mid_block.spare) is nn.Linear
+    assert any("mid_block.spare" in r.getMessage() and "never reached" in r.getMessage() for r in caplog.records)
+    assert "mid_block.spare" in unet.config.quantization_config.modules_to_not_convert
+
+
+def test_fir_resampler_keeps_its_convolution(new_unet, quantize):
+    unet = new_unet()
+    unet.down_blocks[0].downsamplers[0] = FirDownsample2D(32, 32, use_conv=True)
+
+    quantize(unet)
+
+    assert type(unet.down_blocks[0].downsamplers[0].Conv2d_0) is nn.Conv2d
+    assert isinstance(unet.down_blocks[0].resnets[0].conv1, QuantConv2d)
+    assert torch.isfinite(unet(torch.randn(1, 3, 8, 8), 500).sample).all()
+
+
+def test_unet_of_fir_blocks_is_quantized(new_unet, quantize):
+    unet = new_unet(
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"), up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D")
+    )
+    sample = torch.randn(1, 3, 8, 8)
+    expected = unet(sample, 500).sample
+
+    quantize(unet)
+
+    assert isinstance(unet.down_blocks[0].skip_conv, QuantConv2d)
+    assert 0 < (unet(sample, 500).sample - expected).norm() < 0.5 * expected.norm()  # INT4, uncalibrated for this sample
+
+
+def test_layer_under_two_names_is_converted_once(new_unet, quantize):
+    unet = new_unet()
+    downsampler = Downsample2D(32, use_conv=True, out_channels=32, name="conv")
+    assert downsampler.Conv2d_0 is downsampler.conv
+    unet.down_blocks[0].downsamplers[0] = downsampler
+
+    quantize(unet)
+
+    assert isinstance(downsampler.conv, QuantConv2d)
+    assert downsampler.Conv2d_0 is downsampler.conv
+    assert torch.isfinite(unet(torch.randn(1, 3, 8, 8), 500).sample).all()
+
+    dq_runtime.dequantize(unet)
+
+    assert type(downsampler.conv) is nn.Conv2d
+    assert downsampler.Conv2d_0 is downsampler.conv
+
+
+def test_quantized_unet_cannot_be_calibrated_again(unet2d):
+    with pytest.raises(ValueError, match=r"quantized already.*dequantize\(\)"):
+        dq_runtime.calibrate(unet2d.quantized, unet2d.calibration_set)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_failed_calibration_leaves_the_unet_unchanged(unet2d, calibration_call, assert_same_tensors, bad):
+    unet = copy.deepcopy(unet2d.stock)
+    calibration_set = calibration_call(unet)
+    unet.up_blocks[1].resnets[0].conv2.weight[3, 0, 0, 0] = bad
+    before = {name: tensor.clone().nan_to_num(7) for name, tensor in unet.state_dict().items()}
+
+    with pytest.raises(ValueError, match=r"up_blocks\.1\.resnets\.\d\..*NaN or infinity"):
+        dq_runtime.calibrate(unet, calibration_set)
+
+    assert_same_tensors({n: t.nan_to_num(7) for n, t in unet.state_dict().items()}, before)
+    assert not quantized_layers(unet)
+    assert not any(module._forward_pre_hooks for module in unet.modules())
+
+
+def test_empty_calibration_set_is_refused(unet2d):
+    with pytest.raises(ValueError, match="empty.*record"):
+        dq_runtime.calibrate(copy.deepcopy(unet2d.stock), dq_runtime.CalibrationSet())
+
+
+def test_layers_need_timesteps_to_be_made(new_unet):
+    with pytest.raises(ValueError, match=r"no timesteps.*calibrate"):
+        insert_empty_layers(new_unet(), DilateQuantConfig())
+
+
+def test_calibration_leaves_the_caller_s_config_alone(new_unet, calibration_call):
+    unet, config = new_unet(), DilateQuantConfig(activation_bits=6)
+    unet.mid_block.spare = nn.Linear(8, 8)
+
+    dq_runtime.calibrate(unet, calibration_call(unet), config)
+
+    assert config == DilateQuantConfig(activation_bits=6)
+    assert unet.config.quantization_config.activation_bits == 6
+    assert unet.config.quantization_config.timesteps == [500.0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_kept(new_unet, quantize, training):
+    unet = new_unet().train(training)
+
+    quantize(unet)
+    assert {module.training for module in unet.modules()} == {training}
+
+    dq_runtime.dequantize(unet)
+    assert {module.training for module in unet.modules()} == {training}
+
+
+def test_half_precision_unet_is_quantized_with_fp32_tables(new_unet, quantize, tables):
+    unet = quantize(new_unet().half())
+
+    assert all(table.dtype in (torch.float32, torch.int32) for table in tables(unet).values())
+    assert unet.mid_block.resnets[0].conv1.bias.dtype == torch.float16
+    assert unet(torch.randn(1, 3, 8, 8).half(), 500).sample.dtype == torch.float16
+
+
+WAYS_BACK = pytest.mark.parametrize(
+    "dequantize", [dq_runtime.dequantize, lambda unet: unet.dequantize()], ids=["function", "method"]
+)
+
+
+@WAYS_BACK
+def test_dequantized_unet_is_stock_with_the_rounded_weights(subject, dequantize, assert_same_tensors):
+    expected = copy.deepcopy(subject.stock)
+    for name, layer in quantized_layers(subject.quantized).items():
+        weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation)
+        expected.get_submodule(name).weight.copy_(weight.movedim(-1, 1))
+    unet = subject.copy()
+
+    assert dequantize(unet) is unet
+
+    assert [(n, type(m)) for n, m in unet.named_modules()] == [(n, type(m)) for n, m in expected.named_modules()]
+    assert_same_tensors(unet.state_dict(), expected.state_dict())
+    assert (subject.call(unet) - subject.call(expected)).abs().max() < 1e-5  # strides of size 1 may differ, and sums with them
+
+
+@WAYS_BACK
+def test_nothing_of_the_quantization_is_left_behind(unet2d, dequantize):
+    unet = unet2d.copy()
+
+    dequantize(unet)
+
+    assert not unet._forward_pre_hooks
+    assert "quantization_config" not in unet.config
+    assert getattr(unet, "hf_quantizer", None) is None
+    with pytest.raises(ValueError, match="not quantized"):
+        dq_runtime.dequantize(unet)
+
+
+@WAYS_BACK
+def test_dequantized_unet_is_saved_as_a_plain_one_and_can_be_quantized_again(unet2d, dequantize, quantize, tmp_path):
+    unet = unet2d.copy()
+    dequantize(unet)
+    unet.save_pretrained(tmp_path)
+
+    loaded = type(unet).from_pretrained(tmp_path)
+
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert not quantized_layers(loaded)
+    assert (unet2d.call(loaded) - unet2d.call(unet)).abs().max() < 1e-5  # as above
+    again = quantize(loaded)
+    assert quantized_layers(again).keys() == quantized_layers(unet2d.quantized).keys()
+    assert torch.isfinite(unet2d.call(again)).all()
+
+
+def test_dequantized_half_precision_unet_stays_in_half_precision(unet2d):
+    unet = unet2d.copy().half().dequantize()
+
+    assert {parameter.dtype for parameter in unet.parameters()} == {torch.float16}
+
+
+def test_stock_unet_cannot_be_dequantized(unet2d):
+    with pytest.raises(ValueError, match="not quantized"):
+        dq_runtime.dequantize(copy.deepcopy(unet2d.stock))
+
+
+def test_config_of_a_quantized_unet_still_makes_a_stock_one(subject):
+    unet = type(subject.quantized).from_config(subject.quantized.config)
+
+    assert not quantized_layers(unet)
+    assert stock_layers(unet).keys() == stock_layers(subject.stock).keys()

@@ -1,0 +1,319 @@
+"""Quantized layers: what they compute, what they refuse, and what casts, copies and adapters may not do to them."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from diffusers.hooks import apply_layerwise_casting
+from peft import LoraConfig
+from torch import nn
+
+from dq_runtime import QuantConv2d, QuantLinear
+from dq_runtime.convert import quantized_layers
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+LAYERS = {
+    "linear": (nn.Linear(24, 16), (3, 5, 24)),
+    "linear without bias": (nn.Linear(24, 16, bias=False), (3, 24)),
+    "linear of odd channels": (nn.Linear(7, 5), (3, 2, 2, 7)),
+    "conv 1x1": (nn.Conv2d(16, 8, 1), (3, 16, 4, 4)),
+    "conv 3x3": (nn.Conv2d(16, 8, 3, padding=1), (3, 16, 5, 7)),
+    "conv with stride": (nn.Conv2d(16, 8, 3, stride=2, padding=1), (3, 16, 7, 6)),
+    "conv without bias or padding": (nn.Conv2d(16, 8, 3, bias=False), (3, 16, 5, 5)),
+    "conv of odd channels": (nn.Conv2d(3, 5, 3, padding=1), (3, 3, 6, 6)),
+    "conv with unequal sides": (nn.Conv2d(16, 8, (1, 5), stride=(2, 1), padding=(0, 3), dilation=(1, 2)), (3, 16, 4, 9)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_and_input(request, new_layer):
+    stock, shape = LAYERS[request.param]
+    layer = new_layer(copy.deepcopy(stock))
+    # About half of the quantizer's range at the largest scale, clipped at the smallest; dilation aside.
+    return layer, 4 * torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+@DTYPES
+def test_integer_path_is_the_stock_layer_on_rounded_numbers(layer_and_input, dtype, fake_quantized, relative_rms):
+    layer, x = layer_and_input
+    x = x.to(dtype)
+    rows = [2, 0, 1]
+    layer.timestep_grid.index = torch.tensor(rows, dtype=torch.int32)
+
+    y = layer(x)
+
+    assert y.dtype == dtype
+    # Integers are exact: there is fp32's error, and after it one rounding to the dtype, which seldom falls otherwise.
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-4
+    assert relative_rms(y, fake_quantized(layer, x, rows).to(dtype)) < tolerance
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_activations_are_rounded_to_the_bits_of_the_config(new_layer, fake_quantized, relative_rms, bits):
+    layer = new_layer(nn.Linear(24, 16), bits)
+    layer.timestep_grid.index = torch.tensor([0, 1, 2], dtype=torch.int32)
+    x = 4 * torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(5))
+
+    y = layer(x)
+
+    assert relative_rms(y, fake_quantized(layer, x, [0, 1, 2])) < 1e-6  # fp32's error
+    q = layer._quantize_input(x, 24)[0]
+    assert (q.min(), q.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)  # this input reaches both ends
+
+
+def test_every_layer_of_a_unet_is_its_stock_layer_on_rounded_numbers(subject, fake_quantized, relative_rms):
+    rows, seen = [3, 0], {}
+    unet = subject.copy()
+    layers = quantized_layers(unet)
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda layer, args, y, name=name: seen.update({name: (args[0], y)}))
+
+    subject.call(unet, torch.tensor([750, 0]))
+
+    assert seen.keys() == layers.keys()
+    for name, (x, y) in seen.items():
+        assert relative_rms(y, fake_quantized(layers[name], x, rows).float()) < 1e-6, name  # fp32's error
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_conv_of_a_zero_image_is_its_bias_up_to_the_border(new_layer, row):
+    layer = new_layer(nn.Conv2d(16, 8, 3, padding=2))
+    layer.timestep_grid.index = torch.tensor([row], dtype=torch.int32)
+
+    y = layer(torch.zeros(1, 16, 5, 5))
+
+    assert layer.act_zero_point[row] != 0
+    assert torch.equal(y, layer.bias.view(1, -1, 1, 1).expand(1, 8, 7, 7))
+
+
+def test_dilation_leaves_a_layer_as_it_was_but_for_rounding(new_layer, relative_rms):
+    """Powers of two: weights times s and activations divided by s are then exact."""
+    layer = new_layer(nn.Linear(24, 16))
+    layer.timestep_grid.index = torch.zeros(3, dtype=torch.int32)
+    layer.weight_dilation.fill_(1)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(5))
+    expected = layer(x)
+
+    layer.weight_dilation.copy_(2.0 ** torch.arange(24).remainder(3))
+
+    assert torch.equal(layer(x * layer.weight_dilation), expected)
+
+
+def test_conv_returns_channels_last(new_layer):
+    layer = new_layer(nn.Conv2d(16, 8, 3, padding=1))
+    layer.timestep_grid.index = torch.zeros(2, dtype=torch.int32)
+
+    y = layer(torch.randn(2, 16, 6, 6))
+
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_result_does_not_depend_on_the_strides_of_the_input(new_layer):
+    layer = new_layer(nn.Conv2d(16, 8, 3, padding=1))
+    layer.timestep_grid.index = torch.tensor([0, 2], dtype=torch.int32)
+    x = torch.randn(2, 16, 6, 6)
+
+    assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)), layer(x))
+    assert torch.equal(layer(x.transpose(2, 3).contiguous().transpose(2, 3)), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_unet_computes_in_the_dtype_of_its_input(subject, dtype, relative_rms):
+    unet = subject.copy().to(dtype)
+
+    y = subject.call(unet, 500, dtype)
+
+    assert y.dtype == dtype
+    # Rounding to 8 (bfloat16) or 11 bits in every layer flips some quantized values; a wrong row costs 0.3 and more.
+    assert relative_rms(y, subject.call(subject.quantized, 500)) < 0.08
+
+
+CASTS = {
+    "half": lambda unet: unet.half(),
+    "bfloat16": lambda unet: unet.bfloat16(),
+    "to(float16)": lambda unet: unet.to(torch.float16),
+    "to('cpu', bfloat16)": lambda unet: unet.to("cpu", torch.bfloat16),
+    "half().float()": lambda unet: unet.half().float(),
+    "double": lambda unet: unet.double(),
+    "type(float16)": lambda unet: unet.type(torch.float16),
+    "to(channels_last)": lambda unet: unet.to(memory_format=torch.channels_last),
+    "layerwise casting": lambda unet: apply_layerwise_casting(unet, torch.float8_e4m3fn, torch.float32),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_no_cast_touches_tables_and_packed_weights(subject, tables, assert_same_tensors, cast):
+    unet = subject.copy()
+
+    CASTS[cast](unet)
+
+    assert_same_tensors(tables(unet), tables(subject.quantized))
+    layers = quantized_layers(subject.quantized)
+    for name, layer in quantized_layers(unet).items():
+        assert layer.weight.dtype == torch.uint8, name
+        assert layer.weight.is_contiguous(), name
+        assert torch.equal(layer.weight, layers[name].weight), name
+
+
+def test_casts_reach_what_is_not_quantized(subject):
+    unet = subject.copy().half()
+
+    assert unet.conv_in.weight.dtype == torch.float16
+    assert all(layer.bias.dtype == torch.float16 for layer in quantized_layers(unet).values() if layer.bias is not None)
+    assert unet.dtype == torch.float16
+
+
+def test_channels_last_unet_gives_the_same_result(subject, relative_rms):
+    unet = subject.copy().to(memory_format=torch.channels_last)
+
+    # The layers that stay in floating point sum in another order; that flips a few quantized values.
+    assert relative_rms(subject.call(unet), subject.call(subject.quantized)) < 1e-3
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda unet: pickle.loads(pickle.dumps(unet)),
+    "torch.save": lambda unet: torch.load(_saved(unet), weights_only=False),
+}
+
+
+def _saved(unet):
+    file = io.BytesIO()
+    torch.save(unet, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copy_has_one_grid_of_its_own_and_the_same_outputs(subject, make_copy):
+    unet = subject.quantized
+    expected = subject.call(unet, torch.tensor([0, 750]))
+
+    duplicate = make_copy(unet)
+
+    assert duplicate.timestep_grid is not unet.timestep_grid
+    for name, layer in quantized_layers(duplicate).items():
+        assert layer.timestep_grid is duplicate.timestep_grid, name
+    assert torch.equal(subject.call(duplicate, torch.tensor([0, 750])), expected)
+
+    unet.timestep_grid.index = None  # only the copy's own grid can tell the copy's layers the timestep
+    assert torch.equal(subject.call(duplicate, torch.tensor([0, 750])), expected)
+
+
+def test_dequantizing_a_copy_leaves_the_original_quantized(unet2d):
+    expected = unet2d.call(unet2d.quantized)
+
+    unet2d.copy().dequantize()
+
+    assert torch.equal(unet2d.call(unet2d.quantized), expected)
+
+
+def test_weights_loaded_in_place_are_used(unet2d, relative_rms):
+    """Also by the CPU kernels, which keep a copy of each weight in another layout."""
+    unet = unet2d.copy()
+    expected = unet2d.call(unet)
+    state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    for layer in quantized_layers(unet).values():
+        layer.weight.fill_(0)
+    assert relative_rms(unet2d.call(unet), expected) > 0.1
+
+    unet.load_state_dict(state)
+
+    assert torch.equal(unet2d.call(unet), expected)
+
+
+def test_unet_runs_in_inference_mode(unet2d):
+    expected = unet2d.call(unet2d.quantized)
+
+    with torch.inference_mode():
+        assert torch.equal(unet2d.call(unet2d.quantized), expected)
+
+
+def test_unet_made_in_inference_mode_runs(unet2d):
+    with torch.inference_mode():
+        unet = unet2d.copy()
+        assert next(iter(quantized_layers(unet).values())).weight.is_inference()
+
+        assert torch.equal(unet2d.call(unet), unet2d.call(unet2d.quantized))
+
+
+@pytest.mark.parametrize(
+    ("stock", "shape"), [(nn.Linear(24, 16), (2, 5, 23)), (nn.Conv2d(16, 8, 3), (2, 15, 6, 6))], ids=["linear", "conv"]
+)
+def test_wrong_channel_count_is_refused_by_the_layer_s_name(new_layer, stock, shape):
+    layer = new_layer(stock)
+    layer.timestep_grid.index = torch.zeros(2, dtype=torch.int32)
+
+    with pytest.raises(ValueError, match=rf"mid_block\.layer: .*{stock.weight.shape[1]} channels, got {shape[1 if len(shape) == 4 else 2]}"):
+        layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("stock", "shape"), [(nn.Linear(24, 16), (3, 5, 24)), (nn.Conv2d(16, 8, 3), (3, 16, 6, 6))], ids=["linear", "conv"]
+)
+def test_wrong_batch_is_refused_by_the_layer_s_name(new_layer, stock, shape):
+    layer = new_layer(stock)
+    layer.timestep_grid.index = torch.zeros(2, dtype=torch.int32)
+
+    with pytest.raises(ValueError, match=r"mid_block\.layer: .*2 samples.*got 3"):
+        layer(torch.randn(shape))
+
+
+def test_layer_without_a_timestep_is_refused_by_its_name(new_layer):
+    with pytest.raises(RuntimeError, match=r"mid_block\.layer: .*timestep.*Call the UNet"):
+        new_layer(nn.Linear(24, 16))(torch.randn(2, 24))
+
+
+def test_prompt_of_another_batch_is_refused_by_the_layer_s_name(unet2d_condition):
+    with pytest.raises(ValueError, match=r"attn2\.to_[kv]: .*2 samples.*got 1"):
+        unet2d_condition.quantized(
+            unet2d_condition.sample, 500, encoder_hidden_states=unet2d_condition.arguments["encoder_hidden_states"][:1]
+        )
+
+
+def test_quantized_layers_are_linears_and_convolutions(subject):
+    """PEFT, layerwise casting and offloading choose modules by these classes."""
+    for layer in quantized_layers(subject.quantized).values():
+        assert type(layer) in (QuantLinear, QuantConv2d)
+        assert isinstance(layer, nn.Linear if isinstance(layer, QuantLinear) else nn.Conv2d)
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def add_lora(unet, target_modules):
+    unet.add_adapter(LoraConfig(r=4, target_modules=target_modules))
+    return [parameter for name, parameter in unet.named_parameters() if "lora_B" in name]
+
+
+# conv1 is in the resnets (LoCon); proj_in, the entry of SD 1.x's transformers, is a 1x1 convolution.
+@pytest.mark.parametrize("target_modules", [["to_q", "to_k", "to_v"], ["to_out.0"], ["proj_in"], ["conv1"]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_lora_adds_its_product_to_the_quantized_layer(unet2d_condition, relative_rms, target_modules, dtype):
+    unet = unet2d_condition.copy().to(dtype)
+    expected = unet2d_condition.call(unet, dtype=dtype)
+
+    lora_b = add_lora(unet, target_modules)
+
+    assert lora_b
+    assert torch.equal(unet2d_condition.call(unet, dtype=dtype), expected)  # lora_B is zero as yet
+    for parameter in lora_b:
+        parameter.normal_(std=0.1)
+    with_lora = unet2d_condition.call(unet, dtype=dtype)
+    assert with_lora.dtype == dtype
+    assert relative_rms(with_lora, expected) > 0.01
+    unet.disable_adapters()
+    assert torch.equal(unet2d_condition.call(unet, dtype=dtype), expected)
+
+
+@pytest.mark.parametrize("target_modules", [["to_q"], ["conv1"]], ids=str)
+def test_lora_is_never_lost_in_a_fused_weight(unet2d_condition, target_modules):
+    unet = unet2d_condition.copy()
+    for parameter in add_lora(unet, target_modules):
+        parameter.normal_(std=0.1)
+    expected = unet2d_condition.call(unet)
+
+    with pytest.raises((RuntimeError, ValueError)):
+        unet.fuse_lora()
+
+    assert torch.equal(unet2d_condition.call(unet), expected)
