@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-EVALUATION = ["scipy", "scikit-image"]
+EVALUATION = ["scikit-image"]
 EXAMPLES = [*EVALUATION, "scikit-learn", "pillow", "tqdm"]
 TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "ruff", "mypy", "build", "accelerate", "transformers", "peft"]
 

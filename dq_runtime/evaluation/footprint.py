@@ -13,7 +13,7 @@ from dq_runtime.convert import quantized_layers
 from dq_runtime.layers import QuantizedLayer
 
 FP16_BYTES = 2
-WEIGHT_TENSORS = ("weight", "weight_scale", "weight_sum")
+WEIGHT_TENSORS = ("weight", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Footprint:
     Attributes:
         unet: all parameters and buffers, as they are.
         unet_fp16: all parameters, were none of them quantized and each in fp16.
-        weights: of the quantized layers: packed weights, their scales and sums.
+        weights: of the quantized layers: packed weights and their scales.
         weights_fp16: the same layers' weights in fp16.
-        tables: of the quantized layers: dilations, activation scales and zero points.
+        tables: of the quantized layers: what activations need (dilation, scales, zero points, weight sums).
         cpu_prepacked: int8 copies of weights that oneDNN keeps after a forward on a CPU; none on a GPU.
     """
 
@@ -41,13 +41,17 @@ class Footprint:
         """Quantized weights over the same weights in fp16."""
         return self.weights / self.weights_fp16
 
+    @property
+    def total_ratio(self) -> float:
+        """Quantized weights with all their tables over the same weights in fp16."""
+        return (self.weights + self.tables) / self.weights_fp16
+
 
 def footprint(unet: nn.Module) -> Footprint:
     """Measures a UNet, quantized or not."""
     layers = quantized_layers(unet).values()
     weights = sum(_bytes(getattr(layer, name)) for layer in layers for name in WEIGHT_TENSORS)
     buffers = sum(_bytes(buffer) for layer in layers for buffer in layer.buffers())
-    scales_and_sums = sum(_bytes(layer.weight_scale) + _bytes(layer.weight_sum) for layer in layers)
     packed = sum(layer.weight.numel() for layer in layers)
     elements = sum(map(_elements, layers))
     parameters = sum(parameter.numel() for parameter in unet.parameters())
@@ -56,7 +60,7 @@ def footprint(unet: nn.Module) -> Footprint:
         unet_fp16=FP16_BYTES * (parameters - packed + elements),
         weights=weights,
         weights_fp16=FP16_BYTES * elements,
-        tables=buffers - scales_and_sums,
+        tables=buffers - sum(_bytes(layer.weight_scale) for layer in layers),
         cpu_prepacked=ops.prepacked_bytes([layer.weight for layer in layers]),
     )
 

@@ -1,6 +1,6 @@
 """Image metrics: how far quantized samples are from full-precision ones, and from real images.
 
-Needs the extra ``evaluation``: PSNR and SSIM are scikit-image's, the matrix square root is scipy's.
+PSNR and SSIM are scikit-image's, which the extra ``evaluation`` installs.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ def frechet_distance(features: torch.Tensor, reference_features: torch.Tensor) -
     Args:
         features, reference_features: [B, D] and [B', D], B and B' well above D.
     """
-    from scipy.linalg import sqrtm
-
     a, b = _array(features), _array(reference_features)
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = sqrtm(covariance_a @ covariance_b).real
-    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariance_a + covariance_b - 2 * root)
-    return float(distance)
+    # The product of two covariances has real eigenvalues >= 0; the trace of its root is the sum of their roots.
+    eigenvalues = np.linalg.eigvals(covariance_a @ covariance_b).real.clip(min=0)
+    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariance_a + covariance_b)
+    return float(distance - 2 * np.sqrt(eigenvalues).sum())
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -99,7 +99,7 @@ def evaluate(unets: Mapping[str, ModelMixin], kind: str, num_samples: int, folde
                 "unet_mb": sizes.unet / 1e6,
                 "quantized_weights_mb": sizes.weights / 1e6,
                 "quantized_weights_over_fp16": sizes.weight_ratio if quantized else None,
-                "quantization_tables_mb": sizes.tables / 1e6,
+                "quantized_weights_and_tables_over_fp16": sizes.total_ratio if quantized else None,
                 "cpu_prepacked_mb": sizes.cpu_prepacked / 1e6,
                 "seconds_per_image": seconds[name],
             }
@@ -153,7 +153,7 @@ def main() -> None:
 
     unet = digits.load_unet(arguments.unet)
     quantized = quantize(unet, digits.load_condition(arguments.unet), arguments.output)
-    unets = {"fp32": unet, "bf16": deepcopy(unet).to(torch.bfloat16), **quantized}
+    unets = {"fp32": unet, "bf16": digits.load_unet(arguments.unet, torch.bfloat16), **quantized}
     rows = evaluate(unets, arguments.unet, arguments.samples, arguments.output)
     report = {
         "unet": arguments.unet,
@@ -165,8 +165,11 @@ def main() -> None:
     }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print_table(rows)
-    ratio = next(row["quantized_weights_over_fp16"] for row in rows if row["quantized_weights_over_fp16"])
-    print(f"Quantized layers' weights: {ratio:.1%} of fp16. Written to {arguments.output}: grid.png, report.json")
+    last = rows[-1]
+    print(
+        f"The quantized layers' weights take {last['quantized_weights_over_fp16']:.1%} of fp16, with all their tables "
+        f"{last['quantized_weights_and_tables_over_fp16']:.1%}. Written to {arguments.output}: grid.png, report.json"
+    )
 
 
 if __name__ == "__main__":

@@ -110,10 +110,10 @@ def new_unet(kind: str) -> UNet2DModel | UNet2DConditionModel:
     )
 
 
-def load_unet(kind: str) -> UNet2DModel | UNet2DConditionModel:
-    """A trained UNet, in fp32, from its fp16 weights."""
+def load_unet(kind: str, dtype: torch.dtype = torch.float32) -> UNet2DModel | UNet2DConditionModel:
+    """A trained UNet, from its fp16 weights."""
     model_class = UNet2DModel if kind == "class_conditional" else UNet2DConditionModel
-    return model_class.from_pretrained(WEIGHTS / kind, variant="fp16", torch_dtype=torch.float32).eval()
+    return model_class.from_pretrained(WEIGHTS / kind, variant="fp16", torch_dtype=dtype).eval()
 
 
 def load_classifier() -> Classifier:
