@@ -20,7 +20,7 @@ from dq_kernels.packing import unpack_int4
 
 class _Prepacked(NamedTuple):
     weight: torch.Tensor  # oneDNN's layout
-    version: int  # of the packed weight that it was made from
+    made_from: tuple[int, int]  # address and version of the packed weight
 
 
 _prepacked_weights = WeakTensorKeyDictionary()
@@ -33,11 +33,13 @@ def prepacked_bytes(weights: Iterable[torch.Tensor] | None = None) -> int:
 
 
 def _prepack(weight: torch.Tensor, prepack: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    # Inference tensors count no versions, and torch forbids to change them in place outside of inference mode.
+    made_from = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
     entry = _prepacked_weights.get(weight)
-    if entry is None or entry.version != weight._version:
+    if entry is None or entry.made_from != made_from:
         if not torch.backends.mkldnn.is_available():
             raise RuntimeError("dq_kernels on a CPU needs a PyTorch built with oneDNN; this one has none")
-        entry = _Prepacked(prepack(unpack_int4(weight)), weight._version)
+        entry = _Prepacked(prepack(unpack_int4(weight)), made_from)
         _prepacked_weights[weight] = entry
     return entry.weight
 

@@ -10,6 +10,8 @@ sample, on the device; out-of-range values are clamped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -98,40 +100,72 @@ def _(
     return x.new_empty(x.shape[0], *size, weight.shape[0], dtype=out_dtype)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _check(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: Sequence[int | str],
+    any_strides: bool = False,
+) -> None:
+    """Raises unless the tensor is contiguous and has one of the dtypes and the shape, where a letter is any size.
+
+    The message is put together only when it is needed: formatting sizes makes torch.compile specialize on them.
+    """
+    if (
+        tensor.dtype not in dtypes
+        or tensor.ndim != len(shape)
+        or any(not isinstance(size, str) and size != tensor.shape[i] for i, size in enumerate(shape))
+        or not (any_strides or tensor.is_contiguous())
+    ):
+        raise ValueError(
+            f"{op}: {name} must be {'' if any_strides else 'contiguous '}{' or '.join(str(dtype) for dtype in dtypes)} "
+            f"[{', '.join(str(size) for size in shape)}], "
+            f"got {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
+        )
 
 
 def _check_tables(op: str, batch: int, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor) -> None:
-    _require(
-        act_scale.dtype == torch.float32 and act_zero_point.dtype == torch.int32,
-        f"{op}: act_scale must be float32 and act_zero_point int32, got {act_scale.dtype} and {act_zero_point.dtype}",
-    )
-    _require(
-        timestep_index.dtype == torch.int32 and timestep_index.shape == (batch,),
-        f"{op}: timestep_index must be int32 [{batch}], one entry per sample, "
-        f"got {timestep_index.dtype} {list(timestep_index.shape)}",
-    )
+    _check(op, "act_scale", act_scale, (torch.float32,), ("T",))
+    _check(op, "act_zero_point", act_zero_point, (torch.int32,), act_scale.shape)
+    _check(op, "timestep_index", timestep_index, (torch.int32,), (batch,))
 
 
-def _check_operands(op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype) -> None:
-    _require(
-        x.dtype == torch.int8 and weight.dtype == torch.uint8,
-        f"{op}: x must be int8 (from quantize) and weight uint8 (from pack_int4), got {x.dtype} and {weight.dtype}",
-    )
-    _require(
-        x.shape[-1] == 2 * weight.shape[-1],
-        f"{op}: the packed weight {list(weight.shape)} takes {2 * weight.shape[-1]} input channels, "
-        f"x {list(x.shape)} has {x.shape[-1]}",
-    )
-    _require(x.is_contiguous() and weight.is_contiguous(), f"{op}: x and weight must be contiguous")
-    _require(weight_scale.dtype == torch.float32, f"{op}: weight_scale must be float32, got {weight_scale.dtype}")
-    _require(
-        out_dtype in (torch.float16, torch.bfloat16, torch.float32),
-        f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}",
-    )
-    _require(x.numel() < 2**31, f"{op}: x {list(x.shape)} has 2^31 elements or more; split the batch")
+def _check_operands(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    x_shape: Sequence[int | str],
+    weight_shape: Sequence[int | str],
+    out_dtype: torch.dtype,
+) -> None:
+    _check(op, "x", x, (torch.int8,), x_shape)
+    _check(op, "weight", weight, (torch.uint8,), weight_shape)
+    if x.shape[-1] != 2 * weight.shape[-1]:
+        raise ValueError(
+            f"{op}: the packed weight {list(weight.shape)} takes {2 * weight.shape[-1]} input channels, "
+            f"x {list(x.shape)} has {x.shape[-1]}"
+        )
+    _check(op, "weight_scale", weight_scale, (torch.float32,), weight.shape[:1])
+    _check(op, "weight_sum", weight_sum, (torch.int32,), weight.shape[:1])
+    if bias is not None:
+        _check(op, "bias", bias, _FLOATS, weight.shape[:1])
+    if out_dtype not in _FLOATS:
+        raise ValueError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
+
+
+def _check_size(op: str, x: Tensor, rows: int, out_channels: int) -> None:
+    """The kernels count elements in int32."""
+    if x.numel() >= 2**31 or rows * out_channels >= 2**31:
+        raise ValueError(
+            f"{op}: x {list(x.shape)} or the result [{rows}, {out_channels}] has 2^31 elements or more; split the batch"
+        )
 
 
 def quantize(
@@ -157,12 +191,11 @@ def quantize(
     Raises:
         ValueError: on any other dtype, shape or number of bits.
     """
-    _require(x.is_floating_point(), f"quantize: x must be a floating-point tensor, got {x.dtype}")
-    _require(
-        weight_dilation.shape == (x.shape[-1],),
-        f"quantize: x has {x.shape[-1]} channels, weight_dilation {list(weight_dilation.shape)}",
-    )
-    _require(2 <= bits <= 8, f"quantize: bits must be 2 to 8, got {bits}")
+    if x.dtype not in _FLOATS or x.ndim < 2:
+        raise ValueError(f"quantize: x must be float16, bfloat16 or float32 [B, ..., K], got {x.dtype} {list(x.shape)}")
+    _check("quantize", "weight_dilation", weight_dilation, (torch.float32,), x.shape[-1:])
+    if bits < 2 or bits > 8:
+        raise ValueError(f"quantize: bits must be 2 to 8, got {bits}")
     _check_tables("quantize", x.shape[0], act_scale, act_zero_point, timestep_index)
     return torch.ops.dq_kernels.quantize.default(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
 
@@ -197,14 +230,15 @@ def int4_linear(
     Raises:
         ValueError: on any other dtype, shape or layout.
     """
-    _check_operands("int4_linear", x, weight, weight_scale, out_dtype)
+    if x.ndim < 2:
+        raise ValueError(f"int4_linear: x must be [B, ..., K'], got {list(x.shape)}")
+    _check_operands(
+        "int4_linear", x, weight, weight_scale, weight_sum, bias, (*x.shape[:-1], "K'"), ("N", "K'/2"), out_dtype
+    )
     _check_tables("int4_linear", x.shape[0], act_scale, act_zero_point, timestep_index)
+    _check_size("int4_linear", x, x.numel() // x.shape[-1], weight.shape[0])
     if residual is not None:
-        out_shape = (*x.shape[:-1], weight.shape[0])
-        _require(
-            residual.shape == out_shape,
-            f"int4_linear: residual must be {list(out_shape)}, got {list(residual.shape)}",
-        )
+        _check("int4_linear", "residual", residual, _FLOATS, (*x.shape[:-1], weight.shape[0]), any_strides=True)
         residual = residual.contiguous()
     return torch.ops.dq_kernels.int4_linear.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, residual, out_dtype
@@ -247,25 +281,27 @@ def int4_conv2d(
     Raises:
         ValueError: on any other dtype, shape or layout.
     """
-    _check_operands("int4_conv2d", x, weight, weight_scale, out_dtype)
+    x_shape, weight_shape = ("B", "H", "W", "K'"), ("N", "KH", "KW", "K'/2")
+    _check_operands("int4_conv2d", x, weight, weight_scale, weight_sum, bias, x_shape, weight_shape, out_dtype)
     _check_tables("int4_conv2d", x.shape[0], act_scale, act_zero_point, timestep_index)
-    size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
-    _require(
-        size[0] > 0 and size[1] > 0,
-        f"int4_conv2d: an image of {list(x.shape[1:3])} is smaller than the kernel {list(weight.shape[1:3])}",
-    )
-    out_shape = (x.shape[0], *size, weight.shape[0])
-    if channel_add is not None:
-        _require(
-            channel_add.shape == (out_shape[0], out_shape[3]),
-            f"int4_conv2d: channel_add must be {[out_shape[0], out_shape[3]]}, got {list(channel_add.shape)}",
+    if min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            "int4_conv2d: stride and dilation must be at least 1 and padding at least 0, "
+            f"got {stride}, {dilation} and {padding}"
         )
+    size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(
+            f"int4_conv2d: an image of {list(x.shape[1:3])} padded by {list(padding)} is smaller than the kernel "
+            f"{list(weight.shape[1:3])} with dilation {list(dilation)}"
+        )
+    out_shape = (x.shape[0], *size, weight.shape[0])
+    _check_size("int4_conv2d", x, x.shape[0] * size[0] * size[1], weight.shape[0])
+    if channel_add is not None:
+        _check("int4_conv2d", "channel_add", channel_add, _FLOATS, (out_shape[0], out_shape[3]), any_strides=True)
         channel_add = channel_add.contiguous()
     if residual is not None:
-        _require(
-            residual.shape == out_shape,
-            f"int4_conv2d: residual must be {list(out_shape)}, got {list(residual.shape)}",
-        )
+        _check("int4_conv2d", "residual", residual, _FLOATS, out_shape, any_strides=True)
         residual = residual.contiguous()
     return torch.ops.dq_kernels.int4_conv2d.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, channel_add, residual,

@@ -21,7 +21,7 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
         values: [..., K] int8 in [-8, 7].
 
     Returns:
-        [..., ceil(K / 2)] uint8.
+        [..., ceil(K / 2)] uint8, contiguous.
 
     Raises:
         ValueError: if the dtype is not int8 or a value lies outside [-8, 7].
@@ -32,7 +32,7 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"pack_int4 takes values in [{INT4_MIN}, {INT4_MAX}], got {values.min()} to {values.max()}")
     if values.shape[-1] % 2:
         values = torch.nn.functional.pad(values, (0, 1))
-    low, high = values.view(torch.uint8).chunk(2, dim=-1)
+    low, high = values.contiguous().view(torch.uint8).chunk(2, dim=-1)
     return (low & 0x0F) | (high << 4)
 
 
