@@ -3,10 +3,9 @@
     python benchmarks/static_kernels.py [--target sm_90]... [--output benchmarks/results/static_kernels.json]
 
 Each kernel is compiled in each launch configuration of ``dq_kernels.tuning.CONFIGS``, specialised as SD1.5's layers
-specialise it: pointers, channel counts and image sizes are multiples of 16. What the report says about time is only
-what instructions can say; speed is measured elsewhere, on a GPU.
-
-``loop_*`` columns look at the main loop alone: the innermost loop with a matrix instruction in it.
+specialise it: pointers, channel counts and image sizes are multiples of 16. The ``loop_*`` columns look at the main
+loop alone: the innermost loop around a matrix instruction, or the whole kernel where there is none. Instructions are
+counted here, not timed.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from dq_kernels.conv2d import int4_conv2d_kernel
 from dq_kernels.linear import int4_linear_kernel
 from dq_kernels.quantize import BLOCK_CHANNELS, BLOCK_LENGTH, quantize_kernel
-from dq_kernels.tuning import CONFIGS, LaunchConfig
+from dq_kernels.tuning import CONFIGS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,23 +39,25 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 OUTPUT = Path(__file__).parent / "results" / "static_kernels.json"
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
+INT8, INT32, FP16, FP32 = "*i8", "*i32", "*fp16", "*fp32"
 POINTERS = {
-    "x_ptr": "*i8",
+    "x_ptr": INT8,
+    "zero_rows_ptr": INT8,
     "weight_ptr": "*u8",
-    "weight_scale_ptr": "*fp32",
-    "weight_sum_ptr": "*i32",
-    "weight_dilation_ptr": "*fp32",
-    "act_scale_ptr": "*fp32",
-    "act_zero_point_ptr": "*i32",
-    "timestep_index_ptr": "*i32",
-    "bias_ptr": "*fp16",
-    "channel_add_ptr": "*fp16",
-    "residual_ptr": "*fp16",
-    "out_ptr": "*fp16",
+    "weight_scale_ptr": FP32,
+    "weight_sum_ptr": INT32,
+    "weight_dilation_ptr": FP32,
+    "act_scale_ptr": FP32,
+    "act_zero_point_ptr": INT32,
+    "timestep_index_ptr": INT32,
+    "bias_ptr": FP16,
+    "channel_add_ptr": FP16,
+    "residual_ptr": FP16,
+    "out_ptr": FP16,
 }
-# Integers that Triton cannot take for multiples of 16 in SD1.5; it can all the others.
+# The only integer arguments that are no multiples of 16 in SD1.5.
 ODD_SIZES = ("batch", "num_timesteps")
 
 
@@ -67,14 +68,12 @@ class Variant:
     kernel: Any
     name: str
     constants: dict[str, Any]
-    pointers: dict[str, str] = field(default_factory=dict)
 
 
 class Instruction(NamedTuple):
     """One machine instruction; ``jump`` is the index of the instruction that a branch leads to."""
 
     name: str
-    operands: str
     jump: int | None
 
 
@@ -83,98 +82,81 @@ def _convolution(size: int) -> dict[str, int]:
     return {f"{name}_{axis}": value for name, value in shape.items() for axis in "HW"}
 
 
-# An even K: 640 or 1280 channels, without addends. A ragged K: 320 or 960 channels, with all of them.
+# Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels. The cheapest epilogue, and the dearest.
+PLAIN = {"EVEN_K": True, "TILE_IN_SAMPLE": True, "channel_add_ptr": None, "residual_ptr": None}
+FULL = {"EVEN_K": False, "TILE_IN_SAMPLE": False}
 GEMM_VARIANTS = (
-    Variant(int4_linear_kernel, "even K", {"EVEN_K": True, "residual_ptr": None}),
-    Variant(int4_linear_kernel, "ragged K, residual", {"EVEN_K": False}),
-    Variant(
-        int4_conv2d_kernel,
-        "3x3, even K",
-        {"EVEN_K": True, "channel_add_ptr": None, "residual_ptr": None, **_convolution(3)},
-    ),
-    Variant(int4_conv2d_kernel, "3x3, ragged K, addends", {"EVEN_K": False, **_convolution(3)}),
-    Variant(int4_conv2d_kernel, "1x1, ragged K, addends", {"EVEN_K": False, **_convolution(1)}),
+    Variant(int4_linear_kernel, "even K", PLAIN),
+    Variant(int4_linear_kernel, "ragged K, residual", FULL),
+    Variant(int4_conv2d_kernel, "3x3, even K", {**PLAIN, **_convolution(3)}),
+    Variant(int4_conv2d_kernel, "3x3, ragged K, addends", {**FULL, **_convolution(3)}),
+    Variant(int4_conv2d_kernel, "1x1, ragged K, addends", {**FULL, "TILE_IN_SAMPLE": True, **_convolution(1)}),
 )
-_QUANTIZE = {"BITS": 8, "BLOCK_L": BLOCK_LENGTH, "BLOCK_K": BLOCK_CHANNELS}
-_QUANTIZE_POINTERS = {"x_ptr": "*fp16", "out_ptr": "*i8"}
+QUANTIZE = {"BITS": 8, "BLOCK_L": BLOCK_LENGTH, "BLOCK_K": BLOCK_CHANNELS}
 QUANTIZE_VARIANTS = (
-    Variant(quantize_kernel, "channels last", {"stride_k": 1, **_QUANTIZE}, _QUANTIZE_POINTERS),
-    Variant(quantize_kernel, "channels first", {"stride_l": 1, **_QUANTIZE}, _QUANTIZE_POINTERS),
+    Variant(quantize_kernel, "channels last", {**QUANTIZE, "stride_k": 1}),
+    Variant(quantize_kernel, "channels first", {**QUANTIZE, "stride_l": 1}),
 )
 
 
 def compile_variant(
     variant: Variant, target: GPUTarget, constants: dict[str, Any], options: dict[str, Any]
 ) -> CompiledKernel:
-    """Compiles as the JIT would at a launch: ``constants`` join the variant's own."""
+    """Compiles as the JIT does at a launch; of the constants, the kernel takes those that it knows."""
     names = variant.kernel.arg_names
-    constants = variant.constants | {name: value for name, value in constants.items() if name in names}
-    types = POINTERS | variant.pointers
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    values = {(names.index(name),): value for name, value in (variant.constants | constants).items() if name in names}
+    types = POINTERS | ({"x_ptr": FP16, "out_ptr": INT8} if variant.kernel is quantize_kernel else {})
+    signature = {
+        name: "constexpr" if (index,) in values else types.get(name, "i32") for index, name in enumerate(names)
+    }
     attrs = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name not in constants and name not in ODD_SIZES
+        if (index,) not in values and name not in ODD_SIZES
     }
-    source = ASTSource(
-        fn=variant.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=attrs,
-    )
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=values, attrs=attrs)
     return triton.compile(source, target=target, options=options)
 
 
-def sass_instructions(text: str) -> list[Instruction]:
-    """Parses ``cuobjdump -sass``."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", text, re.MULTILINE)
-    index = {int(address, 16): i for i, (address, _, _) in enumerate(lines)}
-
-    def jump(name: str, operands: str) -> int | None:
-        to = re.search(r"\b0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
-        return index.get(int(to.group(1), 16)) if to else None
-
-    return [Instruction(name, operands, jump(name, operands)) for _, name, operands in lines]
-
-
-def amdgcn_instructions(text: str) -> list[Instruction]:
-    """Parses AMD's assembly."""
+def parse(text: str) -> list[Instruction]:
+    """Reads the output of nvdisasm, or AMD's assembly."""
     labels: dict[str, int] = {}
     lines: list[tuple[str, str]] = []
     for line in text.splitlines():
-        if label := re.match(r"(\.?L\w+):", line):
+        if label := re.match(r"(\.L\w+):", line):
             labels[label.group(1)] = len(lines)
-        elif instruction := re.match(r"\s+([a-z]+_\w+)\s*([^;]*)", line):
-            lines.append((instruction.group(1), instruction.group(2).strip()))
-    return [Instruction(name, to, labels.get(to) if "branch" in name else None) for name, to in lines]
+        elif code := re.match(r"\s+(?:/\*\w+\*/\s+)?(?:@!?U?P\w+ +)?([A-Za-z][\w.]*)([^;]*)", line):
+            lines.append((code.group(1), code.group(2)))
+    targets = (re.search(r"\.L\w+", to) if re.match("BRA|s_c?branch", name) else None for name, to in lines)
+    return [Instruction(name, to and labels.get(to.group())) for (name, _), to in zip(lines, targets, strict=True)]
 
 
 def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The shortest backward jump around a matrix instruction; empty where there is none."""
-    loops = (
-        instructions[i.jump : end + 1] for end, i in enumerate(instructions) if i.jump is not None and i.jump <= end
-    )
-    return min((loop for loop in loops if any(map(is_mma, loop))), key=len, default=[])
+    """The shortest jump backwards over a matrix instruction; everything, where there is none."""
+    jumps = ((to, end + 1) for end, (_, to) in enumerate(instructions) if to is not None and to <= end)
+    loops = (instructions[start:end] for start, end in jumps)
+    return min((loop for loop in loops if count(loop, MMA)), key=len, default=instructions)
 
 
-def is_mma(instruction: Instruction) -> bool:
-    """Whether it is an integer matrix instruction."""
-    return re.match(r"IMMA|IGMMA|v_mfma_i32", instruction.name) is not None
+MMA = r"I(G)?MMA|v_mfma_i32"
+# From global memory, into registers or into shared memory; 16 bytes per thread, or fewer.
+WIDE_LOAD = r"LDG\w*\..*128|(global|buffer)_load_dwordx4"
+NARROW_LOAD = rf"(?!{WIDE_LOAD})(LDG(STS)?\b|(global|buffer)_load)"
+# From registers to shared memory. Where there is an asynchronous copy, whatever does this in the loop took a detour.
+SHARED_STORE = r"STSM?\b|ds_write"
 
 
-def is_global_load(instruction: Instruction) -> bool:
-    """Whether it reads global memory, into registers or into shared memory."""
-    return re.match(r"LDG(STS)?\b|(global|buffer)_load", instruction.name) is not None
+def count(instructions: list[Instruction], pattern: str) -> int:
+    """How many instructions have a name that begins like ``pattern``."""
+    return sum(re.match(pattern, instruction.name) is not None for instruction in instructions)
 
 
-def is_wide(load: Instruction) -> bool:
-    """Whether each thread reads 16 bytes."""
-    return re.search(r"\.128|dwordx4", load.name) is not None
-
-
-def is_shared_store(instruction: Instruction) -> bool:
-    """Whether registers go to shared memory: such data took a detour, unless the GPU has no asynchronous copy."""
-    return re.match(r"STSM?\b|ds_write", instruction.name) is not None
+def find(pattern: str, text: str) -> int:
+    """The number in the first match of ``pattern``."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiler's output has nothing like {pattern!r}; its format must have changed")
+    return int(match.group(1))
 
 
 def nvidia_report(kernel: CompiledKernel) -> tuple[list[Instruction], dict[str, Any]]:
@@ -183,105 +165,74 @@ def nvidia_report(kernel: CompiledKernel) -> tuple[list[Instruction], dict[str, 
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         sass, usage = (
-            subprocess.run([CUOBJDUMP, option, cubin.name], check=True, capture_output=True, text=True).stdout
-            for option in ("-sass", "--dump-resource-usage")
+            subprocess.run([NVIDIA / command[0], *command[1:], cubin.name], check=True, capture_output=True, text=True)
+            for command in (("nvdisasm", "-c", "-ndf"), ("cuobjdump", "--dump-resource-usage"))
         )
-    registers, stack, local = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
-    mma = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*", kernel.asm["ptx"])
-    return sass_instructions(sass), {
-        "registers": registers,
-        "spilled_registers": 0,
-        "stack_bytes": stack + local,
-        "mma": dict(Counter(mma)),
-    }
+    spilled = find(r"STACK:(\d+)", usage.stdout) + find(r"LOCAL:(\d+)", usage.stdout)
+    mma = Counter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*", kernel.asm["ptx"]))
+    return parse(sass.stdout), {"registers": find(r"REG:(\d+)", usage.stdout), "spill_bytes": spilled, "mma": mma}
 
 
 def amd_report(kernel: CompiledKernel) -> tuple[list[Instruction], dict[str, Any]]:
     """Instructions, and what LLVM allocated."""
     text = kernel.asm["amdgcn"]
-
-    def metadata(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
-
-    instructions = amdgcn_instructions(text)
+    instructions = parse(text)
+    spilled = find(r"\.vgpr_spill_count:\s+(\d+)", text) + find(r"\.sgpr_spill_count:\s+(\d+)", text)
     return instructions, {
-        "registers": metadata("vgpr_count"),
-        "spilled_registers": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
-        "stack_bytes": metadata("private_segment_fixed_size"),
-        "mma": dict(Counter(i.name for i in instructions if is_mma(i))),
+        "registers": find(r"\.vgpr_count:\s+(\d+)", text),
+        "spill_bytes": 4 * spilled + find(r"\.private_segment_fixed_size:\s+(\d+)", text),
+        "mma": Counter(name for name, _ in instructions if re.match(MMA, name)),
     }
 
 
-def report(kernel: CompiledKernel, target: GPUTarget) -> dict[str, Any]:
-    """The columns that describe machine code."""
-    instructions, row = amd_report(kernel) if target.backend == "hip" else nvidia_report(kernel)
+def compile_row(variant: Variant, target: str, constants: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Compiles, and describes the machine code."""
+    kernel = compile_variant(variant, TARGETS[target], constants, options)
+    instructions, allocated = amd_report(kernel) if "amdgcn" in kernel.asm else nvidia_report(kernel)
     loop = main_loop(instructions)
-    loads = [i for i in loop if is_global_load(i)]
-    return row | {
+    return {
+        "kernel": variant.kernel.__name__.removesuffix("_kernel"),
+        "variant": variant.name,
+        "target": target,
+        **allocated,
         "shared_bytes": kernel.metadata.shared,
         "instructions": len(instructions),
-        "wide_loads": sum(is_global_load(i) and is_wide(i) for i in instructions),
         "loop_instructions": len(loop),
-        "loop_mma": sum(map(is_mma, loop)),
-        "loop_wide_loads": sum(map(is_wide, loads)),
-        "loop_narrow_loads": len(loads) - sum(map(is_wide, loads)),
-        "loop_shared_stores": sum(map(is_shared_store, loop)),
+        "loop_mma": count(loop, MMA),
+        "loop_wide_loads": count(loop, WIDE_LOAD),
+        "loop_narrow_loads": count(loop, NARROW_LOAD),
+        "loop_shared_stores": count(loop, SHARED_STORE),
     }
-
-
-def gemm_rows(variant: Variant, config: LaunchConfig, target: GPUTarget) -> dict[str, Any]:
-    """One row: a GEMM-shaped kernel in one launch configuration."""
-    constants = {name.upper(): getattr(config, name) for name in ("block_m", "block_n", "block_k")}
-    constants["PTX"] = target.backend == "cuda"
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return vars(config) | report(compile_variant(variant, target, constants, options), target)
-
-
-def compile_rows(target: GPUTarget) -> Iterator[tuple[Variant, dict[str, Any]]]:
-    """All rows of one target."""
-    for variant in GEMM_VARIANTS:
-        for config in CONFIGS:
-            yield variant, gemm_rows(variant, config, target)
-    for variant in QUANTIZE_VARIANTS:
-        options = {"num_warps": 4, "enable_fp_fusion": False}
-        yield variant, {"num_warps": 4} | report(compile_variant(variant, target, {}, options), target)
 
 
 def compile_all(targets: Sequence[str]) -> list[dict[str, Any]]:
     """Compiles all kernels for the named targets; one row per kernel, variant, launch configuration and target."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile kernels")
-    return [
-        {"kernel": variant.kernel.__name__, "variant": variant.name, "target": name} | row
-        for name in targets
-        for variant, row in compile_rows(TARGETS[name])
-    ]
+    rows = []
+    for target in targets:
+        for variant in GEMM_VARIANTS:
+            for config in CONFIGS:
+                constants = {name.upper(): value for name, value in asdict(config).items()}
+                constants["PTX"] = TARGETS[target].backend == "cuda"
+                options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                rows.append(compile_row(variant, target, constants, options) | asdict(config))
+        for variant in QUANTIZE_VARIANTS:
+            rows.append(compile_row(variant, target, {}, {"num_warps": 4, "enable_fp_fusion": False}))
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows for the reader of a terminal."""
-    header = ("kernel", "variant", "target", "tile", "warps x stages", "registers", "spilled", "stack B", "shared B")
-    header += ("matrix instructions", "loop instr.", "mma", "16 B loads", "narrow", "shared stores")
-    lines = [header]
+    """Rows for the reader of a terminal: a launch configuration in one column, matrix instructions by mnemonic."""
+    config = "{block_m}x{block_n}x{block_k}, {num_warps} warps, {num_stages} stages"
+    lines = []
     for row in rows:
-        gemm = "block_m" in row
-        lines.append(
-            (
-                row["kernel"].removesuffix("_kernel"),
-                row["variant"],
-                row["target"],
-                "{block_m}x{block_n}x{block_k}".format(**row) if gemm else "",
-                "{num_warps}x{num_stages}".format(**row) if gemm else str(row["num_warps"]),
-                *(str(row[name]) for name in ("registers", "spilled_registers", "stack_bytes", "shared_bytes")),
-                ", ".join(f"{count} {name}" for name, count in row["mma"].items()),
-                *(
-                    str(row[f"loop_{name}"])
-                    for name in ("instructions", "mma", "wide_loads", "narrow_loads", "shared_stores")
-                ),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        cells = {name: value for name, value in row.items() if not name.startswith(("block_", "num_"))}
+        cells["mma"] = ", ".join(f"{number} {name}" for name, number in row["mma"].items())
+        lines.append({"config": config.format(**row) if "block_m" in row else "", **cells})
+    columns = [[name, *(str(line[name]) for line in lines)] for name in lines[0]]
+    widths = [max(map(len, column)) for column in columns]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True))
 
 
 def main() -> None:

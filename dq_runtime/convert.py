@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,11 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
     """
     if is_quantized(unet):
         raise ValueError("The UNet is quantized already; call unet.dequantize() first, or load the original weights")
+    if getattr(unet, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The UNet carries an adapter, whose matrices would be quantized as layers of their own: call "
+            "fuse_lora() and unload_lora_weights() first, or load the adapter after quantization"
+        )
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     kept: dict[str, str] = {}
     fir_prefixes = tuple(
@@ -94,59 +99,61 @@ def quantized_layers(unet: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in unet.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def insert_empty_layers(unet: Any, config: DilateQuantConfig) -> dict[str, QuantizedLayer]:
-    """Replaces every layer to be quantized by an empty one on the meta device, and makes the UNet map its timestep.
-
-    Args:
-        unet: a floating-point UNet, changed in place.
-        config: with ``timesteps``.
-
-    Returns:
-        the new layers by name; all their tensors are still to be filled.
-    """
-    if config.timesteps is None:
-        raise ValueError(
-            "The quantization config has no timesteps, so there are no activation scales to select from: "
-            "calibrate the UNet with dq_runtime.calibrate"
-        )
+def insert_empty_layers(unet: Any, config: DilateQuantConfig) -> None:
+    """Replaces, in place, every layer to be quantized by an empty one on the meta device, for a loader to fill."""
     plan = plan_conversion(unet, config)
-    plan.log()
-    grid = TimestepGrid(config.timesteps)
-    empty: dict[int, QuantizedLayer] = {}
-    for name, module in plan.layers.items():
-        new_layer = QuantLinear.like if isinstance(module, nn.Linear) else QuantConv2d.like
-        empty[id(module)] = new_layer(module, name, config.activation_bits, grid)  # type: ignore[arg-type]
-    for parent in list(unet.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if id(child) in empty:
-                parent._modules[child_name] = empty[id(child)]
-    unet.add_module(GRID_NAME, grid)
-    grid.hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
-    return {name: empty[id(module)] for name, module in plan.layers.items()}
+    layers, grid = _empty_layers(plan, config)
+    _swap_in(unet, plan, layers, grid)
 
 
-def convert(unet: Any, config: DilateQuantConfig, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
-    """Quantizes a UNet in place from finished tensors.
+def convert(unet: Any, config: DilateQuantConfig, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Quantizes a UNet in place from finished tensors; leaves it unchanged if they do not fit.
 
     Args:
         unet: a stock floating-point UNet.
         config: with ``timesteps``.
         tensors: for every layer that the config quantizes, its state dict (see ``QuantizedLayer``).
-
-    Returns:
-        the same UNet, which ``save_pretrained`` now writes in packed form.
     """
-    from dq_runtime.diffusers_quantizer import DilateQuantizer
-
-    training = unet.training
-    for name, layer in insert_empty_layers(unet, config).items():
+    plan = plan_conversion(unet, config)
+    layers, grid = _empty_layers(plan, config)
+    for name, layer in layers.items():
         layer.load_state_dict(tensors[name], assign=True)
         layer.check_tensors()
-    unet.train(training)
-    unet.timestep_grid.to(next(unet.parameters()).device)
-    unet.hf_quantizer = DilateQuantizer(config, pre_quantized=True)
-    unet.register_to_config(quantization_config=config)
-    return unet
+        layer.train(plan.layers[name].training)
+    _swap_in(unet, plan, layers, grid.to(unet.device))
+
+
+def _empty_layers(plan: ConversionPlan, config: DilateQuantConfig) -> tuple[dict[str, QuantizedLayer], TimestepGrid]:
+    if config.timesteps is None:
+        raise ValueError(
+            "The quantization config has no timesteps, so there are no activation scales to select from: "
+            "calibrate the UNet with dq_runtime.calibrate"
+        )
+    grid = TimestepGrid(config.timesteps)
+    layers: dict[str, QuantizedLayer] = {}
+    for name, module in plan.layers.items():
+        if isinstance(module, nn.Linear):
+            layers[name] = QuantLinear.like(module, name, config.activation_bits, grid)
+        else:
+            layers[name] = QuantConv2d.like(module, name, config.activation_bits, grid)
+    return layers, grid
+
+
+def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLayer], grid: TimestepGrid) -> None:
+    """Puts the layers in place, wherever the old ones are registered, and makes the UNet map its timestep."""
+    plan.log()
+    replacement = {id(plan.layers[name]): layer for name, layer in layers.items()}
+    _replace_children(unet, lambda child: replacement.get(id(child)))
+    unet.add_module(GRID_NAME, grid.train(unet.training))
+    grid.hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
+
+
+def _replace_children(unet: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+    for parent in list(unet.modules()):
+        for name, child in list(parent._modules.items()):
+            new = None if child is None else replacement(child)
+            if new is not None:
+                parent._modules[name] = new
 
 
 @torch.no_grad()
@@ -158,15 +165,12 @@ def dequantize(unet: Any) -> Any:
     """
     if not is_quantized(unet):
         raise ValueError("The UNet is not quantized")
-    restored: dict[int, nn.Module] = {}
-    for parent in list(unet.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if isinstance(child, QuantizedLayer):
-                if id(child) not in restored:
-                    restored[id(child)] = _dequantized_layer(child, unet.dtype)
-                parent._modules[child_name] = restored[id(child)]
+    restored = {id(layer): _dequantized_layer(layer, unet.dtype) for layer in quantized_layers(unet).values()}
+    _replace_children(unet, lambda child: restored.get(id(child)))
     unet.timestep_grid.hook.remove()
     del unet.timestep_grid
+    if getattr(unet, "hf_quantizer", None) is not None:
+        del unet.hf_quantizer
     unet._internal_dict = FrozenDict({k: v for k, v in unet.config.items() if k != "quantization_config"})
     return unet
 

@@ -44,6 +44,10 @@ class DilateQuantizer(DiffusersQuantizer):
         if dtype is not None and dtype not in COMPUTE_DTYPES:
             raise ValueError(f"torch_dtype must be float16, bfloat16 or float32 for a DilateQuant UNet, got {dtype}")
 
+    def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """None: sizes for ``device_map="auto"`` follow from the tensors themselves, packed ones included."""
+        return {}
+
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Notes what the checkpoint holds."""
         self._checkpoint_keys = set(loaded_keys)
@@ -121,8 +125,15 @@ class DilateQuantizer(DiffusersQuantizer):
         model.is_quantized = False
         return model
 
-    def _dequantize(self, model: Any) -> Any:
+    def dequantize(self, model: Any) -> Any:
+        """Turns the model back into a stock one, in place."""
         return dequantize(model)
+
+
+def attach_quantizer(unet: Any, config: DilateQuantConfig) -> None:
+    """Makes ``save_pretrained`` write a UNet that was quantized in memory, and ``unet.dequantize()`` turn it back."""
+    unet.hf_quantizer = DilateQuantizer(config, pre_quantized=True)
+    unet.register_to_config(quantization_config=config)
 
 
 def register() -> None:

@@ -61,14 +61,14 @@ class QuantizedLayer(TableModule):
     def _quantize_input(self, x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x [B, ..., K] -> (int8 [B, ..., K'], timestep index [B])."""
         index = self.timestep_grid.index
-        if index is None:
-            raise RuntimeError(
-                f"{self.name}: no timestep is known. Call the UNet rather than the layer: it maps its `timestep` "
-                "argument to the activation scales of all layers"
-            )
         if x.shape[-1] != channels:
             raise ValueError(f"{self.name}: expected an input of {channels} channels, got {x.shape[-1]}")
         if x.shape[0] != index.shape[0]:
+            if index.numel() == 0:
+                raise RuntimeError(
+                    f"{self.name}: no timestep is known. Call the UNet rather than the layer: it maps its `timestep` "
+                    "argument to the activation scales of all layers"
+                )
             raise ValueError(
                 f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}"
             )
@@ -96,7 +96,10 @@ class QuantizedLayer(TableModule):
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """``y = x W^T + b`` with packed INT4 weights; takes and returns [B, ..., channels] in the compute dtype."""
+    """``y = x W^T + b`` with packed INT4 weights; takes and returns [B, ..., channels] in the compute dtype.
+
+    Made by ``like``.
+    """
 
     @classmethod
     def like(cls, linear: nn.Linear, name: str, activation_bits: int, timestep_grid: TimestepGrid) -> QuantLinear:
@@ -121,12 +124,20 @@ def conv2d_arguments(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW]."""
+    """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW].
+
+    Made by ``like``. Called as ``nn.Conv2d`` is, the class makes an ``nn.Conv2d``: so PEFT, which builds a LoRA's own
+    convolutions with ``type(base_layer)(...)``, gets floating-point ones.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     @classmethod
     def like(cls, conv: nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid) -> QuantConv2d:
         """An empty quantized layer of a convolution's shape (groups = 1)."""
-        layer = cls(**conv2d_arguments(conv), device="meta", dtype=conv.weight.dtype)
+        layer = cls.__new__(cls)
+        nn.Conv2d.__init__(layer, **conv2d_arguments(conv), device="meta", dtype=conv.weight.dtype)
         packed_shape = (conv.out_channels, *conv.kernel_size, (conv.in_channels + 1) // 2)
         layer._init_quantized(name, packed_shape, conv.in_channels, activation_bits, timestep_grid)
         return layer

@@ -1,4 +1,4 @@
-"""Quantization tables: module buffers whose dtype no cast of the model may change."""
+"""Quantization tables and packed weights: tensors that no cast of the model may change."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from torch import nn
 
 
 class TableModule(nn.Module):
-    """A module whose buffers follow the model from device to device, but keep their dtype and values.
+    """A module whose buffers and integer parameters follow the model from device to device, and nothing else.
 
-    ``half()``, ``to(dtype)`` and diffusers' layerwise casting reach a module through ``_apply``; they may cast its
-    parameters, never its tables.
+    ``half()``, ``type(dtype)``, ``to(memory_format=...)`` and diffusers' layerwise casting reach a module through
+    ``_apply``; they may cast its floating-point parameters, never its tables or packed weights.
     """
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        tables = dict(self._buffers)
+        fixed = {name: buffer.data for name, buffer in self._buffers.items() if buffer is not None}
+        fixed |= {name: p.data for name, p in self._parameters.items() if p is not None and not p.is_floating_point()}
         super()._apply(fn, recurse)
-        for name, table in tables.items():
-            moved = self._buffers[name]
-            if table is not None and moved is not None and moved.dtype != table.dtype:
-                self._buffers[name] = table.to(moved.device)
+        for name, tensor in fixed.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype or moved.stride() != tensor.stride():
+                restored = tensor.to(moved.device)
+                setattr(self, name, nn.Parameter(restored, False) if name in self._parameters else restored)
         return self

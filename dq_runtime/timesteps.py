@@ -23,7 +23,7 @@ class TimestepGrid(TableModule):
     """
 
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
-    index: torch.Tensor | None  # [B] int32, of the current forward pass
+    index: torch.Tensor  # [B] int32, of the current forward pass; empty before the first
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class TimestepGrid(TableModule):
         values = torch.tensor(timesteps, dtype=torch.float32)
         self.num_timesteps = len(timesteps)
         self.register_buffer("boundaries", (values[1:] + values[:-1]) / 2, persistent=False)
-        self.register_buffer("index", None, persistent=False)
+        self.register_buffer("index", torch.empty(0, dtype=torch.int32), persistent=False)
 
     def nearest(self, timestep: torch.Tensor | float, batch_size: int, device: torch.device) -> torch.Tensor:
         """The index of the grid point nearest to each sample's timestep; ties go to the smaller one.
@@ -50,7 +50,7 @@ class TimestepGrid(TableModule):
         if not isinstance(timestep, torch.Tensor):
             if isinstance(timestep, bool) or not isinstance(timestep, (int, float)):
                 raise TypeError(f"timestep must be an int, a float or a tensor of them, got {type(timestep).__name__}")
-            timestep = torch.full((1,), float(timestep), device=device)
+            timestep = torch.full((1,), float(timestep), dtype=torch.float32, device=device)
         if timestep.dtype == torch.bool or timestep.is_complex():
             raise TypeError(f"timestep must hold integers or floats, got {timestep.dtype}")
         if timestep.ndim > 1 or timestep.numel() not in (1, batch_size):

@@ -12,6 +12,7 @@ the sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -24,6 +25,7 @@ from dq_kernels.tuning import launch_config, use_ptx
 @triton.jit
 def int4_conv2d_kernel(
     x_ptr,
+    zero_rows_ptr,
     weight_ptr,
     weight_scale_ptr,
     weight_sum_ptr,
@@ -34,10 +36,10 @@ def int4_conv2d_kernel(
     channel_add_ptr,
     residual_ptr,
     out_ptr,
-    batch,
+    num_rows,
+    rows_per_sample,
     height,
     width,
-    out_height,
     out_width,
     num_timesteps,
     out_channels,
@@ -54,67 +56,84 @@ def int4_conv2d_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILE_IN_SAMPLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One [BLOCK_N, BLOCK_M] tile of Y^T.
 
-    x [B, H, W, K] int8, weight [N, KH, KW, K/2] uint8, channel_add [B, N], residual and out [B, OH, OW, N].
+    x [B, H, W, K] int8, weight [N, KH, KW, K/2] uint8, channel_add [B, N], residual and out [B, OH, OW, N];
+    TILE_IN_SAMPLE: no tile has rows of two samples.
     """
     num_tiles_n = tl.cdiv(out_channels, BLOCK_N)
-    n = (tl.program_id(0) % num_tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = (tl.program_id(0) // num_tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) // num_tiles_n * BLOCK_M
+    n = (tl.program_id(0) % num_tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    m = (first_row + tl.arange(0, BLOCK_M))[None, :]
     n_inside = n < out_channels
-    m_inside = m < batch * out_height * out_width
 
-    # Rows beyond the edge repeat pixel 0; they are never stored.
-    pixel = tl.where(m_inside, m, 0)
-    sample = pixel // (out_height * out_width)
-    top = (pixel // out_width) % out_height * STRIDE_H - PAD_H
+    # Rows beyond the edge repeat the last pixel; they are never stored.
+    pixel = tl.minimum(m, num_rows - 1)
+    sample = first_row // rows_per_sample if TILE_IN_SAMPLE else pixel // rows_per_sample
+    top = pixel % rows_per_sample // out_width * STRIDE_H - PAD_H
     left = pixel % out_width * STRIDE_W - PAD_W
-    t = tl.load(timestep_index_ptr + sample)
-    t = tl.minimum(tl.maximum(t, 0), num_timesteps - 1)
-    zero_point = tl.load(act_zero_point_ptr + t)
-    quantized_zero = zero_point.to(tl.int8)[None, :]
 
     k = tl.arange(0, BLOCK_K)
-    num_blocks_k = tl.cdiv(half_channels, BLOCK_K)
-    weight_rows = weight_ptr + tl.where(n_inside, n, 0)[:, None] * (KERNEL_H * KERNEL_W * half_channels) + k[None, :]
+    weight_rows = weight_ptr + tl.where(n_inside, n, 0) * (KERNEL_H * KERNEL_W * half_channels) + k[None, :]
+    x_rows = x_ptr + ((sample * height + top) * width + left) * (2 * half_channels) + k[:, None]
+    # A tap outside the image reads a row full of the zero point. To choose between addresses, rather than between
+    # values, keeps the copies to shared memory asynchronous.
+    if PAD_H + PAD_W > 0:
+        t = tl.load(timestep_index_ptr + sample)
+        t = tl.minimum(tl.maximum(t, 0), num_timesteps - 1)
+        quantized_zero = tl.minimum(tl.maximum(tl.load(act_zero_point_ptr + t), -128), 127)
+        zero_rows = zero_rows_ptr + (quantized_zero + 128) * BLOCK_K + k[:, None]
+
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-    for step in range(0, KERNEL_H * KERNEL_W * num_blocks_k):
-        tap = step // num_blocks_k
-        start = (step % num_blocks_k) * BLOCK_K
-        row = top + tap // KERNEL_W * DILATION_H
-        column = left + tap % KERNEL_W * DILATION_W
-        in_image = ((row >= 0) & (row < height) & (column >= 0) & (column < width))[None, :]
-        x_ptrs = (
-            x_ptr + (((sample * height + row) * width + column) * (2 * half_channels))[None, :] + start + k[:, None]
-        )
-        weight_ptrs = weight_rows + tap * half_channels + start
+    # tap and start are counted: dividing a step by the number of blocks is slow.
+    tap = 0
+    start = 0
+    for _ in range(0, KERNEL_H * KERNEL_W * tl.cdiv(half_channels, BLOCK_K)):
+        row = tap // KERNEL_W * DILATION_H
+        column = tap % KERNEL_W * DILATION_W
+        weight_ptrs = weight_rows + (tap * half_channels + start)
+        low_ptrs = x_rows + ((row * width + column) * (2 * half_channels) + start)
+        high_ptrs = low_ptrs + half_channels
+        if PAD_H + PAD_W > 0:
+            in_image = (top + row >= 0) & (top + row < height) & (left + column >= 0) & (left + column < width)
+            low_ptrs = tl.where(in_image, low_ptrs, zero_rows)
+            high_ptrs = tl.where(in_image, high_ptrs, zero_rows)
         if EVEN_K:
             packed = tl.load(weight_ptrs)
+            x_low = tl.load(low_ptrs)
+            x_high = tl.load(high_ptrs)
         else:
             # Where the weight reads as 0, the activation does not count, but it must not be read from elsewhere.
             in_channels = start + k < half_channels
             packed = tl.load(weight_ptrs, mask=in_channels[None, :], other=0)
-            in_image = in_image & in_channels[:, None]
-        x_low = tl.load(x_ptrs, mask=in_image, other=quantized_zero)
-        x_high = tl.load(x_ptrs + half_channels, mask=in_image, other=quantized_zero)
+            x_low = tl.load(low_ptrs, mask=in_channels[:, None], other=0)
+            x_high = tl.load(high_ptrs, mask=in_channels[:, None], other=0)
         w_low, w_high = unpack_int4_x16(packed, PTX)
         accumulator = tl.dot(w_low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(w_high, x_high, accumulator, out_dtype=tl.int32)
+        start += BLOCK_K
+        tap = tl.where(start < half_channels, tap, tap + 1)
+        start = tl.where(start < half_channels, start, 0)
 
+    # Found anew: holding it through the loop would cost registers.
+    last_sample = num_rows // rows_per_sample - 1
+    sample = first_row // rows_per_sample if TILE_IN_SAMPLE else tl.minimum(m // rows_per_sample, last_sample)
+    t = tl.load(timestep_index_ptr + sample)
+    t = tl.minimum(tl.maximum(t, 0), num_timesteps - 1)
+    # 16 times the sum of q_w (q_x - zp_t), exact in int32; the scale divides it by 16.
     weight_sum = tl.load(weight_sum_ptr + n, mask=n_inside, other=0)
-    y = ((accumulator >> 4) - weight_sum[:, None] * zero_point[None, :]).to(tl.float32)
-    y *= tl.load(act_scale_ptr + t)[None, :]
-    y *= tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)[:, None]
+    scale = tl.load(act_scale_ptr + t) / 16 * tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
+    y = (accumulator - 16 * weight_sum * tl.load(act_zero_point_ptr + t)).to(tl.float32) * scale
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
-
-    inside = n_inside[:, None] & m_inside[None, :]
+        y += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
     if channel_add_ptr is not None:
-        channel_add = tl.load(channel_add_ptr + sample[None, :] * out_channels + n[:, None], mask=inside, other=0.0)
-        y += channel_add.to(tl.float32)
-    offsets = m[None, :] * out_channels + n[:, None]
+        y += tl.load(channel_add_ptr + sample * out_channels + n, mask=n_inside, other=0.0).to(tl.float32)
+
+    offsets = m * out_channels + n
+    inside = n_inside & (m < num_rows)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -141,11 +160,13 @@ def int4_conv2d(
     out_channels, kernel_h, kernel_w, half_channels = weight.shape
     out_height, out_width = conv2d_output_size((height, width), (kernel_h, kernel_w), stride, padding, dilation)
     out = torch.empty(batch, out_height, out_width, out_channels, dtype=out_dtype, device=x.device)
-    num_rows = batch * out_height * out_width
+    rows_per_sample = out_height * out_width
+    num_rows = batch * rows_per_sample
     config = launch_config(num_rows, out_channels)
     grid = (triton.cdiv(out_channels, config.block_n) * triton.cdiv(num_rows, config.block_m),)
     int4_conv2d_kernel[grid](
         x,
+        zero_point_rows(config.block_k, x.device),
         weight,
         weight_scale,
         weight_sum,
@@ -156,10 +177,10 @@ def int4_conv2d(
         channel_add,
         residual,
         out,
-        batch,
+        num_rows,
+        rows_per_sample,
         height,
         width,
-        out_height,
         out_width,
         act_scale.numel(),
         out_channels,
@@ -176,11 +197,18 @@ def int4_conv2d(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         EVEN_K=half_channels % config.block_k == 0,
+        TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
         PTX=use_ptx(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
+
+
+@cache
+def zero_point_rows(length: int, device: torch.device) -> torch.Tensor:
+    """[256, length] int8, row i full of i - 128: a row for every zero point, kept for as long as the process lives."""
+    return torch.arange(-128, 128, dtype=torch.int8, device=device)[:, None].repeat(1, length)
 
 
 def conv2d_output_size(

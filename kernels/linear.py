@@ -39,18 +39,24 @@ def int4_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILE_IN_SAMPLE: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """One [BLOCK_N, BLOCK_M] tile of Y^T. x [M, K] int8, weight [N, K/2] uint8, residual and out [M, N]."""
+    """One [BLOCK_N, BLOCK_M] tile of Y^T.
+
+    x [M, K] int8, weight [N, K/2] uint8, residual and out [M, N]; TILE_IN_SAMPLE: no tile has rows of two samples.
+    """
     num_tiles_n = tl.cdiv(out_channels, BLOCK_N)
-    n = (tl.program_id(0) % num_tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = (tl.program_id(0) // num_tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0) // num_tiles_n * BLOCK_M
+    n = (tl.program_id(0) % num_tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    m = (first_row + tl.arange(0, BLOCK_M))[None, :]
+    n_inside = n < out_channels
+    m_inside = m < num_rows
 
     # Rows beyond the edge repeat row 0; they are never stored.
     k = tl.arange(0, BLOCK_K)
-    weight_ptrs = weight_ptr + tl.where(n < out_channels, n, 0)[:, None] * half_channels + k[None, :]
-    x_ptrs = x_ptr + tl.where(m < num_rows, m, 0)[None, :] * (2 * half_channels) + k[:, None]
-
+    weight_ptrs = weight_ptr + tl.where(n_inside, n, 0) * half_channels + k[None, :]
+    x_ptrs = x_ptr + tl.where(m_inside, m, 0) * (2 * half_channels) + k[:, None]
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for start in range(0, half_channels, BLOCK_K):
         if EVEN_K:
@@ -68,23 +74,20 @@ def int4_linear_kernel(
         weight_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
 
-    m_inside = m < num_rows
-    n_inside = n < out_channels
-    t = tl.load(timestep_index_ptr + m // rows_per_sample, mask=m_inside, other=0)
+    last_sample = num_rows // rows_per_sample - 1
+    sample = first_row // rows_per_sample if TILE_IN_SAMPLE else tl.minimum(m // rows_per_sample, last_sample)
+    t = tl.load(timestep_index_ptr + sample)
     t = tl.minimum(tl.maximum(t, 0), num_timesteps - 1)
-    zero_point = tl.load(act_zero_point_ptr + t)
+    # 16 times the sum of q_w (q_x - zp_t), exact in int32; the scale divides it by 16.
     weight_sum = tl.load(weight_sum_ptr + n, mask=n_inside, other=0)
-    y = ((accumulator >> 4) - weight_sum[:, None] * zero_point[None, :]).to(tl.float32)
-    y *= tl.load(act_scale_ptr + t)[None, :]
-    y *= tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)[:, None]
+    scale = tl.load(act_scale_ptr + t) / 16 * tl.load(weight_scale_ptr + n, mask=n_inside, other=0.0)
+    y = (accumulator - 16 * weight_sum * tl.load(act_zero_point_ptr + t)).to(tl.float32) * scale
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
-
-    offsets = m[None, :] * out_channels + n[:, None]
-    inside = n_inside[:, None] & m_inside[None, :]
+        y += tl.load(bias_ptr + n, mask=n_inside, other=0.0).to(tl.float32)
+    offsets = m * out_channels + n
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=inside)
+        y += tl.load(residual_ptr + offsets, mask=n_inside & m_inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=n_inside & m_inside)
 
 
 def int4_linear(
@@ -102,6 +105,7 @@ def int4_linear(
     """Launches ``int4_linear_kernel``; arguments and result as in ``reference.int4_linear``."""
     out_channels, half_channels = weight.shape
     num_rows = x.numel() // x.shape[-1]
+    rows_per_sample = num_rows // x.shape[0]
     out = torch.empty(*x.shape[:-1], out_channels, dtype=out_dtype, device=x.device)
     config = launch_config(num_rows, out_channels)
     grid = (triton.cdiv(out_channels, config.block_n) * triton.cdiv(num_rows, config.block_m),)
@@ -117,7 +121,7 @@ def int4_linear(
         residual,
         out,
         num_rows,
-        num_rows // x.shape[0],
+        rows_per_sample,
         act_scale.numel(),
         out_channels,
         half_channels,
@@ -125,6 +129,7 @@ def int4_linear(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         EVEN_K=half_channels % config.block_k == 0,
+        TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
         PTX=use_ptx(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_LENGTH, BLOCK_CHANNELS = 32, 64
+BLOCK_LENGTH, BLOCK_CHANNELS = 64, 64
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +18,14 @@ from dq_runtime.calibration.temporal import Samples, layers_by_input, sample_inp
 from dq_runtime.calibration.weights import quantize_weight
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, plan_conversion
+from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
 
 
 @torch.no_grad()
-def calibrate(unet: nn.Module, calibration_set: CalibrationSet, config: DilateQuantConfig | None = None) -> nn.Module:
+def calibrate(unet: Any, calibration_set: CalibrationSet, config: DilateQuantConfig | None = None) -> Any:
     """Quantizes a UNet in place: Weight Dilation, one activation quantizer per layer and timestep, packed weights.
 
     Args:
@@ -54,7 +56,9 @@ def calibrate(unet: nn.Module, calibration_set: CalibrationSet, config: DilateQu
             for name in names:
                 del samples[name]
             progress.update(len(names))
-    return convert(unet, config, tensors)
+    convert(unet, config, tensors)
+    attach_quantizer(unet, config)
+    return unet
 
 
 def _quantize_group(

@@ -1,0 +1,328 @@
+"""Collecting calibration data: the UNet's calls as a sampling run makes them, and nothing of them shared."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+
+from dq_runtime import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedulers and NumPy 2
+
+CHANNELS, TOKENS = 3, 32
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """Takes a class label as its third argument."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=4,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def unconditional_unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def condition_unet():
+    """Takes encoder_hidden_states as its third argument, a class label as its fourth."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=CHANNELS,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        cross_attention_dim=TOKENS,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=4,
+    ).eval()
+
+
+def noise(batch, seed=0):
+    return torch.randn(batch, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def forward_hooks(unet):
+    return [hook for module in unet.modules() for hook in (*module._forward_pre_hooks, *module._forward_hooks)]
+
+
+@pytest.mark.parametrize(
+    ("timestep", "recorded"),
+    [
+        (5, [5.0]),
+        (2.5, [2.5]),
+        (torch.tensor(7), [7.0]),
+        (torch.tensor(749.25), [749.25]),
+        (torch.tensor([3]), [3.0]),
+        (torch.tensor([901, 1]), [901.0, 1.0]),
+        (torch.tensor([0.5, 0.25], dtype=torch.float64), [0.5, 0.25]),
+    ],
+    ids=["int", "float", "0-d int64", "0-d fp32", "[1]", "[B]", "[B] fp64"],
+)
+@pytest.mark.parametrize("style", ["positional", "keyword"])
+def test_a_call_is_recorded_as_it_was_made(condition_unet, timestep, recorded, style):
+    sample, tokens, labels = noise(2), torch.randn(2, 5, TOKENS), torch.tensor([1, 3])
+    with record(condition_unet) as calibration_set:
+        if style == "positional":
+            output = condition_unet(sample, timestep, tokens, class_labels=labels).sample
+        else:
+            output = condition_unet(
+                class_labels=labels, encoder_hidden_states=tokens, timestep=timestep, sample=sample
+            ).sample
+
+    (call,) = calibration_set.calls
+    assert torch.equal(call.sample, sample)
+    assert call.timestep.dtype == torch.float32
+    assert call.timestep.tolist() == recorded
+    assert call.arguments.keys() == {"encoder_hidden_states", "class_labels"}
+    assert torch.equal(call.arguments["encoder_hidden_states"], tokens)
+    assert torch.equal(call.arguments["class_labels"], labels)
+    assert torch.equal(call.run(condition_unet).sample, output)
+
+
+def test_every_call_is_recorded_in_order_whoever_makes_it(unet):
+    def somebody_else():
+        unet(noise(1, seed=2), 30, class_labels=torch.tensor([2]))
+
+    with record(unet) as calibration_set:
+        unet(noise(2, seed=0), 10, class_labels=torch.tensor([0, 1]))
+        unet(noise(2, seed=1), 10, class_labels=torch.tensor([0, 1]))
+        somebody_else()
+
+    assert [call.timestep.tolist() for call in calibration_set.calls] == [[10.0], [10.0], [30.0]]
+    for seed, call in enumerate(calibration_set.calls):
+        assert torch.equal(call.sample, noise(2 if seed < 2 else 1, seed))
+
+
+def test_a_positional_class_label_of_unet2dmodel_keeps_its_name(unet):
+    labels = torch.tensor([1, 3])
+    with record(unet) as calibration_set:
+        output = unet(noise(2), 5, labels).sample
+
+    (call,) = calibration_set.calls
+    assert call.arguments.keys() == {"class_labels"}
+    assert torch.equal(call.run(unet).sample, output)
+
+
+def test_no_positional_argument_of_unet2dconditionmodel_is_lost(condition_unet):
+    tokens, labels = torch.randn(2, 5, TOKENS), torch.tensor([1, 3])
+    with record(condition_unet) as calibration_set:
+        output = condition_unet(noise(2), 5, tokens, labels).sample
+
+    (call,) = calibration_set.calls
+    assert torch.equal(call.arguments["encoder_hidden_states"], tokens)
+    assert torch.equal(call.arguments["class_labels"], labels)
+    assert torch.equal(call.run(condition_unet).sample, output)
+
+
+def test_later_changes_in_place_do_not_reach_the_record(condition_unet):
+    sample, timestep = noise(2), torch.tensor([4.0, 8.0])
+    tokens, labels = torch.randn(2, 5, TOKENS), torch.tensor([1, 3])
+    added = {"text_embeds": torch.randn(2, 6), "time_ids": [torch.ones(2)]}
+    expected = copy.deepcopy((sample, timestep, tokens, labels, added))
+
+    with record(condition_unet) as calibration_set:
+        condition_unet(sample, timestep, tokens, class_labels=labels, added_cond_kwargs=added)
+    for tensor in (sample, timestep, tokens, labels, added["text_embeds"], added["time_ids"][0]):
+        tensor.zero_()
+    added.clear()
+
+    (call,) = calibration_set.calls
+    arguments = call.arguments
+    assert torch.equal(call.sample, expected[0])
+    assert torch.equal(call.timestep, expected[1])
+    assert torch.equal(arguments["encoder_hidden_states"], expected[2])
+    assert torch.equal(arguments["class_labels"], expected[3])
+    assert torch.equal(arguments["added_cond_kwargs"]["text_embeds"], expected[4]["text_embeds"])
+    assert torch.equal(arguments["added_cond_kwargs"]["time_ids"][0], expected[4]["time_ids"][0])
+
+
+def test_the_record_holds_no_graph(unet):
+    sample = noise(1).requires_grad_()
+    with torch.enable_grad(), record(unet) as calibration_set:
+        unet(sample, 5, class_labels=torch.tensor([1]))
+
+    assert not calibration_set.calls[0].sample.requires_grad
+
+
+def test_recording_does_not_change_what_the_unet_returns(unet):
+    arguments = {"class_labels": torch.tensor([1, 3])}
+    expected = unet(noise(2), 5, **arguments).sample
+
+    with record(unet):
+        assert torch.equal(unet(noise(2), 5, **arguments).sample, expected)
+
+
+def test_the_hook_goes_with_the_block(unet):
+    with record(unet) as calibration_set:
+        unet(noise(1), 5, class_labels=torch.tensor([1]))
+        assert len(forward_hooks(unet)) == 1
+    unet(noise(1), 6, class_labels=torch.tensor([1]))
+
+    assert not forward_hooks(unet)
+    assert calibration_set.timesteps == [5.0]
+
+
+def test_the_hook_goes_even_when_the_block_raises_and_the_calls_stay(unet):
+    recorded = []
+
+    def interrupted():
+        with record(unet) as calibration_set:
+            recorded.append(calibration_set)
+            unet(noise(1), 5, class_labels=torch.tensor([1]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not forward_hooks(unet)
+    assert recorded[0].timesteps == [5.0]
+
+
+def test_a_record_replays_in_the_dtype_of_another_unet(condition_unet):
+    with record(condition_unet) as calibration_set:
+        condition_unet(noise(2), 5, torch.randn(2, 5, TOKENS), class_labels=torch.tensor([1, 3]))
+
+    output = calibration_set.calls[0].run(copy.deepcopy(condition_unet).to(torch.bfloat16)).sample
+
+    assert output.dtype == torch.bfloat16  # and the labels stayed integers, or the embedding would have raised
+    assert bool(output.isfinite().all())
+
+
+def test_timesteps_are_distinct_and_sorted_over_calls_and_samples(unet):
+    labels = torch.tensor([1, 3])
+    with record(unet) as calibration_set:
+        unet(noise(2), torch.tensor([900.0, 2.5]), class_labels=labels)
+        unet(noise(2), 30, class_labels=labels)
+        unet(noise(2), torch.tensor([2.5, 30.0]), class_labels=labels)
+
+    assert calibration_set.timesteps == [2.5, 30.0, 900.0]
+    assert all(type(timestep) is float for timestep in calibration_set.timesteps)
+
+
+def test_an_empty_set_names_the_remedy():
+    with pytest.raises(ValueError, match=r"empty.*dq_runtime\.record"):
+        _ = CalibrationSet().timesteps
+
+
+SCHEDULERS = {
+    "ddim": lambda: DDIMScheduler(),
+    "euler": lambda: EulerDiscreteScheduler(),
+    "heun": lambda: HeunDiscreteScheduler(),
+    "pndm": lambda: PNDMScheduler(skip_prk_steps=True),
+    "dpmsolver++": lambda: DPMSolverMultistepScheduler(),
+}
+
+
+def trajectory_by_hand(unet, scheduler, sample, labels, num_inference_steps):
+    """The inputs of the UNet's calls, for samples that run together."""
+    scheduler.set_timesteps(num_inference_steps)
+    sample = sample * scheduler.init_noise_sigma
+    inputs = []
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(sample, timestep)
+        inputs.append((scaled.clone(), float(timestep)))
+        predicted = unet(scaled, timestep, class_labels=labels, return_dict=False)[0]
+        sample = scheduler.step(predicted, timestep, sample, return_dict=False)[0]
+    return inputs
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_collecting_follows_the_real_trajectory(unet, name):
+    labels = torch.tensor([0, 3, 1])
+    calibration_set = collect_from_scheduler(
+        unet, SCHEDULERS[name](), noise(3), num_inference_steps=5, arguments={"class_labels": labels}, batch_size=2
+    )
+
+    expected = []
+    for rows in (slice(0, 2), slice(2, 3)):  # a fresh scheduler a batch: no state may pass from one to the next
+        by_hand = trajectory_by_hand(unet, SCHEDULERS[name](), noise(3)[rows], labels[rows], 5)
+        expected += [(sample, timestep, labels[rows]) for sample, timestep in by_hand]
+    assert len(calibration_set.calls) == len(expected)
+    for call, (sample, timestep, batch_labels) in zip(calibration_set.calls, expected, strict=True):
+        assert torch.equal(call.sample, sample)
+        assert call.timestep.tolist() == [timestep]
+        assert torch.equal(call.arguments["class_labels"], batch_labels)
+    assert not forward_hooks(unet)
+
+
+def test_euler_timesteps_keep_their_fractions(unet):
+    calibration_set = collect_from_scheduler(
+        unet, SCHEDULERS["euler"](), noise(1), 5, {"class_labels": torch.tensor([1])}
+    )
+
+    assert calibration_set.timesteps == [0.0, 249.75, 499.5, 749.25, 999.0]
+
+
+def test_pndm_repeats_a_call_but_not_a_timestep(unet):
+    calibration_set = collect_from_scheduler(
+        unet, SCHEDULERS["pndm"](), noise(1), 5, {"class_labels": torch.tensor([1])}
+    )
+
+    called_at = [call.timestep.item() for call in calibration_set.calls]
+    assert len(called_at) == 6
+    assert len(set(called_at)) == 5
+    assert calibration_set.timesteps == sorted(set(called_at))
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "scheduler_class"), [(DDIMPipeline, DDIMScheduler), (DDPMPipeline, DDPMScheduler)]
+)
+def test_collecting_from_a_pipeline_records_each_of_its_runs(unconditional_unet, pipeline_class, scheduler_class):
+    def run_arguments(seed, steps, batch):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "batch_size": batch,
+            "num_inference_steps": steps,
+            "generator": generator,
+            "output_type": "np",
+        }
+
+    pipeline = pipeline_class(unet=unconditional_unet, scheduler=scheduler_class())
+    pipeline.set_progress_bar_config(disable=True)
+    calibration_set = collect_from_pipeline(pipeline, iter([run_arguments(0, 2, 2), run_arguments(1, 4, 1)]))
+
+    assert [call.sample.shape[0] for call in calibration_set.calls] == [2, 2, 1, 1, 1, 1]
+    called_at = [call.timestep.item() for call in calibration_set.calls]
+    assert called_at == [500.0, 0.0, 750.0, 500.0, 250.0, 0.0]
+    assert calibration_set.timesteps == [0.0, 250.0, 500.0, 750.0]
+    start = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(calibration_set.calls[0].sample, start)
+    assert not forward_hooks(pipeline.unet)

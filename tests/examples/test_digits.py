@@ -1,0 +1,222 @@
+"""The digits example: what ships beside it works, and the demo reports what it measured."""
+
+import datetime
+import importlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+DIGITS = REPOSITORY / "examples" / "digits"
+KINDS = ("class_conditional", "cross_attention")
+WEIGHTS_LIMIT = 8 * 2**20  # bytes
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DIGITS)
+        yield importlib.import_module("demo")
+
+
+@pytest.fixture(scope="module")
+def digits(demo):
+    return demo.digits
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_unet_loads_in_fp32_with_finite_weights_of_the_right_shapes(digits, kind):
+    shipped, untrained = digits.load_unet(kind).state_dict(), digits.new_unet(kind).state_dict()
+
+    assert {name: tensor.shape for name, tensor in shipped.items()} == {n: t.shape for n, t in untrained.items()}
+    assert {tensor.dtype for tensor in shipped.values()} == {torch.float32}
+    assert all(bool(tensor.isfinite().all()) for tensor in shipped.values())
+    assert not digits.load_unet(kind).training
+    assert digits.load_unet(kind, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_real_digits_are_all_there(digits):
+    images, labels = digits.real_digits()
+
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (-1, 1)
+    assert labels.unique().tolist() == list(range(10))
+
+
+def test_the_classifier_reads_held_out_digits(digits):
+    images, labels = digits.real_digits()
+    held_out = slice(digits.NUM_TRAIN, None)
+
+    predicted = digits.load_classifier()(images[held_out]).argmax(1)
+
+    assert len(predicted) == 360
+    assert (predicted == labels[held_out]).float().mean() >= 0.98
+
+
+def test_the_weights_are_small_enough_to_ship():
+    files = [path for path in DIGITS.joinpath("weights").rglob("*") if path.is_file()]
+
+    assert len(files) == 6
+    assert sum(path.stat().st_size for path in files) < WEIGHTS_LIMIT
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_unet_draws_what_is_asked_for(digits, kind):
+    labels = torch.arange(100) % 10
+    images = digits.sample(digits.load_unet(kind), digits.load_condition(kind), labels, seed=5, num_inference_steps=10)
+
+    assert images.shape == (100, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert (digits.load_classifier()(images).argmax(1) == labels).float().mean() > 0.9
+    assert images[:10].std(0).mean() > 0.2  # ten digits, not ten times one
+
+
+def test_a_seed_fixes_the_noise_whatever_the_batch_size(digits):
+    unet, condition, labels = digits.load_unet(KINDS[0]), digits.load_condition(KINDS[0]), torch.tensor([3, 1, 4])
+
+    def draw(seed, batch_size):
+        return digits.sample(unet, condition, labels, seed, num_inference_steps=2, batch_size=batch_size)
+
+    torch.testing.assert_close(draw(0, batch_size=2), draw(0, batch_size=3), rtol=0, atol=1e-4)  # sums in another order
+    assert (draw(0, batch_size=3) - draw(1, batch_size=3)).abs().max() > 0.1
+
+
+def test_a_bf16_unet_draws_nearly_the_same(digits):
+    condition, labels = digits.load_condition(KINDS[1]), torch.tensor([3, 1, 4])
+    fp32, bf16 = (
+        digits.sample(digits.load_unet(KINDS[1], dtype), condition, labels, seed=0, num_inference_steps=2)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+
+    assert bf16.dtype == torch.float32
+    assert 0 < (bf16 - fp32).square().mean().sqrt() < 0.05
+
+
+def test_draw_grid_puts_one_row_of_enlarged_images_a_model(demo, tmp_path):
+    black_left = torch.full((2, 1, 8, 8), -1.0)
+    black_left[..., :4] = 1.0  # ink is +1 and drawn black
+    images = {"fp32": torch.full((5, 1, 8, 8), -1.0), "INT4": black_left}
+
+    demo.draw_grid(images, tmp_path / "grid.png", columns=3, zoom=2)
+
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "L"
+        assert picture.size == (100 + 3 * 18, 2 * 18)
+        pixels = torch.from_numpy(np.array(picture))
+    fp32, int4 = pixels[:18, 100:], pixels[18:, 100:]
+    assert bool((fp32 == 255).all())
+    expected = torch.full((18, 3 * 18), 255, dtype=torch.uint8)
+    expected[:16, 0:8] = expected[:16, 18:26] = 0  # two images, the third column stays empty
+    assert torch.equal(int4, expected)
+    assert max(pixels[:18, :100].min(), pixels[18:, :100].min()) < 64  # the names
+
+
+def test_draw_grid_shades_linearly(demo, tmp_path):
+    values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
+    demo.draw_grid({"": values.view(5, 1, 1, 1).expand(5, 1, 8, 8)}, tmp_path / "grid.png", columns=5, zoom=1)
+
+    with Image.open(tmp_path / "grid.png") as picture:
+        shades = [picture.getpixel((100 + 10 * column, 0)) for column in range(5)]
+    assert shades == [255, 191, 127, 63, 0]
+
+
+def report_row(**values):
+    row = {
+        "model": "fp32",
+        "label_accuracy": 0.9875,
+        "psnr_db": None,
+        "ssim": None,
+        "frechet": 12.3456,
+        "unet_mb_fp16": 4.25,
+        "unet_mb": 8.5,
+        "seconds_per_image": 0.01234,
+        "not in the table": 1,
+    }
+    return row | values
+
+
+def test_print_table_aligns_its_columns(demo, capsys):
+    demo.print_table([report_row(), report_row(model="INT4 W4A8", psnr_db=31.45, ssim=0.98765, unet_mb=1.5)])
+
+    header, *lines = capsys.readouterr().out.splitlines()
+    titles = re.split(r" {2,}", header.strip())
+    assert titles == [name for name, _ in demo.COLUMNS]
+    starts = [re.search(rf"\b{title}\b", header).start() for title in titles]
+    table = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+    assert table == [
+        ["fp32", "98.8%", "-", "-", "12.35", "4.25", "8.50", "0.0123"],
+        ["INT4 W4A8", "98.8%", "31.4", "0.988", "12.35", "4.25", "1.50", "0.0123"],
+    ]
+
+
+def test_the_report_says_where_its_numbers_come_from(demo):
+    environment = demo.environment()
+
+    assert json.loads(json.dumps(environment)) == environment
+    assert datetime.date.fromisoformat(environment["date"])
+    assert environment["torch"] == torch.__version__
+    assert {"cores", "device", "python", "torch", "triton", "diffusers", "dq-runtime"} <= environment.keys()
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_evaluate_measures_every_model_against_the_first(demo, digits, monkeypatch, tmp_path):
+    def sample(unet, condition, labels, seed, batch_size=100):
+        return full_sample(unet, condition, labels, seed, num_inference_steps=4)
+
+    full_sample = digits.sample
+    monkeypatch.setattr(digits, "sample", sample)
+    monkeypatch.setattr(demo, "TIMING_BATCH", 1)
+    monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
+    kind = "class_conditional"
+    unets = {
+        "fp32": digits.load_unet(kind),
+        "the same": digits.load_unet(kind),
+        "untrained": digits.new_unet(kind).eval(),
+    }
+    rows = demo.evaluate(unets, kind, 30, tmp_path)
+
+    first, same, untrained = rows
+    assert [row["model"] for row in rows] == list(unets)
+    assert all({name for name, _ in demo.COLUMNS} <= row.keys() for row in rows)
+    assert (first["psnr_db"], first["ssim"]) == (None, None)
+    assert same["psnr_db"] == float("inf")
+    assert same["ssim"] == pytest.approx(1)
+    assert untrained["psnr_db"] < 15
+    assert untrained["ssim"] < 0.5
+    assert first["label_accuracy"] == same["label_accuracy"] > 0.8
+    assert untrained["label_accuracy"] < 0.5
+    assert first["frechet"] == same["frechet"] < untrained["frechet"] / 2
+    parameters = sum(parameter.numel() for parameter in unets["fp32"].parameters())
+    assert first["unet_mb_fp16"] == pytest.approx(2 * parameters / 1e6)
+    assert first["unet_mb"] == pytest.approx(4 * parameters / 1e6)
+    assert first["quantized_weights_over_fp16"] is None
+    assert all(row["seconds_per_image"] > 0 for row in rows)
+    assert tmp_path.joinpath("grid.png").is_file()
+
+
+def test_the_documented_commands_exist():
+    documents = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run")]
+    text = "\n".join(path.read_text() for path in documents)
+    makefile = (REPOSITORY / "Makefile").read_text()
+    commands = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    phony = set(re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split())
+
+    assert {"demo", "test"} <= commands <= targets
+    assert phony <= targets
+    for script in set(re.findall(r"\b(?:examples|benchmarks)/[\w/]+\.py\b", text + makefile)):
+        assert (REPOSITORY / script).is_file(), script

@@ -1,0 +1,376 @@
+"""Packed checkpoints: stock ``save_pretrained`` and ``from_pretrained`` keep every bit; damage is refused by name."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from dq_runtime import DilateQuantConfig
+from dq_runtime.convert import quantized_layers
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONV, LINEAR = "mid_block.resnets.0.conv1", "time_embedding.linear_1"
+
+
+@pytest.fixture(scope="module")
+def saved(unet2d_condition, tmp_path_factory):
+    """The folder of a saved ``UNet2DConditionModel``."""
+    folder = tmp_path_factory.mktemp("saved")
+    unet2d_condition.quantized.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved, tmp_path):
+    """Copies the saved UNet, with its tensors and its quantization config changed by functions, in place."""
+
+    def damaged(change_tensors=lambda tensors: None, change_config=lambda config: None):
+        tensors = load_file(saved / WEIGHTS)
+        change_tensors(tensors)
+        save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+        config = json.loads((saved / "config.json").read_text())
+        change_config(config["quantization_config"])
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return damaged
+
+
+def test_saved_files_are_safetensors_and_a_config(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", WEIGHTS]
+    assert json.loads((saved / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "dilatequant",
+        "weight_bits": 4,
+        "activation_bits": 8,
+        "dilation": "weight",
+        "max_dilation": 8.0,
+        "modules_to_not_convert": ["conv_in", "conv_out"],
+        "timesteps": [0.0, 250.0, 500.0, 750.0],
+    }
+
+
+def test_file_holds_what_the_unet_holds_and_no_more(saved, unet2d_condition, assert_same_tensors):
+    assert_same_tensors(load_file(saved / WEIGHTS), unet2d_condition.quantized.state_dict())
+
+
+def test_quantized_weights_take_a_quarter_of_fp16(unet2d, tmp_path):
+    """Weights, their scales and sums: 8 bytes an output channel, on top of 0.5 a weight. Its few hundred inputs, taps
+    included, make that 27 % here, and less in any UNet of practical width."""
+    unet2d.quantized.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    packed = fp16 = 0
+    for name in quantized_layers(unet2d.quantized):
+        packed += sum(tensors[f"{name}.{t}"].nbytes for t in ("weight", "weight_scale", "weight_sum"))
+        fp16 += 2 * unet2d.stock.get_submodule(name).weight.numel()
+
+    assert 0.25 * fp16 < packed <= 0.27 * fp16
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"device_map": "auto", "max_memory": {"cpu": "1GB"}},
+        {"device_map": "balanced", "max_memory": {"cpu": "1GB"}},
+        {"device_map": "auto", "max_memory": {"cpu": "1GB"}, "torch_dtype": torch.float32},
+        {"torch_dtype": torch.float32},
+        {"disable_mmap": True},
+    ],
+    ids=str,
+)
+def test_loaded_unet_has_the_same_bits(saved, unet2d_condition, assert_same_tensors, arguments):
+    unet = UNet2DConditionModel.from_pretrained(saved, **arguments)
+
+    assert_same_tensors(unet.state_dict(), unet2d_condition.quantized.state_dict())
+    assert not any(tensor.is_meta for tensor in [*unet.parameters(), *unet.buffers()])
+    assert not unet.training
+    timestep = torch.tensor([3, 999])
+    expected = unet2d_condition.call(unet2d_condition.quantized, timestep)
+    assert torch.equal(unet2d_condition.call(unet, timestep), expected)
+
+
+def test_layers_of_a_loaded_unet_share_its_grid(saved):
+    unet = UNet2DConditionModel.from_pretrained(saved)
+
+    for name, layer in quantized_layers(unet).items():
+        assert layer.timestep_grid is unet.timestep_grid
+        assert layer.name == name
+
+
+def test_saving_a_loaded_unet_writes_the_same_file(saved, tmp_path):
+    UNet2DConditionModel.from_pretrained(saved).save_pretrained(tmp_path)
+
+    assert (tmp_path / WEIGHTS).read_bytes() == (saved / WEIGHTS).read_bytes()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (saved, tmp_path)]
+    assert configs[0] == {name: value for name, value in configs[1].items() if name != "_name_or_path"}
+
+
+def test_shards_load_as_one(unet2d_condition, tmp_path, assert_same_tensors):
+    unet2d_condition.quantized.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+
+    unet = UNet2DConditionModel.from_pretrained(tmp_path)
+
+    assert_same_tensors(unet.state_dict(), unet2d_condition.quantized.state_dict())
+    assert torch.equal(unet2d_condition.call(unet), unet2d_condition.call(unet2d_condition.quantized))
+
+
+def test_variants_are_loaded(unet2d_condition, tmp_path, assert_same_tensors):
+    unet2d_condition.quantized.save_pretrained(tmp_path, variant="int4")
+
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, variant="int4")
+
+    assert_same_tensors(unet.state_dict(), unet2d_condition.quantized.state_dict())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"device_map": "auto", "max_memory": {"cpu": "1GB"}}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_torch_dtype_casts_all_but_the_tables(
+    saved, unet2d_condition, tables, assert_same_tensors, relative_rms, dtype, arguments
+):
+    unet = UNet2DConditionModel.from_pretrained(saved, torch_dtype=dtype, **arguments)
+
+    assert unet.dtype == dtype
+    assert unet.conv_in.weight.dtype == dtype
+    assert unet.get_submodule(CONV).bias.dtype == dtype
+    assert unet.timestep_grid.boundaries.dtype == torch.float32
+    assert_same_tensors(tables(unet), tables(unet2d_condition.quantized))
+    expected = unet2d_condition.call(unet2d_condition.copy().to(dtype), 500, dtype)
+    assert torch.equal(unet2d_condition.call(unet, 500, dtype), expected)
+
+
+def test_half_precision_unet_is_saved_and_loaded(unet2d_condition, tmp_path, assert_same_tensors):
+    half = unet2d_condition.copy().half()
+    half.save_pretrained(tmp_path)
+
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
+
+    assert_same_tensors(unet.state_dict(), half.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8], ids=str)
+def test_dtypes_that_the_kernels_do_not_know_are_refused(saved, dtype):
+    with pytest.raises(ValueError, match=f"torch_dtype must be float16, bfloat16 or float32.*{dtype}"):
+        UNet2DConditionModel.from_pretrained(saved, torch_dtype=dtype)
+
+
+def test_loaded_unet_can_be_cast(saved, unet2d_condition, tables, assert_same_tensors):
+    """diffusers refuses these for most quantization methods."""
+    expected = tables(unet2d_condition.quantized)
+
+    unet = UNet2DConditionModel.from_pretrained(saved).half()
+
+    assert unet2d_condition.call(unet, dtype=torch.float16).dtype == torch.float16
+    assert_same_tensors(tables(unet), expected)
+    unet.to(torch.bfloat16)
+    assert unet2d_condition.call(unet, dtype=torch.bfloat16).dtype == torch.bfloat16
+    unet.float()
+    assert_same_tensors(tables(unet), expected)
+
+
+def test_loaded_unet_can_be_dequantized(saved, unet2d_condition, assert_same_tensors):
+    unet = UNet2DConditionModel.from_pretrained(saved).dequantize()
+
+    assert not quantized_layers(unet)
+    assert_same_tensors(unet.state_dict(), unet2d_condition.copy().dequantize().state_dict())
+
+
+def test_pipeline_saves_loads_and_draws_the_same_image(unet2d, tmp_path):
+    def draw(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=3, output_type="np").images
+
+    pipeline = DDIMPipeline(unet2d.quantized, DDIMScheduler())
+    expected = draw(pipeline)
+    pipeline.save_pretrained(tmp_path)
+
+    loaded = DDIMPipeline.from_pretrained(tmp_path)
+
+    assert isinstance(loaded.unet, UNet2DModel)
+    assert quantized_layers(loaded.unet)
+    assert (draw(loaded) == expected).all()
+    assert expected.std() > 0.1  # or images of one colour would pass
+
+
+def test_pipeline_in_half_precision_keeps_the_tables(unet2d, tmp_path, tables, assert_same_tensors):
+    DDIMPipeline(unet2d.quantized, DDIMScheduler()).save_pretrained(tmp_path)
+
+    loaded = DDIMPipeline.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    moved = DDIMPipeline.from_pretrained(tmp_path).to(torch.float16)
+
+    for pipeline in (loaded, moved):
+        assert pipeline.unet.dtype == torch.float16
+        assert_same_tensors(tables(pipeline.unet), tables(unet2d.quantized))
+
+
+@pytest.mark.parametrize(
+    "name", [f"{CONV}.{t}" for t in ("weight", "weight_scale", "weight_sum", "act_scale", "bias")] + ["conv_in.weight"]
+)
+def test_missing_tensor_is_refused_by_name(damaged, name):
+    path = damaged(lambda tensors: tensors.pop(name))
+
+    with pytest.raises(ValueError, match=rf"missing tensors: {name}\. .*save it again"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", [f"{CONV}.zero_point", "lora.weight", "timestep_grid.boundaries"])
+def test_unexpected_tensor_is_refused_by_name(damaged, name):
+    path = damaged(lambda tensors: tensors.update({name: torch.zeros(1)}))
+
+    with pytest.raises(ValueError, match=rf"unexpected tensors: {name}\. .*save it again"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+def test_long_lists_of_tensors_are_cut_short(damaged):
+    def change(tensors):
+        for name in [name for name in tensors if name.endswith("act_scale")]:
+            del tensors[name]
+
+    with pytest.raises(ValueError, match=r"missing tensors: .* and \d+ more") as error:
+        UNet2DConditionModel.from_pretrained(damaged(change))
+    assert str(error.value).count("act_scale") == 10
+
+
+@pytest.mark.parametrize("name", [f"{CONV}.weight", f"{CONV}.weight_dilation", f"{LINEAR}.weight", f"{LINEAR}.bias"])
+def test_tensor_of_another_shape_is_refused_by_name(damaged, name):
+    path = damaged(lambda tensors: tensors.update({name: tensors[name][1:].clone()}))
+
+    with pytest.raises(ValueError, match=rf"{name}.*expected shape"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (f"{CONV}.weight", torch.int8),
+        (f"{CONV}.weight_scale", torch.float16),
+        (f"{CONV}.weight_sum", torch.int64),
+        (f"{LINEAR}.act_scale", torch.bfloat16),
+        (f"{LINEAR}.act_zero_point", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("torch_dtype", [None, torch.float16], ids=str)
+def test_tensor_of_another_dtype_is_refused_by_name(damaged, name, dtype, torch_dtype):
+    path = damaged(lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+
+    with pytest.raises(ValueError, match=rf"{name}: .*{dtype}.*save it again"):
+        UNet2DConditionModel.from_pretrained(path, torch_dtype=torch_dtype)
+
+
+def flip_bits(mask):
+    def change(tensor):
+        tensor.view(-1)[7] ^= mask
+
+    return change
+
+
+def put(value):
+    def change(tensor):
+        tensor[1] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("weight", flip_bits(0x01)),
+        ("weight", flip_bits(0x80)),
+        ("weight", flip_bits(0xFF)),
+        ("weight", lambda tensor: tensor.zero_()),
+        ("weight_sum", flip_bits(0x01)),
+        ("weight_scale", put(-0.01)),
+        ("weight_scale", put(0.0)),
+        ("weight_scale", put(float("nan"))),
+        ("weight_dilation", put(float("inf"))),
+        ("weight_dilation", put(0.0)),
+        ("act_scale", put(float("nan"))),
+        ("act_scale", put(-1.0)),
+        ("act_zero_point", put(128)),
+        ("act_zero_point", put(-129)),
+    ],
+)
+@pytest.mark.parametrize("layer", [CONV, LINEAR])
+def test_corrupt_values_are_refused_by_the_layer_s_name(damaged, layer, tensor, change):
+    path = damaged(lambda tensors: change(tensors[f"{layer}.{tensor}"]))
+
+    with pytest.raises(ValueError, match=rf"{layer}\.{tensor}.*corrupt: download or save it again"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+def test_undamaged_copy_loads(damaged, unet2d_condition, assert_same_tensors):
+    """Or the tests above might refuse the copying."""
+    unet = UNet2DConditionModel.from_pretrained(damaged())
+
+    assert_same_tensors(unet.state_dict(), unet2d_condition.quantized.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timesteps": [0.0, 500.0]}, r"act_scale: expected shape \(2,\), the checkpoint holds \(4,\)"),
+        ({"timesteps": None}, r"no timesteps.*calibrate"),
+        ({"timesteps": [750.0, 500.0, 250.0, 0.0]}, "sorted"),
+        ({"modules_to_not_convert": []}, r"missing tensors: conv_in\.act_scale"),
+        ({"modules_to_not_convert": ["mid_block", "conv_in", "conv_out"]}, r"unexpected tensors: mid_block\."),
+        ({"weight_bits": 8}, "weight_bits must be 4"),
+        ({"quant_method": "dilate"}, "dilatequant"),
+    ],
+    ids=str,
+)
+def test_config_that_does_not_fit_the_tensors_is_refused(damaged, change, message):
+    path = damaged(change_config=lambda config: config.update(change))
+
+    with pytest.raises(ValueError, match=message):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+def test_activation_bits_below_the_zero_points_are_refused(damaged):
+    path = damaged(change_config=lambda config: config.update(activation_bits=4))
+
+    with pytest.raises(ValueError, match=r"act_zero_point must lie in \[-8, 7\]"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+def test_floating_point_weights_cannot_be_quantized_while_they_load(subject, tmp_path):
+    copy.deepcopy(subject.stock).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"floating point.*dq_runtime\.calibrate"):
+        type(subject.stock).from_pretrained(tmp_path, quantization_config=DilateQuantConfig())
+
+
+def test_another_process_needs_the_import_of_dq_runtime_and_no_more(saved, unet2d_condition, tmp_path):
+    torch.save((unet2d_condition.sample, unet2d_condition.arguments), tmp_path / "inputs.pt")
+    code = f"""
+import sys
+import torch
+from diffusers import UNet2DConditionModel
+try:
+    UNet2DConditionModel.from_pretrained({str(saved)!r})
+except ValueError as error:
+    print(error)
+else:
+    sys.exit("loaded without the import")
+
+import dq_runtime
+unet = UNet2DConditionModel.from_pretrained({str(saved)!r})
+sample, arguments = torch.load("inputs.pt")
+with torch.no_grad():
+    torch.save(unet(sample, torch.tensor([3, 999]), **arguments).sample, "output.pt")
+if any(name.startswith("dq_runtime.calibration") for name in sys.modules):
+    sys.exit("inference imported calibration")
+"""
+
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    assert result.returncode == 0, result.stderr
+    assert "dilatequant" in result.stdout
+    expected = unet2d_condition.call(unet2d_condition.quantized, torch.tensor([3, 999]))
+    assert torch.equal(torch.load(tmp_path / "output.pt"), expected)

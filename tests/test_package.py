@@ -1,0 +1,211 @@
+"""What installs, under which names, and who imports whom."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import dq_runtime
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = {"dq_kernels": REPOSITORY / "kernels", "dq_runtime": REPOSITORY / "dq_runtime"}
+
+
+def sources(package):
+    """Path of every module by its dotted name."""
+    root = PACKAGES[package]
+    modules = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = [package, *path.relative_to(root).with_suffix("").parts]
+        modules[".".join(parts).removesuffix(".__init__")] = path
+    return modules
+
+
+MODULES = {name: path for package in PACKAGES for name, path in sources(package).items()}
+
+
+def imports(source, lazy=True):
+    """Dotted names that a module imports; without ``lazy`` only those that importing it runs.
+
+    ``from a.b import c`` gives ``a.b.c``: c may be a module. What only type checkers see is left out of the latter.
+    """
+    found = set()
+
+    def visit(node):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports are not read here"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif not lazy and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        elif not lazy and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.orelse:
+                visit(child)
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+def is_in(name, package):
+    return f"{name}.".startswith(f"{package}.")
+
+
+EVERY_FORM = """
+import a
+import b.c as d, e
+from f import g
+if TYPE_CHECKING:
+    from h import i
+else:
+    import j
+try:
+    import k
+except ImportError:
+    pass
+class C:
+    import l
+    def method(self):
+        import m
+"""
+
+
+def test_the_reader_of_imports_sees_every_form():
+    at_import = {"a", "b.c", "e", "f.g", "j", "k", "l"}
+
+    assert imports(EVERY_FORM, lazy=False) == at_import
+    assert imports(EVERY_FORM) == at_import | {"h.i", "m"}
+    with pytest.raises(AssertionError, match="relative"):
+        imports("from . import a")
+
+
+def test_there_are_modules_to_read():
+    assert {"dq_kernels", "dq_kernels.ops", "dq_runtime", "dq_runtime.calibration.calibrate"} <= MODULES.keys()
+
+
+@pytest.mark.parametrize("module", sources("dq_kernels"))
+def test_kernels_know_torch_and_triton_alone(module):
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "dq_kernels"}
+
+    assert {name.partition(".")[0] for name in imports(MODULES[module].read_text())} <= allowed
+
+
+@pytest.mark.parametrize("module", sources("dq_runtime"))
+def test_the_runtime_reaches_kernels_through_ops_alone(module):
+    kernels = {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_kernels")}
+
+    assert all(is_in(name, "dq_kernels.ops") for name in kernels), kernels
+
+
+def test_the_door_to_the_kernels_is_used():
+    everything = {name for module in sources("dq_runtime") for name in imports(MODULES[module].read_text())}
+
+    assert "dq_kernels.ops" in everything
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in sources("dq_runtime") if not is_in(name, "dq_runtime.calibration")]
+)
+def test_inference_imports_no_calibration(module):
+    found = imports(MODULES[module].read_text(), lazy=False)
+
+    assert not {name for name in found if is_in(name, "dq_runtime.calibration")}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [n for n in sources("dq_runtime") if not n.startswith(("dq_runtime.calibration", "dq_runtime.evaluation"))],
+)
+def test_inference_imports_no_evaluation(module):
+    assert not {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_runtime.evaluation")}
+
+
+def test_arrows_go_down_only():
+    def targets(module):
+        for name in imports(MODULES[module].read_text(), lazy=False):
+            target = name if name in MODULES else name.rpartition(".")[0]
+            if target in MODULES and target not in PACKAGES:  # a package itself is its modules' front
+                yield target
+
+    graph = {module: set(targets(module)) for module in MODULES}
+    assert "dq_kernels.ops" in graph["dq_runtime.layers"]
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+    assert order.index("dq_kernels.packing") < order.index("dq_kernels.ops") < order.index("dq_runtime.layers")
+    assert order.index("dq_runtime.layers") < order.index("dq_runtime.convert")
+    assert order.index("dq_runtime.convert") < order.index("dq_runtime.calibration.calibrate")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy, so that the repository's build folder stays as it is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    for root in PACKAGES.values():
+        shutil.copytree(root, source / root.name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), "source"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (path,) = (folder / "dist").iterdir()
+    with zipfile.ZipFile(path) as opened:
+        yield opened
+
+
+def test_the_wheel_holds_two_packages_and_none_is_called_kernels(wheel):
+    top_level = {name.partition("/")[0] for name in wheel.namelist()}
+
+    assert top_level == {"dq_kernels", "dq_runtime", f"dq_runtime-{dq_runtime.__version__}.dist-info"}
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+    expected = {
+        f"{package}/{path.relative_to(root).as_posix()}"
+        for package, root in PACKAGES.items()
+        for path in [*root.rglob("*.py"), root / "py.typed"]
+    }
+
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_wheels_files_are_the_repositorys(wheel):
+    for package, root in PACKAGES.items():
+        name = f"{package}/__init__.py"
+        assert wheel.read(name) == (root / "__init__.py").read_bytes()
+
+
+def test_the_wheels_metadata(wheel):
+    metadata = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/METADATA").decode()
+    requirements = set(re.findall(r"^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata, re.MULTILINE))
+
+    assert "\nName: dq-runtime\n" in metadata
+    assert f"\nVersion: {dq_runtime.__version__}\n" in metadata
+    assert {"torch", "triton", "diffusers"} <= requirements
+    assert "torchvision" not in metadata
+    assert any(name.endswith("LICENSE") for name in wheel.namelist())
+
+
+def test_every_third_party_import_is_a_requirement(wheel):
+    """Of the installed packages; an extra counts only for dq_runtime.evaluation."""
+    metadata = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/METADATA").decode()
+    distributions = {"skimage": "scikit-image"}
+    required = set(re.findall(r"^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata, re.MULTILINE))
+    evaluation = set(re.findall(r"^Requires-Dist: ([\w-]+)[^\n]*extra == [\"']evaluation", metadata, re.MULTILINE))
+    known = {*sys.stdlib_module_names, *PACKAGES}
+
+    assert "scikit-image" in evaluation
+    for module, path in MODULES.items():
+        used = {name.partition(".")[0] for name in imports(path.read_text())} - known
+        available = required | evaluation if is_in(module, "dq_runtime.evaluation") else required
+        assert {distributions.get(name, name) for name in used} <= available, module
