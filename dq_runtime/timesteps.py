@@ -32,7 +32,8 @@ class TimestepGrid(TableModule):
         values = torch.tensor(timesteps, dtype=torch.float32)
         self.num_timesteps = len(timesteps)
         self.register_buffer("boundaries", (values[1:] + values[:-1]) / 2, persistent=False)
-        self.register_buffer("index", torch.empty(0, dtype=torch.int32), persistent=False)
+        # No buffer: torch.compile would compile again when the first forward replaces it.
+        self.index = torch.empty(0, dtype=torch.int32)
 
     def nearest(self, timestep: torch.Tensor | float, batch_size: int, device: torch.device) -> torch.Tensor:
         """The index of the grid point nearest to each sample's timestep; ties go to the smaller one.

@@ -176,6 +176,7 @@ class Net(nn.Module):
         self.to_q = nn.Linear(channels, 3)
         self.late = nn.Linear(channels, 3)
         self.occasional = nn.Linear(channels, 3)
+        self.folded = nn.Linear(channels, 3)
 
     def forward(self, sample, timestep, occasional=False):
         tokens = sample.flatten(2).transpose(1, 2)
@@ -183,6 +184,7 @@ class Net(nn.Module):
         self.conv1x1(sample)
         self.to_q(tokens)
         self.late(tokens * 2)
+        self.folded(tokens.reshape(2 * tokens.shape[0], -1, tokens.shape[2]))
         if occasional:
             self.occasional(tokens)
 
@@ -296,6 +298,11 @@ def test_a_layer_that_some_timesteps_never_reach_is_named():
 
     with pytest.raises(ValueError, match="occasional"):
         net_samples(Net(), calls, layers=["conv", "occasional"])
+
+
+def test_a_layer_whose_batch_is_not_the_samples_is_named():
+    with pytest.raises(ValueError, match=r"^folded: .*\b2\b.*\b4\b"):  # expected, found
+        net_samples(Net(), [(normal(2, 2, 4, 4), [9.0], {})], layers=["conv", "folded"])
 
 
 def grouped(samples):

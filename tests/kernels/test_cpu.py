@@ -64,6 +64,7 @@ def test_copies_of_some_weights_can_be_counted_alone(make):
 
 @OPERATORS
 def test_copy_goes_when_the_weight_goes(make, op):
+    gc.collect()  # weights of other tests
     arguments = make(op)
     before = ops.prepacked_bytes()
     getattr(ops, op)(**arguments)
