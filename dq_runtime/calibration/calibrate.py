@@ -43,6 +43,10 @@ def calibrate(unet: Any, calibration_set: CalibrationSet, config: DilateQuantCon
     config = replace(config or DilateQuantConfig(), timesteps=calibration_set.timesteps)
     assert config.timesteps is not None
     layers = plan_conversion(unet, config).layers
+    for name, layer in layers.items():
+        for tensor, parameter in layer.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ValueError(f"{name}.{tensor} holds NaN or infinity; load the original weights again")
     samples = sample_inputs(unet, layers, calibration_set, TimestepGrid(config.timesteps))
     unreached = [name for name in layers if name not in samples]
     if unreached:
@@ -65,9 +69,6 @@ def _quantize_group(
     layers: Mapping[str, nn.Linear | nn.Conv2d], samples: Samples, config: DilateQuantConfig
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The state dicts of layers that see one tensor: they share one dilation and one activation quantizer."""
-    for name, layer in layers.items():
-        if not bool(layer.weight.isfinite().all()):
-            raise ValueError(f"{name}.weight holds NaN or infinity; load the original weights again")
     channels = next(iter(layers.values())).weight.shape[1]
     dilation = torch.ones(channels, device=next(iter(layers.values())).weight.device)
     if config.dilation == "weight":

@@ -5,6 +5,7 @@ The inputs are recorded, not the activations: whoever needs activations (ranges,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def record(unet: nn.Module) -> Iterator[CalibrationSet]:
         return tensor.detach().to("cpu", copy=True)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
+        arguments = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
         sample, timestep = arguments.pop("sample"), arguments.pop("timestep")
         calibration_set.calls.append(
             UNetCall(

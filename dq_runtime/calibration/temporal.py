@@ -32,7 +32,8 @@ def sample_inputs(
         see one tensor get equal samples.
 
     Raises:
-        ValueError: if an input is not finite; names the layer.
+        ValueError: if an input is not finite, its batch is not the UNet's, or a timestep never reached the layer; names
+            the layer.
     """
     indices = [grid.nearest(c.timestep, c.sample.shape[0], c.timestep.device) for c in calibration_set.calls]
     calls_at = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices]).sum(0).tolist()
@@ -46,8 +47,13 @@ def sample_inputs(
                 f"{name}: its input holds NaN or infinity during calibration. Check that the floating-point UNet draws "
                 "proper images in this dtype (some models overflow in float16: try bfloat16 or float32)"
             )
-        parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
         index = indices[position].to(x.device)
+        if x.shape[0] != index.shape[0]:
+            raise ValueError(
+                f"{name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}. "
+                "Its timesteps cannot be told: add it to modules_to_not_convert"
+            )
+        parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
         for t in indices[position].unique().tolist():
             rows = x[index == t].flatten(0, -2)
             wanted = -(-VALUES_PER_TIMESTEP // (rows.shape[1] * calls_at[t]))
@@ -66,6 +72,12 @@ def sample_inputs(
     finally:
         for handle in handles:
             handle.remove()
+    for name, parts in samples.items():
+        if not all(parts):
+            raise ValueError(
+                f"{name}: calibration reached it at some timesteps only. Record calls that take the same path at every "
+                "timestep, or add it to modules_to_not_convert"
+            )
     return {name: [torch.cat(rows) for rows in parts] for name, parts in samples.items()}
 
 
@@ -135,6 +147,6 @@ def _best_end(
 
 def _scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps [low, high] (which holds zero) onto the 2^bits integers; the zero point is exact."""
-    scale = (high - low) / (2**bits - 1)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)  # its inverse stays finite
     zero_point = torch.floor(-(2 ** (bits - 1)) - low / scale + 0.5)
     return scale, zero_point.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int32)

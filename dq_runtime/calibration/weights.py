@@ -21,14 +21,15 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows = weight.detach().float().flatten(1)
     largest = rows.abs().amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    best_scale, best_error = largest / INT4_MAX, torch.full_like(largest, torch.inf)
+    rows = torch.where(largest > 0, rows / largest, 0.0)  # in [-1, 1], so that no square underflows
+    best_clip, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for clip in torch.linspace(SMALLEST_CLIP, 1.0, CANDIDATES):
-        scale = largest * clip / INT4_MAX
+        scale = clip.to(rows) / INT4_MAX
         error = (_round(rows, scale) * scale - rows).square().sum(1, keepdim=True)
-        best_scale = torch.where(error < best_error, scale, best_scale)
+        best_clip = torch.where(error < best_error, clip.to(rows), best_clip)
         best_error = torch.minimum(error, best_error)
-    return _round(rows, best_scale).to(torch.int8).view(weight.shape), best_scale.flatten()
+    weight_scale = (best_clip * largest / INT4_MAX).clamp(min=torch.finfo(torch.float32).tiny).flatten()
+    return _round(rows, best_clip / INT4_MAX).to(torch.int8).view(weight.shape), weight_scale
 
 
 def _round(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
