@@ -48,10 +48,11 @@ def _by_timestep(
     x: torch.Tensor, timestep_index: torch.Tensor, num_timesteps: int, run: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> torch.Tensor:
     """Calls ``run(samples of x, t)`` once for every timestep index t in the batch; puts the results in order again."""
-    index = timestep_index.clamp(0, num_timesteps - 1)
-    present = index.unique().tolist()
+    indices = [min(max(t, 0), num_timesteps - 1) for t in timestep_index.tolist()]
+    present = sorted(set(indices))
     if len(present) == 1:
         return run(x, present[0])
+    index = torch.tensor(indices)
     parts = {t: run(x[index == t], t) for t in present}
     out = x.new_empty(x.shape[0], *parts[present[0]].shape[1:], dtype=torch.float32)
     for t, part in parts.items():

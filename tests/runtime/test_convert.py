@@ -196,13 +196,14 @@ def test_layer_that_calibration_never_reached_stays_and_a_warning_says_so(new_un
     assert "mid_block.spare" in unet.config.quantization_config.modules_to_not_convert
 
 
-def test_fir_resampler_keeps_its_convolution(new_unet, quantize):
+def test_fir_resampler_keeps_its_convolution(new_unet, quantize, caplog):
     unet = new_unet()
     unet.down_blocks[0].downsamplers[0] = FirDownsample2D(32, 32, use_conv=True)
 
     quantize(unet)
 
     assert type(unet.down_blocks[0].downsamplers[0].Conv2d_0) is nn.Conv2d
+    assert "down_blocks.0.downsamplers.0.Conv2d_0 (a FIR resampler reads its weight directly)" in caplog.text
     assert isinstance(unet.down_blocks[0].resnets[0].conv1, QuantConv2d)
     assert torch.isfinite(unet(torch.randn(1, 3, 8, 8), 500).sample).all()
 

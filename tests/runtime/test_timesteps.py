@@ -171,6 +171,17 @@ def test_index_is_found_without_a_sync(timestep):
     assert grid.index.tolist() == [nearest_row(GRID, t) for t in torch.as_tensor(timestep).expand(3).tolist()]
 
 
+@pytest.mark.parametrize("timestep", [7, torch.tensor(7), torch.tensor([7.5]), torch.tensor([0, 500, 999])], ids=repr)
+def test_index_is_found_without_reading_a_value(timestep):
+    """Tensors on the meta device have none; ``tolist`` goes past PyTorch's dispatcher."""
+    meta = torch.device("meta")
+    timestep = timestep.to(meta) if torch.is_tensor(timestep) else timestep
+
+    index = TimestepGrid(GRID).nearest(timestep, 3, meta)
+
+    assert (index.shape, index.dtype, index.device) == ((3,), torch.int32, meta)
+
+
 def test_sample_and_timestep_may_come_by_position_or_by_name(unet2d):
     unet, sample, timestep = unet2d.quantized, unet2d.sample, torch.tensor([0, 750])
 
