@@ -39,7 +39,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
     activation_bits: int = 8
     dilation: str = "weight"
     max_dilation: float = 8.0
-    modules_to_not_convert: list[str] = field(default_factory=lambda: ["conv_in", "conv_out"])
+    modules_to_not_convert: list[str] | None = field(default_factory=lambda: ["conv_in", "conv_out"])
     timesteps: list[float] | None = None
     quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT  # type: ignore[assignment]
 
@@ -53,6 +53,8 @@ class DilateQuantConfig(QuantizationConfigMixin):
             raise ValueError(f"dilation must be one of {DILATIONS}, got {self.dilation!r}")
         if not self.max_dilation >= 1:
             raise ValueError(f"max_dilation must be at least 1, got {self.max_dilation}")
+        if self.modules_to_not_convert is None:
+            self.modules_to_not_convert = []
         if isinstance(self.modules_to_not_convert, str):
             raise ValueError(f"modules_to_not_convert must be a list, got the string {self.modules_to_not_convert!r}")
 

@@ -68,15 +68,23 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
                 kept[name] = reason
             elif isinstance(module, (nn.Linear, nn.Conv2d)):
                 layers[name] = module
+    for entry in config.modules_to_not_convert or ():
+        if not any(_names(entry, name) for name in kept):
+            logger.warning("modules_to_not_convert: %r names no linear or convolution of this UNet", entry)
     if not layers:
         raise ValueError("No layer is left to quantize: every linear and convolution is in modules_to_not_convert")
     return ConversionPlan(layers, kept)
 
 
+def _names(entry: str, name: str) -> bool:
+    """Whether an entry of ``modules_to_not_convert`` is a layer's dotted name or a part of it."""
+    return f".{entry}." in f".{name}."
+
+
 def _reason_to_keep(
     name: str, module: nn.Module, config: DilateQuantConfig, fir_prefixes: tuple[str, ...]
 ) -> str | None:
-    if any(f".{entry}." in f".{name}." for entry in config.modules_to_not_convert):
+    if any(_names(entry, name) for entry in config.modules_to_not_convert or ()):
         return REQUESTED
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"no INT4 kernel for {type(module).__name__}"

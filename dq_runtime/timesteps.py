@@ -7,6 +7,7 @@ sample. There is no step counter: a call may repeat a timestep, skip some, start
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class TimestepGrid(TableModule):
             ValueError: if its shape is another one.
         """
         if not isinstance(timestep, torch.Tensor):
-            if isinstance(timestep, bool) or not isinstance(timestep, (int, float)):
+            if isinstance(timestep, bool) or not isinstance(timestep, Real):
                 raise TypeError(f"timestep must be an int, a float or a tensor of them, got {type(timestep).__name__}")
             timestep = torch.full((1,), float(timestep), dtype=torch.float32, device=device)
         if timestep.dtype == torch.bool or timestep.is_complex():
@@ -64,6 +65,7 @@ class TimestepGrid(TableModule):
 
     def before_forward(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The UNet's forward pre-hook: fills ``index`` from its ``sample`` and ``timestep`` arguments."""
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        self.index = self.nearest(timestep, sample.shape[0], sample.device)
+        arguments = {**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}
+        if "sample" in arguments and "timestep" in arguments:  # if not, forward itself says so
+            sample = arguments["sample"]
+            self.index = self.nearest(arguments["timestep"], sample.shape[0], sample.device)

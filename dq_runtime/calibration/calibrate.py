@@ -51,7 +51,7 @@ def calibrate(unet: Any, calibration_set: CalibrationSet, config: DilateQuantCon
     unreached = [name for name in layers if name not in samples]
     if unreached:
         logger.warning("Kept in floating point: %s (calibration never reached them)", ", ".join(unreached))
-        config.modules_to_not_convert = [*config.modules_to_not_convert, *unreached]
+        config.modules_to_not_convert = [*(config.modules_to_not_convert or ()), *unreached]
 
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     with tqdm(total=len(samples), desc="Quantizing layers") as progress:

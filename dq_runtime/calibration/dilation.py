@@ -14,7 +14,7 @@ def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
     """The paper's rule: s_k = min over n and taps of max|w_n| / |w_nk|, at most ``max_dilation``.
 
     Args:
-        weight: [N, K, ...] float; for layers that share their input, concatenated along N.
+        weight: [N, K, ...] float. Layers that share their input share the element-wise minimum of their dilations.
         max_dilation: the largest s.
 
     Returns:

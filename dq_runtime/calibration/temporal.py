@@ -65,11 +65,15 @@ def sample_inputs(
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
         for name, layer in layers.items()
     ]
+    training = {module: module.training for module in unet.modules()}
+    unet.eval()  # no dropout
     try:
         for call in tqdm(calibration_set.calls, desc="Observing activations"):
             call.run(unet)
             position += 1
     finally:
+        for module, mode in training.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
     for name, parts in samples.items():

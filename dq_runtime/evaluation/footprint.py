@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from math import nan, prod
 
 import torch
 from torch import nn
@@ -38,13 +38,13 @@ class Footprint:
 
     @property
     def weight_ratio(self) -> float:
-        """Quantized weights over the same weights in fp16."""
-        return self.weights / self.weights_fp16
+        """Quantized weights over the same weights in fp16; NaN if nothing is quantized."""
+        return self.weights / self.weights_fp16 if self.weights else nan
 
     @property
     def total_ratio(self) -> float:
         """Quantized weights with all their tables over the same weights in fp16."""
-        return (self.weights + self.tables) / self.weights_fp16
+        return (self.weights + self.tables) / self.weights_fp16 if self.weights else nan
 
 
 def footprint(unet: nn.Module) -> Footprint:
