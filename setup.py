@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools import setup
 
 EVALUATION = ["scikit-image"]
-EXAMPLES = [*EVALUATION, "scikit-learn", "pillow", "tqdm"]
-TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "ruff", "mypy", "build", "accelerate", "transformers", "peft"]
+EXAMPLES = [*EVALUATION, "scikit-learn", "pillow"]
+TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "ruff", "mypy", "build", "transformers", "peft"]
 
 setup(
     name="dq-runtime",
@@ -21,7 +21,7 @@ setup(
     package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
-        "triton>=3.3; platform_system == 'Linux'",
+        "triton>=3.3",
         "diffusers>=0.36",
         "numpy",
         "safetensors",

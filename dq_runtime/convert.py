@@ -28,9 +28,12 @@ class ConversionPlan:
 
     layers: dict[str, nn.Linear | nn.Conv2d]
     kept: dict[str, str]  # layer name -> reason
+    unmatched: list[str]  # entries of modules_to_not_convert that name no layer
 
     def log(self) -> None:
-        """Writes one line that lists what stays in floating point and why."""
+        """Writes one line that lists what stays in floating point and why, and one for each unmatched entry."""
+        for entry in self.unmatched:
+            logger.warning("modules_to_not_convert: %r names no linear or convolution of this UNet", entry)
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             by_reason.setdefault(reason, []).append(name)
@@ -68,12 +71,11 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
                 kept[name] = reason
             elif isinstance(module, (nn.Linear, nn.Conv2d)):
                 layers[name] = module
-    for entry in config.modules_to_not_convert or ():
-        if not any(_names(entry, name) for name in kept):
-            logger.warning("modules_to_not_convert: %r names no linear or convolution of this UNet", entry)
     if not layers:
-        raise ValueError("No layer is left to quantize: every linear and convolution is in modules_to_not_convert")
-    return ConversionPlan(layers, kept)
+        reasons = ", ".join(sorted(set(kept.values()))) or "the UNet has no linear and no convolution"
+        raise ValueError(f"No layer is left to quantize ({reasons}); shorten modules_to_not_convert if it is the cause")
+    unmatched = [e for e in config.modules_to_not_convert or () if not any(_names(e, name) for name in kept)]
+    return ConversionPlan(layers, kept, unmatched)
 
 
 def _names(entry: str, name: str) -> bool:

@@ -84,6 +84,8 @@ class QuantizedLayer(TableModule):
         for name, table in self.named_buffers(recurse=False):
             if table.is_floating_point() and not bool((table.isfinite() & (table > 0)).all()):
                 raise ValueError(f"{self.name}.{name} must be finite and positive. {remedy}")
+        if self.bias is not None and not bool(self.bias.isfinite().all()):
+            raise ValueError(f"{self.name}.bias must be finite in {self.bias.dtype}. {remedy}")
         limit = 2 ** (self.activation_bits - 1)
         if not bool(((self.act_zero_point >= -limit) & (self.act_zero_point < limit)).all()):
             raise ValueError(f"{self.name}.act_zero_point must lie in [{-limit}, {limit - 1}]. {remedy}")

@@ -196,6 +196,8 @@ def quantize(
     _check("quantize", "weight_dilation", weight_dilation, (torch.float32,), x.shape[-1:])
     if bits < 2 or bits > 8:
         raise ValueError(f"quantize: bits must be 2 to 8, got {bits}")
+    if x.numel() >= 2**31 * x.shape[0]:
+        raise ValueError(f"quantize: a sample of x {list(x.shape)} has 2^31 elements or more")
     _check_tables("quantize", x.shape[0], act_scale, act_zero_point, timestep_index)
     return torch.ops.dq_kernels.quantize.default(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
 

@@ -111,6 +111,7 @@ def collect_from_scheduler(
     """Samples with a bare UNet and a diffusers scheduler, from noise to image, and records the UNet's calls.
 
     Args:
+        unet: in eval mode; dropout would change the trajectory.
         noise: [B, C, H, W], standard normal.
         arguments: the UNet's further arguments, each a tensor with B rows (``class_labels``, ...).
         batch_size: rows of ``noise`` that run together.
@@ -120,7 +121,10 @@ def collect_from_scheduler(
         with tqdm(total=len(starts) * num_inference_steps, desc="Collecting") as progress:
             for start in starts:
                 rows = slice(start, start + batch_size)
-                batch_arguments = {name: value[rows].to(unet.device) for name, value in (arguments or {}).items()}
+                batch_arguments = {
+                    name: value[rows].to(unet.device, unet.dtype if value.is_floating_point() else None)
+                    for name, value in (arguments or {}).items()
+                }
                 scheduler.set_timesteps(num_inference_steps)
                 sample = noise[rows].to(unet.device, unet.dtype) * scheduler.init_noise_sigma
                 for timestep in scheduler.timesteps:

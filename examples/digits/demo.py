@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Mapping
@@ -42,6 +43,8 @@ COLUMNS = (
     ("frechet", "{:.2f}"),
     ("unet_mb_fp16", "{:.2f}"),
     ("unet_mb", "{:.2f}"),
+    ("checkpoint_mb", "{:.2f}"),
+    ("cpu_prepacked_mb", "{:.2f}"),
     ("seconds_per_image", "{:.4f}"),
 )
 
@@ -100,12 +103,20 @@ def evaluate(unets: Mapping[str, ModelMixin], kind: str, num_samples: int, folde
                 "quantized_weights_mb": sizes.weights / 1e6,
                 "quantized_weights_over_fp16": sizes.weight_ratio if quantized else None,
                 "quantized_weights_and_tables_over_fp16": sizes.total_ratio if quantized else None,
+                "checkpoint_mb": checkpoint_mb(unet),
                 "cpu_prepacked_mb": sizes.cpu_prepacked / 1e6,
                 "seconds_per_image": seconds[name],
             }
         )
     draw_grid(images, folder / "grid.png")
     return rows
+
+
+def checkpoint_mb(unet: ModelMixin) -> float | None:
+    """What the weights take on disk, where the UNet was loaded from."""
+    if "_name_or_path" not in unet.config:
+        return None
+    return sum(file.stat().st_size for file in Path(unet.config["_name_or_path"]).glob("*.safetensors")) / 1e6
 
 
 def draw_grid(images: Mapping[str, torch.Tensor], path: Path, columns: int = 20, zoom: int = 5) -> None:
@@ -122,12 +133,18 @@ def draw_grid(images: Mapping[str, torch.Tensor], path: Path, columns: int = 20,
     canvas.save(path)
 
 
+def cpu_name() -> str:
+    """The processor's name where Linux tells it, its architecture elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found.group(1) if found else platform.machine()
+
+
 def environment() -> dict[str, Any]:
     """Where the numbers come from."""
     return {
         "date": datetime.date.today().isoformat(),
-        "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "diffusers", "dq-runtime")},

@@ -4,7 +4,8 @@ Images are scikit-learn's bundled 8x8 handwritten digits (1 797 of them), scaled
 trained on them by ``train.py`` and are stored under ``weights/``:
 
 - ``class_conditional``: a ``UNet2DModel`` that takes the digit as ``class_labels``;
-- ``cross_attention``: a ``UNet2DConditionModel`` that reads the digit as four learned tokens through cross-attention;
+- ``cross_attention``: a ``UNet2DConditionModel`` that reads the digit as four learned tokens through cross-attention
+  (``label_encoder.safetensors``);
 - ``classifier.safetensors``: a small convolutional classifier, the judge of the generated images.
 """
 

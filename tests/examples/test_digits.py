@@ -143,6 +143,8 @@ def report_row(**values):
         "frechet": 12.3456,
         "unet_mb_fp16": 4.25,
         "unet_mb": 8.5,
+        "checkpoint_mb": 4.26,
+        "cpu_prepacked_mb": 2.0,
         "seconds_per_image": 0.01234,
         "not in the table": 1,
     }
@@ -158,8 +160,8 @@ def test_print_table_aligns_its_columns(demo, capsys):
     starts = [re.search(rf"\b{title}\b", header).start() for title in titles]
     table = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
     assert table == [
-        ["fp32", "98.8%", "-", "-", "12.35", "4.25", "8.50", "0.0123"],
-        ["INT4 W4A8", "98.8%", "31.4", "0.988", "12.35", "4.25", "1.50", "0.0123"],
+        ["fp32", "98.8%", "-", "-", "12.35", "4.25", "8.50", "4.26", "2.00", "0.0123"],
+        ["INT4 W4A8", "98.8%", "31.4", "0.988", "12.35", "4.25", "1.50", "4.26", "2.00", "0.0123"],
     ]
 
 
