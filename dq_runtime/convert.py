@@ -101,7 +101,7 @@ def _reason_to_keep(
 
 def is_quantized(unet: nn.Module) -> bool:
     """Whether a UNet holds quantized layers."""
-    return any(isinstance(module, QuantizedLayer) for module in unet.modules())
+    return bool(quantized_layers(unet))
 
 
 def quantized_layers(unet: nn.Module) -> dict[str, QuantizedLayer]:

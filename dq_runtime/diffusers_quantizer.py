@@ -13,11 +13,10 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
+from dq_kernels import ops
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
 from dq_runtime.convert import dequantize, insert_empty_layers, quantized_layers
 from dq_runtime.layers import QuantizedLayer
-
-COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class DilateQuantizer(DiffusersQuantizer):
@@ -36,12 +35,12 @@ class DilateQuantizer(DiffusersQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
-        self._checkpoint_keys: set[str] = set()  # known from diffusers 0.37 on
+        self._checkpoint_keys: set[str] = set()  # stays empty in diffusers 0.36, which does not tell them
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError for a compute dtype that the kernels do not know."""
         dtype = kwargs.get("torch_dtype")
-        if dtype is not None and dtype not in COMPUTE_DTYPES:
+        if dtype is not None and dtype not in ops.COMPUTE_DTYPES:
             raise ValueError(f"torch_dtype must be float16, bfloat16 or float32 for a DilateQuant UNet, got {dtype}")
 
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:

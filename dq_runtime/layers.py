@@ -63,7 +63,7 @@ class QuantizedLayer(TableModule):
         index = self.timestep_grid.index
         if x.shape[-1] != channels:
             raise ValueError(f"{self.name}: expected an input of {channels} channels, got {x.shape[-1]}")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        if x.dtype not in ops.COMPUTE_DTYPES:
             raise ValueError(f"{self.name}: expected float16, bfloat16 or float32, got {x.dtype}; cast the UNet to one")
         if x.shape[0] != index.shape[0]:
             if index.numel() == 0:

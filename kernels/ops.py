@@ -22,6 +22,7 @@ from dq_kernels.cpu import prepacked_bytes
 from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 
 __all__ = [
+    "COMPUTE_DTYPES",
     "INT4_MAX",
     "INT4_MIN",
     "int4_conv2d",
@@ -31,6 +32,8 @@ __all__ = [
     "quantize",
     "unpack_int4",
 ]
+
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _library = torch.library.Library("dq_kernels", "DEF")
 _TABLES = "Tensor act_scale, Tensor act_zero_point, Tensor timestep_index"
@@ -100,9 +103,6 @@ def _(
     return x.new_empty(x.shape[0], *size, weight.shape[0], dtype=out_dtype)
 
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
 def _check(
     op: str,
     name: str,
@@ -155,8 +155,8 @@ def _check_operands(
     _check(op, "weight_scale", weight_scale, (torch.float32,), weight.shape[:1])
     _check(op, "weight_sum", weight_sum, (torch.int32,), weight.shape[:1])
     if bias is not None:
-        _check(op, "bias", bias, _FLOATS, weight.shape[:1])
-    if out_dtype not in _FLOATS:
+        _check(op, "bias", bias, COMPUTE_DTYPES, weight.shape[:1])
+    if out_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
 
 
@@ -191,7 +191,7 @@ def quantize(
     Raises:
         ValueError: on any other dtype, shape or number of bits.
     """
-    if x.dtype not in _FLOATS or x.ndim < 2:
+    if x.dtype not in COMPUTE_DTYPES or x.ndim < 2:
         raise ValueError(f"quantize: x must be float16, bfloat16 or float32 [B, ..., K], got {x.dtype} {list(x.shape)}")
     _check("quantize", "weight_dilation", weight_dilation, (torch.float32,), x.shape[-1:])
     if bits < 2 or bits > 8:
@@ -240,7 +240,7 @@ def int4_linear(
     _check_tables("int4_linear", x.shape[0], act_scale, act_zero_point, timestep_index)
     _check_size("int4_linear", x, x.numel() // x.shape[-1], weight.shape[0])
     if residual is not None:
-        _check("int4_linear", "residual", residual, _FLOATS, (*x.shape[:-1], weight.shape[0]), any_strides=True)
+        _check("int4_linear", "residual", residual, COMPUTE_DTYPES, (*x.shape[:-1], weight.shape[0]), any_strides=True)
         residual = residual.contiguous()
     return torch.ops.dq_kernels.int4_linear.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, residual, out_dtype
@@ -300,10 +300,12 @@ def int4_conv2d(
     out_shape = (x.shape[0], *size, weight.shape[0])
     _check_size("int4_conv2d", x, x.shape[0] * size[0] * size[1], weight.shape[0])
     if channel_add is not None:
-        _check("int4_conv2d", "channel_add", channel_add, _FLOATS, (out_shape[0], out_shape[3]), any_strides=True)
+        _check(
+            "int4_conv2d", "channel_add", channel_add, COMPUTE_DTYPES, (out_shape[0], out_shape[3]), any_strides=True
+        )
         channel_add = channel_add.contiguous()
     if residual is not None:
-        _check("int4_conv2d", "residual", residual, _FLOATS, out_shape, any_strides=True)
+        _check("int4_conv2d", "residual", residual, COMPUTE_DTYPES, out_shape, any_strides=True)
         residual = residual.contiguous()
     return torch.ops.dq_kernels.int4_conv2d.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, channel_add, residual,

@@ -20,9 +20,7 @@ def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
     Returns:
         [K] fp32, at least 1; exactly 1 for saturated channels and for channels whose weights are all zero.
     """
-    magnitude = (
-        weight.detach().float().abs().flatten(2) if weight.ndim > 2 else weight.detach().float().abs()[..., None]
-    )
+    magnitude = weight.detach().float().abs().reshape(*weight.shape[:2], -1)  # [N, K, taps]
     largest = magnitude.amax((1, 2))
     ratio = torch.where(magnitude > 0, largest[:, None, None] / magnitude, torch.inf)
     dilation = ratio.amin((0, 2))
