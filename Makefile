@@ -22,7 +22,7 @@ train: $(INSTALLED)  ## train the digits models again
 	$(BIN)/python examples/digits/train.py
 
 # CPU wheels are enough for both commands; on a GPU machine install the package into an environment with CUDA's torch.
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py dq_runtime/*.py dq_runtime/*/*.py)
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/tuning/*.json dq_runtime/*.py dq_runtime/*/*.py)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt setuptools torch

@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=["dq_runtime", "dq_runtime.calibration", "dq_runtime.evaluation", "dq_kernels"],
     package_dir={"dq_kernels": "kernels"},
-    package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed"]},
+    package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "tuning/*.json"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.3",

@@ -58,8 +58,10 @@ class QuantizedLayer(TableModule):
         ):
             self.register_buffer(table, torch.empty(shape, dtype=dtype, device="meta"))
 
-    def _quantize_input(self, x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B, ..., K] -> (int8 [B, ..., K'], timestep index [B])."""
+    def _quantize_input(
+        self, x: torch.Tensor, channels: int, padding: tuple[int, int] = (0, 0)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [B, ..., K] -> (int8 [B, ..., K'], an image with its borders; timestep index [B])."""
         index = self.timestep_grid.index
         if x.shape[-1] != channels:
             raise ValueError(f"{self.name}: expected an input of {channels} channels, got {x.shape[-1]}")
@@ -75,8 +77,8 @@ class QuantizedLayer(TableModule):
                 f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}"
             )
         index = index.to(x.device)
-        q = ops.quantize(x, self.weight_dilation, self.act_scale, self.act_zero_point, index, self.activation_bits)
-        return q, index
+        tables = self.act_scale, self.act_zero_point, index
+        return ops.quantize(x, self.weight_dilation, *tables, self.activation_bits, padding), index
 
     def check_tensors(self) -> None:
         """Raises ValueError, naming the layer, if a tensor holds values that no calibration writes."""
@@ -151,9 +153,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     dilation: tuple[int, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, index = self._quantize_input(x.permute(0, 2, 3, 1), self.in_channels)
-        y = ops.int4_conv2d(
+        q, index = self._quantize_input(x.permute(0, 2, 3, 1), self.in_channels, self.padding)
+        y, _ = ops.int4_conv2d(
             q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
-            stride=self.stride, padding=self.padding, dilation=self.dilation, out_dtype=x.dtype,
+            stride=self.stride, dilation=self.dilation, out_dtype=x.dtype,
         )  # fmt: skip
         return y.permute(0, 3, 1, 2)

@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dq_kernels.conv2d import statistics_shape
+from dq_kernels.gemm import STATISTICS_ROWS
 from dq_kernels.packing import unpack_int4
+from dq_kernels.quantize import quantized_shape
 
 
 class _Prepacked(NamedTuple):
@@ -67,6 +70,7 @@ def quantize(
     act_zero_point: torch.Tensor,
     timestep_index: torch.Tensor,
     bits: int,
+    padding: tuple[int, int],
 ) -> torch.Tensor:
     """As ``reference.quantize``, in place on one fp32 buffer."""
     index = timestep_index.clamp(0, act_scale.numel() - 1)
@@ -77,7 +81,13 @@ def quantize(
     q *= act_scale[index].reciprocal().view(per_sample)
     q.add_(0.5).floor_().add_(act_zero_point[index].view(per_sample))
     q.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return q.to(torch.int8, memory_format=torch.contiguous_format)
+    if not any(padding):
+        return q.to(torch.int8, memory_format=torch.contiguous_format)
+    out = torch.empty(quantized_shape(q.shape, padding), dtype=torch.int8)
+    out[:] = act_zero_point[index].view(per_sample)
+    height, width = q.shape[1:3]
+    out[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = q
+    return out
 
 
 def int4_linear(
@@ -112,6 +122,33 @@ def int4_linear(
     return y.to(out_dtype)
 
 
+def int4_linear_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    next_dilation: torch.Tensor,
+    next_scale: torch.Tensor,
+    next_zero_point: torch.Tensor,
+    next_bits: int,
+) -> torch.Tensor:
+    """As ``reference.int4_linear_quantize``."""
+    y = int4_linear(
+        x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, None, torch.float32
+    )
+    if activation == "geglu":
+        hidden, gate = y.chunk(2, dim=-1)
+        y = hidden * F.gelu(gate)
+    elif activation == "gelu":
+        y = F.gelu(y)
+    return quantize(y, next_dilation, next_scale, next_zero_point, timestep_index, next_bits, (0, 0))
+
+
 def int4_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -123,16 +160,61 @@ def int4_conv2d(
     bias: torch.Tensor | None,
     channel_add: torch.Tensor | None,
     residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    skip_weight: torch.Tensor | None,
+    skip_weight_sum: torch.Tensor | None,
+    skip_act_scale: torch.Tensor | None,
+    skip_act_zero_point: torch.Tensor | None,
     stride: tuple[int, int],
-    padding: tuple[int, int],
     dilation: tuple[int, int],
+    upsample: bool,
     out_dtype: torch.dtype,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``reference.int4_conv2d``."""
+    y = _conv2d(x, weight, weight_scale, act_scale, act_zero_point, timestep_index, bias, stride, dilation, upsample)
+    if skip is not None:
+        assert skip_weight is not None, "ops checks that a skip comes whole"
+        assert skip_act_scale is not None
+        assert skip_act_zero_point is not None
+        y = y + _conv2d(
+            skip, skip_weight, weight_scale, skip_act_scale, skip_act_zero_point, timestep_index, None,
+            stride, dilation, upsample,
+        )  # fmt: skip
+    if channel_add is not None:
+        y = y + channel_add[:, None, None, :]
+    if residual is not None:
+        y = y + residual
+    y = y.to(out_dtype).contiguous()
+    statistics = torch.empty(statistics_shape(y.shape[0], y.shape[1:3], y.shape[3], with_statistics))
+    if with_statistics:
+        runs = y.float().reshape(y.shape[0], -1, STATISTICS_ROWS, y.shape[3])
+        statistics[:, :, 0] = runs.sum(2)
+        statistics[:, :, 1] = runs.var(2, correction=0) * STATISTICS_ROWS
+    return y, statistics
+
+
+def _conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    upsample: bool,
 ) -> torch.Tensor:
-    """As ``reference.int4_conv2d``; oneDNN pads with the zero point by itself."""
+    """One source's product and the bias, fp32 [B, OH, OW, N]."""
+    if upsample:
+        # Pixel i of the doubled and then padded image is pixel (i + 1) // 2 of the padded one.
+        rows, columns = ((torch.arange(2 * size - 2) + 1) // 2 for size in x.shape[1:3])
+        x = x[:, rows][:, :, columns]
     prepacked = _prepack(
         weight,
         lambda w: torch.ops.onednn.qconv_prepack(
-            w.permute(0, 3, 1, 2).contiguous(), weight_scale, 1.0, 128, stride, padding, dilation, 1, None
+            w.permute(0, 3, 1, 2).contiguous(), weight_scale, 1.0, 128, stride, (0, 0), dilation, 1, None
         ),
     )
     bias = None if bias is None else bias.float()
@@ -142,13 +224,49 @@ def int4_conv2d(
         pixels = (samples.view(torch.uint8) ^ 0x80).permute(0, 3, 1, 2)
         y = torch.ops.onednn.qconv2d_pointwise(
             pixels, float(act_scale[t]), int(act_zero_point[t]) + 128, prepacked, weight_scale, no_zero_points, bias,
-            stride, padding, dilation, 1, 1.0, 0, torch.float32, "none", [], "",
+            stride, (0, 0), dilation, 1, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return y.permute(0, 2, 3, 1)
 
-    y = _by_timestep(x, timestep_index, act_scale.numel(), run)
-    if channel_add is not None:
-        y = y + channel_add[:, None, None, :]
-    if residual is not None:
-        y = y + residual
-    return y.to(out_dtype).contiguous()
+    return _by_timestep(x, timestep_index, act_scale.numel(), run)
+
+
+def group_norm_quantize(
+    x: torch.Tensor,
+    skip: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    skip_statistics: torch.Tensor | None,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    weight_dilation: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bits: int,
+    padding: tuple[int, int],
+) -> torch.Tensor:
+    """As ``reference.group_norm_quantize``."""
+    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2)
+    y = F.group_norm(image, num_groups, weight.float(), bias.float(), eps)
+    y = (F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1)
+    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding)
+
+
+def layer_norm_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    weight_dilation: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """As ``reference.layer_norm_quantize``."""
+    weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
+    y = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
+    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, (0, 0))

@@ -15,18 +15,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dq_kernels import conv2d, cpu, linear
+from dq_kernels import conv2d, cpu, linear, norm
 from dq_kernels import quantize as triton_quantize
-from dq_kernels.conv2d import conv2d_output_size
+from dq_kernels.conv2d import conv2d_output_size, statistics_shape
 from dq_kernels.cpu import prepacked_bytes
+from dq_kernels.gemm import STATISTICS_ROWS
 from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from dq_kernels.quantize import quantized_shape
 
 __all__ = [
     "COMPUTE_DTYPES",
     "INT4_MAX",
     "INT4_MIN",
+    "STATISTICS_ROWS",
+    "group_norm_quantize",
     "int4_conv2d",
     "int4_linear",
+    "int4_linear_quantize",
+    "layer_norm_quantize",
     "pack_int4",
     "prepacked_bytes",
     "quantize",
@@ -34,73 +40,74 @@ __all__ = [
 ]
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = ("none", "gelu", "geglu")
+MAX_LAYER_NORM_CHANNELS = 8192  # one program holds a row
 
 _library = torch.library.Library("dq_kernels", "DEF")
+_FLOATS = "float16, bfloat16 or float32"
 _TABLES = "Tensor act_scale, Tensor act_zero_point, Tensor timestep_index"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_sum"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-
-_library.define(f"quantize(Tensor x, Tensor weight_dilation, {_TABLES}, int bits) -> Tensor", tags=_TAGS)
-_library.define(
-    f"int4_linear(Tensor x, {_WEIGHT}, {_TABLES}, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
-)
-_library.define(
-    f"int4_conv2d(Tensor x, {_WEIGHT}, {_TABLES}, Tensor? bias, Tensor? channel_add, Tensor? residual, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
-)
-_library.impl("quantize", cpu.quantize, "CPU")
-_library.impl("quantize", triton_quantize.quantize, "CUDA")
-_library.impl("int4_linear", cpu.int4_linear, "CPU")
-_library.impl("int4_linear", linear.int4_linear, "CUDA")
-_library.impl("int4_conv2d", cpu.int4_conv2d, "CPU")
-_library.impl("int4_conv2d", conv2d.int4_conv2d, "CUDA")
+_QUANTIZER = f"Tensor weight_dilation, {_TABLES}, int bits"
+_SCHEMAS = {
+    "quantize": f"(Tensor x, {_QUANTIZER}, SymInt[2] padding) -> Tensor",
+    "layer_norm_quantize": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, {_QUANTIZER}) -> Tensor",
+    "group_norm_quantize": "(Tensor x, Tensor? skip, Tensor? statistics, Tensor? skip_statistics, int num_groups, "
+    f"Tensor weight, Tensor bias, float eps, bool silu, {_QUANTIZER}, SymInt[2] padding) -> Tensor",
+    "int4_linear": f"(Tensor x, {_WEIGHT}, {_TABLES}, Tensor? bias, Tensor? residual, ScalarType out_dtype) -> Tensor",
+    "int4_linear_quantize": f"(Tensor x, {_WEIGHT}, {_TABLES}, Tensor? bias, str activation, "
+    "Tensor next_dilation, Tensor next_scale, Tensor next_zero_point, int next_bits) -> Tensor",
+    "int4_conv2d": f"(Tensor x, {_WEIGHT}, {_TABLES}, Tensor? bias, Tensor? channel_add, Tensor? residual, "
+    "Tensor? skip, Tensor? skip_weight, Tensor? skip_weight_sum, Tensor? skip_act_scale, "
+    "Tensor? skip_act_zero_point, SymInt[2] stride, SymInt[2] dilation, bool upsample, ScalarType out_dtype, "
+    "bool with_statistics) -> (Tensor, Tensor)",
+}
+for _module, _names in {
+    triton_quantize: ("quantize",),
+    norm: ("layer_norm_quantize", "group_norm_quantize"),
+    linear: ("int4_linear", "int4_linear_quantize"),
+    conv2d: ("int4_conv2d",),
+}.items():
+    for _name in _names:
+        _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        _library.impl(_name, getattr(cpu, _name), "CPU")
+        _library.impl(_name, getattr(_module, _name), "CUDA")
 
 
 @torch.library.register_fake("dq_kernels::quantize")
-def _(
-    x: Tensor, weight_dilation: Tensor, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor, bits: int
-) -> Tensor:
-    channels = x.shape[-1]
-    return x.new_empty(*x.shape[:-1], channels + channels % 2, dtype=torch.int8)
+def _(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding):  # type: ignore[no-untyped-def]
+    return x.new_empty(quantized_shape(x.shape, padding), dtype=torch.int8)
+
+
+@torch.library.register_fake("dq_kernels::layer_norm_quantize")
+def _(x, weight, bias, eps, weight_dilation, act_scale, act_zero_point, timestep_index, bits):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@torch.library.register_fake("dq_kernels::group_norm_quantize")
+def _(x, skip, statistics, skip_statistics, num_groups, weight, bias, eps, silu, *quantizer):  # type: ignore[no-untyped-def]
+    channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+    return x.new_empty(quantized_shape((*x.shape[:-1], channels), quantizer[-1]), dtype=torch.int8)
 
 
 @torch.library.register_fake("dq_kernels::int4_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    timestep_index: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def _(x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, residual, out_dtype):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
 
 
+@torch.library.register_fake("dq_kernels::int4_linear_quantize")
+def _(x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, activation, *quantizer):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], quantizer[0].shape[0], dtype=torch.int8)
+
+
 @torch.library.register_fake("dq_kernels::int4_conv2d")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    timestep_index: Tensor,
-    bias: Tensor | None,
-    channel_add: Tensor | None,
-    residual: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    out_dtype: torch.dtype,
-) -> Tensor:
-    size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
-    return x.new_empty(x.shape[0], *size, weight.shape[0], dtype=out_dtype)
+def _(x, weight, *arguments):  # type: ignore[no-untyped-def]
+    stride, dilation, upsample, out_dtype, with_statistics = arguments[-5:]
+    size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, dilation, upsample)
+    statistics = statistics_shape(x.shape[0], size, weight.shape[0], with_statistics)
+    return (
+        x.new_empty(x.shape[0], *size, weight.shape[0], dtype=out_dtype),
+        x.new_empty(statistics, dtype=torch.float32),
+    )
 
 
 def _check(
@@ -128,10 +135,50 @@ def _check(
         )
 
 
-def _check_tables(op: str, batch: int, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor) -> None:
-    _check(op, "act_scale", act_scale, (torch.float32,), ("T",))
-    _check(op, "act_zero_point", act_zero_point, (torch.int32,), act_scale.shape)
+def _check_tables(
+    op: str, batch: int, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor, prefix: str = "act"
+) -> None:
+    _check(op, f"{prefix}_scale", act_scale, (torch.float32,), ("T",))
+    _check(op, f"{prefix}_zero_point", act_zero_point, (torch.int32,), act_scale.shape)
     _check(op, "timestep_index", timestep_index, (torch.int32,), (batch,))
+
+
+def _check_quantizer(
+    op: str,
+    batch: int,
+    channels: int,
+    weight_dilation: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bits: int,
+) -> None:
+    _check(op, "weight_dilation", weight_dilation, (torch.float32,), (channels,))
+    _check_tables(op, batch, act_scale, act_zero_point, timestep_index)
+    _check_bits(op, bits)
+
+
+def _check_floats(op: str, name: str, x: Tensor, shape: Sequence[int | str]) -> None:
+    """x: any strides; the kernels count a sample's elements in int32."""
+    if "..." not in shape:
+        _check(op, name, x, COMPUTE_DTYPES, shape, any_strides=True)
+    elif x.dtype not in COMPUTE_DTYPES or x.ndim < 2:
+        raise ValueError(f"{op}: {name} must be {_FLOATS} [B, ..., K], got {x.dtype} {list(x.shape)}")
+    if x.numel() >= 2**31 * x.shape[0]:
+        raise ValueError(f"{op}: a sample of {name} {list(x.shape)} has 2^31 elements or more")
+
+
+def _check_bits(op: str, bits: int) -> None:
+    if bits < 2 or bits > 8:
+        raise ValueError(f"{op}: bits must be 2 to 8, got {bits}")
+
+
+def _check_padding(op: str, x: Tensor, padding: tuple[int, int]) -> None:
+    if min(padding) < 0 or (max(padding) > 0 and x.ndim != 4):
+        raise ValueError(
+            f"{op}: padding must not be negative, and only an image [B, H, W, K] takes any; "
+            f"got {padding} for x {list(x.shape)}"
+        )
 
 
 def _check_operands(
@@ -144,20 +191,28 @@ def _check_operands(
     x_shape: Sequence[int | str],
     weight_shape: Sequence[int | str],
     out_dtype: torch.dtype,
+    source: str = "x",
 ) -> None:
-    _check(op, "x", x, (torch.int8,), x_shape)
-    _check(op, "weight", weight, (torch.uint8,), weight_shape)
+    prefix = "" if source == "x" else f"{source}_"
+    _check(op, source, x, (torch.int8,), x_shape)
+    _check(op, f"{prefix}weight", weight, (torch.uint8,), weight_shape)
     if x.shape[-1] != 2 * weight.shape[-1]:
         raise ValueError(
-            f"{op}: the packed weight {list(weight.shape)} takes {2 * weight.shape[-1]} input channels, "
-            f"x {list(x.shape)} has {x.shape[-1]}"
+            f"{op}: the packed {prefix}weight {list(weight.shape)} takes {2 * weight.shape[-1]} input channels, "
+            f"{source} {list(x.shape)} has {x.shape[-1]}"
         )
     _check(op, "weight_scale", weight_scale, (torch.float32,), weight.shape[:1])
-    _check(op, "weight_sum", weight_sum, (torch.int32,), weight.shape[:1])
+    _check(op, f"{prefix}weight_sum", weight_sum, (torch.int32,), weight.shape[:1])
     if bias is not None:
         _check(op, "bias", bias, COMPUTE_DTYPES, weight.shape[:1])
     if out_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
+
+
+def _check_parameters(op: str, channels: int, parameters: dict[str, Tensor | None]) -> None:
+    for name, parameter in parameters.items():
+        if parameter is not None:
+            _check(op, name, parameter, COMPUTE_DTYPES, (channels,))
 
 
 def _check_size(op: str, x: Tensor, rows: int, out_channels: int) -> None:
@@ -175,6 +230,7 @@ def quantize(
     act_zero_point: Tensor,
     timestep_index: Tensor,
     bits: int,
+    padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Quantizes activations: clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t) to ``bits`` bits.
 
@@ -184,22 +240,126 @@ def quantize(
         act_scale, act_zero_point: [T] fp32, [T] int32.
         timestep_index: [B] int32.
         bits: 2 to 8.
+        padding: (vertical, horizontal): rows and columns of the zero point around images x [B, H, W, K].
 
     Returns:
-        [B, ..., K'] int8, contiguous.
+        [B, ..., K'] int8, contiguous; [B, H + 2 vertical, W + 2 horizontal, K'] with padding.
 
     Raises:
         ValueError: on any other dtype, shape or number of bits.
     """
-    if x.dtype not in COMPUTE_DTYPES or x.ndim < 2:
-        raise ValueError(f"quantize: x must be float16, bfloat16 or float32 [B, ..., K], got {x.dtype} {list(x.shape)}")
-    _check("quantize", "weight_dilation", weight_dilation, (torch.float32,), x.shape[-1:])
-    if bits < 2 or bits > 8:
-        raise ValueError(f"quantize: bits must be 2 to 8, got {bits}")
-    if x.numel() >= 2**31 * x.shape[0]:
-        raise ValueError(f"quantize: a sample of x {list(x.shape)} has 2^31 elements or more")
-    _check_tables("quantize", x.shape[0], act_scale, act_zero_point, timestep_index)
-    return torch.ops.dq_kernels.quantize.default(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    _check_floats("quantize", "x", x, ("B", "...", "K"))
+    _check_quantizer(
+        "quantize", x.shape[0], x.shape[-1], weight_dilation, act_scale, act_zero_point, timestep_index, bits
+    )
+    _check_padding("quantize", x, padding)
+    return torch.ops.dq_kernels.quantize.default(
+        x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding
+    )
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_dilation: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bits: int,
+) -> Tensor:
+    """Layer norm over the channels (torch.nn.LayerNorm) and ``quantize``, in one pass.
+
+    Args:
+        x: [B, ..., K] float16, bfloat16 or float32, K even.
+        weight, bias: [K] float, optional.
+        eps: added to the variance.
+        weight_dilation, act_scale, act_zero_point, timestep_index, bits: as for ``quantize``.
+
+    Returns:
+        [B, ..., K] int8, contiguous.
+
+    Raises:
+        ValueError: on any other dtype or shape.
+    """
+    _check_floats("layer_norm_quantize", "x", x, ("B", "...", "K"))
+    channels = x.shape[-1]
+    if channels % 2 or channels > MAX_LAYER_NORM_CHANNELS:
+        raise ValueError(
+            f"layer_norm_quantize: the channels must be even and at most {MAX_LAYER_NORM_CHANNELS}, got {channels}; "
+            "use torch.nn.functional.layer_norm and quantize instead"
+        )
+    _check_parameters("layer_norm_quantize", channels, {"weight": weight, "bias": bias})
+    _check_quantizer(
+        "layer_norm_quantize", x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits
+    )
+    return torch.ops.dq_kernels.layer_norm_quantize.default(
+        x.contiguous(), weight, bias, eps, weight_dilation, act_scale, act_zero_point, timestep_index, bits
+    )
+
+
+def group_norm_quantize(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    weight_dilation: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bits: int,
+    silu: bool = True,
+    skip: Tensor | None = None,
+    statistics: Tensor | None = None,
+    skip_statistics: Tensor | None = None,
+    padding: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Group norm (torch.nn.GroupNorm), SiLU if wanted, and ``quantize`` to a padded image, without the concat of skips.
+
+    Args:
+        x: [B, H, W, K] float16, bfloat16 or float32, any strides.
+        num_groups: divides the channels K + K2, whose number is even.
+        weight, bias: [K + K2] float.
+        eps: added to the variance.
+        weight_dilation: [K + K2] fp32; a source has a range of its own through its share of this vector.
+        act_scale, act_zero_point, timestep_index, bits, padding: as for ``quantize``.
+        silu: whether x sigmoid(x) follows the norm.
+        skip: [B, H, W, K2] float, optional: the channels that a concat would put behind x's.
+        statistics, skip_statistics: of x and of skip, from ``int4_conv2d``; computed where they are not given.
+
+    Returns:
+        [B, H + 2 vertical, W + 2 horizontal, K + K2] int8, contiguous.
+
+    Raises:
+        ValueError: on any other dtype or shape.
+    """
+    op = "group_norm_quantize"
+    _check_floats(op, "x", x, ("B", "H", "W", "K"))
+    channels = x.shape[3]
+    pairs = [("x", x, "statistics", statistics)]
+    if skip is not None:
+        _check_floats(op, "skip", skip, (*x.shape[:3], "K2"))
+        channels += skip.shape[3]
+        pairs.append(("skip", skip, "skip_statistics", skip_statistics))
+    elif skip_statistics is not None:
+        raise ValueError(f"{op}: skip_statistics came without a skip")
+    for _, source, name, given in pairs:
+        if given is not None:
+            if source.shape[1] * source.shape[2] % STATISTICS_ROWS:
+                raise ValueError(f"{op}: {name} are given for whole runs of {STATISTICS_ROWS} pixels alone")
+            shape = statistics_shape(source.shape[0], source.shape[1:3], source.shape[3], True)
+            _check(op, name, given, (torch.float32,), shape)
+    if num_groups < 1 or channels % num_groups or channels % 2:
+        raise ValueError(f"{op}: the {channels} channels must be even and divide into {num_groups} groups")
+    _check_parameters(op, channels, {"weight": weight, "bias": bias})
+    _check_quantizer(op, x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    _check_padding(op, x, padding)
+    return torch.ops.dq_kernels.group_norm_quantize.default(
+        x, skip, statistics, skip_statistics, num_groups, weight, bias, eps, silu, weight_dilation, act_scale,
+        act_zero_point, timestep_index, bits, padding,
+    )  # fmt: skip
 
 
 def int4_linear(
@@ -247,6 +407,58 @@ def int4_linear(
     )
 
 
+def int4_linear_quantize(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    next_dilation: Tensor,
+    next_scale: Tensor,
+    next_zero_point: Tensor,
+    next_bits: int,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """A linear layer, its activation and the quantization of the next layer's input; no float reaches memory.
+
+    Args:
+        x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias: as for ``int4_linear``.
+        next_dilation: [N] fp32, or [N / 2] for "geglu".
+        next_scale, next_zero_point: the next layer's [T] fp32, [T] int32.
+        next_bits: 2 to 8.
+        activation: "none", "gelu" (exact), or "geglu": the first half of the channels times gelu of the second.
+
+    Returns:
+        [B, ..., N] int8, or [B, ..., N / 2] for "geglu", contiguous.
+
+    Raises:
+        ValueError: on any other dtype, shape or layout.
+    """
+    op = "int4_linear_quantize"
+    if x.ndim < 2:
+        raise ValueError(f"{op}: x must be [B, ..., K'], got {list(x.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    _check_operands(op, x, weight, weight_scale, weight_sum, bias, (*x.shape[:-1], "K'"), ("N", "K'/2"), torch.float32)
+    _check_tables(op, x.shape[0], act_scale, act_zero_point, timestep_index)
+    _check_size(op, x, x.numel() // x.shape[-1], weight.shape[0])
+    out_channels = weight.shape[0] // 2 if activation == "geglu" else weight.shape[0]
+    if out_channels % 2 or (activation == "geglu" and weight.shape[0] % 2):
+        raise ValueError(f"{op}: the result must have an even number of channels, got a weight {list(weight.shape)}")
+    _check(op, "next_dilation", next_dilation, (torch.float32,), (out_channels,))
+    _check_tables(op, x.shape[0], next_scale, next_zero_point, timestep_index, "next")
+    if next_scale.shape != act_scale.shape:
+        raise ValueError(f"{op}: next_scale has {next_scale.numel()} timesteps, act_scale {act_scale.numel()}")
+    _check_bits(op, next_bits)
+    return torch.ops.dq_kernels.int4_linear_quantize.default(
+        x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, activation,
+        next_dilation, next_scale, next_zero_point, next_bits,
+    )  # fmt: skip
+
+
 def int4_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -258,15 +470,21 @@ def int4_conv2d(
     bias: Tensor | None = None,
     channel_add: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_weight: Tensor | None = None,
+    skip_weight_sum: Tensor | None = None,
+    skip_act_scale: Tensor | None = None,
+    skip_act_zero_point: Tensor | None = None,
     stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
+    upsample: bool = False,
     out_dtype: torch.dtype = torch.float16,
-) -> Tensor:
-    """A 2-D convolution over NHWC, groups = 1, padded with each sample's zero point (the quantized zero).
+    with_statistics: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """A 2-D convolution over NHWC, groups = 1, of an image that ``quantize`` has padded.
 
     Args:
-        x: [B, H, W, K'] int8, contiguous, from ``quantize``.
+        x: [B, H, W, K'] int8, contiguous, borders included.
         weight: [N, KH, KW, K'/2] uint8, from ``packing.pack_int4``.
         weight_scale, weight_sum: [N] fp32; [N] int32, the sum of each output channel's values.
         act_scale, act_zero_point: [T] fp32, [T] int32.
@@ -274,40 +492,63 @@ def int4_conv2d(
         bias: [N] float, optional.
         channel_add: [B, N] float, optional: added to every pixel (the time embedding).
         residual: [B, OH, OW, N] float, optional.
-        stride, padding, dilation: (vertical, horizontal), as in ``torch.nn.Conv2d``.
+        skip, skip_weight, skip_weight_sum, skip_act_scale, skip_act_zero_point: a second image [B, H, W, K2'] beside
+            x, as in a concat of channels, with its own part of the weights and its own range; all or none.
+        stride, dilation: (vertical, horizontal), as in ``torch.nn.Conv2d``.
+        upsample: double the image first (nearest), inside its border of 1; for a 3x3 kernel and stride 1.
         out_dtype: float16, bfloat16 or float32.
+        with_statistics: whether the next group norm's statistics are wanted; for whole runs of STATISTICS_ROWS pixels.
 
     Returns:
-        [B, OH, OW, N] ``out_dtype``, contiguous.
+        [B, OH, OW, N] ``out_dtype``, contiguous, and the sum and centred sum of squares of each channel over each run
+        of pixels, [B, OH OW / STATISTICS_ROWS, 2, N] fp32 (empty unless wanted).
 
     Raises:
         ValueError: on any other dtype, shape or layout.
     """
+    op = "int4_conv2d"
     x_shape, weight_shape = ("B", "H", "W", "K'"), ("N", "KH", "KW", "K'/2")
-    _check_operands("int4_conv2d", x, weight, weight_scale, weight_sum, bias, x_shape, weight_shape, out_dtype)
-    _check_tables("int4_conv2d", x.shape[0], act_scale, act_zero_point, timestep_index)
-    if min(*stride, *dilation) < 1 or min(padding) < 0:
+    _check_operands(op, x, weight, weight_scale, weight_sum, bias, x_shape, weight_shape, out_dtype)
+    _check_tables(op, x.shape[0], act_scale, act_zero_point, timestep_index)
+    if min(*stride, *dilation) < 1:
+        raise ValueError(f"{op}: stride and dilation must be at least 1, got {stride} and {dilation}")
+    if upsample and (weight.shape[1:3] != (3, 3) or stride != (1, 1) or dilation != (1, 1) or min(x.shape[1:3]) < 3):
         raise ValueError(
-            "int4_conv2d: stride and dilation must be at least 1 and padding at least 0, "
-            f"got {stride}, {dilation} and {padding}"
+            f"{op}: upsampling takes a 3x3 kernel of stride and dilation 1 and an image with a border of 1, got "
+            f"{list(weight.shape[1:3])}, {stride}, {dilation} and x {list(x.shape)}"
         )
-    size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, padding, dilation)
+    size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, dilation, upsample)
     if size[0] < 1 or size[1] < 1:
         raise ValueError(
-            f"int4_conv2d: an image of {list(x.shape[1:3])} padded by {list(padding)} is smaller than the kernel "
-            f"{list(weight.shape[1:3])} with dilation {list(dilation)}"
+            f"{op}: a padded image of {list(x.shape[1:3])} is smaller than the kernel {list(weight.shape[1:3])} with "
+            f"dilation {list(dilation)}"
         )
     out_shape = (x.shape[0], *size, weight.shape[0])
-    _check_size("int4_conv2d", x, x.shape[0] * size[0] * size[1], weight.shape[0])
+    _check_size(op, x, x.shape[0] * size[0] * size[1], weight.shape[0])
     if channel_add is not None:
-        _check(
-            "int4_conv2d", "channel_add", channel_add, COMPUTE_DTYPES, (out_shape[0], out_shape[3]), any_strides=True
-        )
+        _check(op, "channel_add", channel_add, COMPUTE_DTYPES, (out_shape[0], out_shape[3]), any_strides=True)
         channel_add = channel_add.contiguous()
     if residual is not None:
-        _check("int4_conv2d", "residual", residual, COMPUTE_DTYPES, out_shape, any_strides=True)
+        _check(op, "residual", residual, COMPUTE_DTYPES, out_shape, any_strides=True)
         residual = residual.contiguous()
+    if skip is not None:
+        if skip_weight is None or skip_weight_sum is None or skip_act_scale is None or skip_act_zero_point is None:
+            raise ValueError(f"{op}: skip needs skip_weight, skip_weight_sum, skip_act_scale and skip_act_zero_point")
+        _check_operands(
+            op, skip, skip_weight, weight_scale, skip_weight_sum, None, (*x.shape[:3], "K2'"),
+            (*weight.shape[:3], "K2'/2"), out_dtype, "skip",
+        )  # fmt: skip
+        _check(op, "skip_act_scale", skip_act_scale, (torch.float32,), act_scale.shape)
+        _check(op, "skip_act_zero_point", skip_act_zero_point, (torch.int32,), act_scale.shape)
+    elif skip_weight is not None:
+        raise ValueError(f"{op}: skip_weight came without a skip")
+    if with_statistics and size[0] * size[1] % STATISTICS_ROWS:
+        raise ValueError(
+            f"{op}: statistics come for whole runs of {STATISTICS_ROWS} pixels, the result has {size[0]} x {size[1]}; "
+            "leave them to group_norm_quantize"
+        )
     return torch.ops.dq_kernels.int4_conv2d.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, channel_add, residual,
-        stride, padding, dilation, out_dtype,
+        skip, skip_weight, skip_weight_sum, skip_act_scale, skip_act_zero_point, stride, dilation, upsample, out_dtype,
+        with_statistics,
     )  # fmt: skip

@@ -3,7 +3,8 @@
     q_x = clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t, -2^(b-1), 2^(b-1) - 1)
 
 with s the weight dilation of input channel k and t the sample's timestep group. It is memory bound: one read of x,
-one write of a byte per element. x may have any strides, so an NCHW tensor becomes NHWC int8 in the same pass.
+one write of a byte per element. x may have any strides, so an NCHW tensor becomes NHWC int8 in the same pass. An image
+is padded with the zero point on the way, so that convolutions need not test for borders.
 """
 
 from __future__ import annotations
@@ -12,7 +13,30 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_LENGTH, BLOCK_CHANNELS = 64, 64
+BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
+
+
+@triton.jit
+def select_timestep(timestep_index_ptrs, num_timesteps):
+    """A sample's row of the tables; an index out of range is clamped, so it can never read out of bounds."""
+    return tl.minimum(tl.maximum(tl.load(timestep_index_ptrs), 0), num_timesteps - 1)
+
+
+@triton.jit
+def quantize_tile(x, inverse_dilation, inverse_scale, zero_point, BITS: tl.constexpr):
+    """The formula above, on fp32; int32 in the range of BITS bits."""
+    q = tl.floor(x * inverse_dilation * inverse_scale + 0.5) + zero_point
+    return tl.minimum(tl.maximum(q, -(2 ** (BITS - 1))), 2 ** (BITS - 1) - 1).to(tl.int32)
+
+
+@triton.jit
+def padded_position(position, height, width, pad_h, pad_w):
+    """Of a position in a padded image: where it is in the image, as a position there, and whether it is inside."""
+    padded_width = width + 2 * pad_w
+    row = position // padded_width - pad_h
+    column = position % padded_width - pad_w
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return row * width + column, inside
 
 
 @triton.jit
@@ -24,41 +48,41 @@ def quantize_kernel(
     timestep_index_ptr,
     out_ptr,
     num_timesteps,
-    length,
+    height,
+    width,
     channels,
     out_channels,
     stride_b,
     stride_l,
     stride_k,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of one sample: x [L, K] (strided) -> out [L, K padded to even] (contiguous)."""
+    """One tile of one sample: x [H * W, K] (strided) -> out [padded H * W, K padded to even] (contiguous)."""
     sample = tl.program_id(2)
     position = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    length = (height + 2 * PAD_H) * (width + 2 * PAD_W)
 
-    t = tl.load(timestep_index_ptr + sample)
-    t = tl.minimum(tl.maximum(t, 0), num_timesteps - 1)
+    t = select_timestep(timestep_index_ptr + sample, num_timesteps)
     inverse_scale = tl.math.div_rn(1.0, tl.load(act_scale_ptr + t))
-    zero_point = tl.load(act_zero_point_ptr + t)
     inverse_dilation = tl.math.div_rn(1.0, tl.load(weight_dilation_ptr + k, mask=k < channels, other=1.0))
 
-    # Channels beyond K (at most one) read as 0 and so become the zero point.
-    x_ptr += sample.to(tl.int64) * stride_b
+    # The border, and a channel beyond K (at most one), read as 0 and so become the zero point.
+    source, inside = position, position < length
+    if PAD_H + PAD_W > 0:
+        source, inside = padded_position(position, height, width, PAD_H, PAD_W)
     x = tl.load(
-        x_ptr + position[:, None] * stride_l + k[None, :] * stride_k,
-        mask=(position < length)[:, None] & (k < channels)[None, :],
+        x_ptr + sample.to(tl.int64) * stride_b + source[:, None] * stride_l + k[None, :] * stride_k,
+        mask=inside[:, None] & (k < channels)[None, :],
         other=0.0,
     ).to(tl.float32)
-
-    q = tl.floor(x * inverse_dilation[None, :] * inverse_scale + 0.5) + zero_point
-    q = tl.minimum(tl.maximum(q, -(2 ** (BITS - 1))), 2 ** (BITS - 1) - 1)
-
-    out_ptr += sample.to(tl.int64) * length * out_channels
+    q = quantize_tile(x, inverse_dilation[None, :], inverse_scale, tl.load(act_zero_point_ptr + t), BITS)
     tl.store(
-        out_ptr + position[:, None] * out_channels + k[None, :],
+        out_ptr + sample.to(tl.int64) * length * out_channels + position[:, None] * out_channels + k[None, :],
         q.to(tl.int8),
         mask=(position < length)[:, None] & (k < out_channels)[None, :],
     )
@@ -71,13 +95,15 @@ def quantize(
     act_zero_point: torch.Tensor,
     timestep_index: torch.Tensor,
     bits: int,
+    padding: tuple[int, int],
 ) -> torch.Tensor:
-    """Launches ``quantize_kernel``; arguments and result as in ``reference.quantize``."""
+    """As ``reference.quantize``."""
     channels = x.shape[-1]
-    out_channels = channels + channels % 2
-    flat = x.reshape(x.shape[0], -1, channels)
-    out = torch.empty(*x.shape[:-1], out_channels, dtype=torch.int8, device=x.device)
-    grid = (triton.cdiv(flat.shape[1], BLOCK_LENGTH), triton.cdiv(out_channels, BLOCK_CHANNELS), flat.shape[0])
+    out = torch.empty(quantized_shape(x.shape, padding), dtype=torch.int8, device=x.device)
+    height, width = (x.shape[1], x.shape[2]) if any(padding) else (x[0].numel() // channels, 1)
+    flat = x.reshape(x.shape[0], height * width, channels)
+    length = out[0].numel() // out.shape[-1]
+    grid = (triton.cdiv(length, BLOCK_LENGTH), triton.cdiv(out.shape[-1], BLOCK_CHANNELS), x.shape[0])
     quantize_kernel[grid](
         flat,
         weight_dilation,
@@ -86,10 +112,13 @@ def quantize(
         timestep_index,
         out,
         act_scale.numel(),
-        flat.shape[1],
+        height,
+        width,
         channels,
-        out_channels,
+        out.shape[-1],
         *flat.stride(),
+        PAD_H=padding[0],
+        PAD_W=padding[1],
         BITS=bits,
         BLOCK_L=BLOCK_LENGTH,
         BLOCK_K=BLOCK_CHANNELS,
@@ -97,3 +126,13 @@ def quantize(
         enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the other implementations
     )
     return out
+
+
+def quantized_shape(shape: torch.Size, padding: tuple[int, int]) -> list[int]:
+    """[B, ..., K padded to even]; an image [B, H, W, K] has its borders added."""
+    size = list(shape)
+    size[-1] += size[-1] % 2
+    if any(padding):
+        size[1] += 2 * padding[0]
+        size[2] += 2 * padding[1]
+    return size

@@ -27,9 +27,16 @@ def quantize(
     act_zero_point: torch.Tensor,
     timestep_index: torch.Tensor,
     bits: int,
+    padding: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
-    """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1]."""
+    """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1].
+
+    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side.
+    """
     x = x.float()
+    if any(padding):
+        pad_h, pad_w = padding
+        x = F.pad(x, (0, 0, pad_w, pad_w, pad_h, pad_h))
     if x.shape[-1] % 2:
         x, weight_dilation = F.pad(x, (0, 1)), F.pad(weight_dilation, (0, 1), value=1.0)
     scale = _select(act_scale, timestep_index, x.ndim)
@@ -68,21 +75,20 @@ def linear_accumulator(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def conv2d_accumulator(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    zero_point: torch.Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], dilation: tuple[int, int], upsample: bool
 ) -> torch.Tensor:
-    """sum_{tap,k} q_x q_w: x int8 [B, H, W, K] padded with zero_point [B], weight packed [N, KH, KW, K/2]
-    -> int64 [B, OH, OW, N]. Summed in float64, which is exact below 2^53."""
-    batch, height, width, channels = x.shape
-    pad_h, pad_w = padding
-    padded = zero_point.double().view(batch, 1, 1, 1).repeat(1, height + 2 * pad_h, width + 2 * pad_w, channels)
-    padded[:, pad_h : pad_h + height, pad_w : pad_w + width] = x.double()
+    """sum_{tap,k} q_x q_w: x int8 [B, H, W, K], padded already, weight packed [N, KH, KW, K/2] -> int64 [B, OH, OW, N].
+
+    With ``upsample`` the image inside the border of 1 is doubled, each pixel to 2 x 2, and the border is 1 again.
+    Summed in float64, which is exact below 2^53.
+    """
+    image = x.double().permute(0, 3, 1, 2)
+    if upsample:
+        doubled = F.interpolate(image[..., 1:-1, 1:-1], scale_factor=2, mode="nearest")
+        border = image[..., :1, :1]  # the zero point of each sample, equal in all channels
+        image = F.pad(doubled - border, (1, 1, 1, 1)) + border
     w = unpack_int4(weight).double().permute(0, 3, 1, 2)
-    return F.conv2d(padded.permute(0, 3, 1, 2), w, None, stride, 0, dilation).permute(0, 2, 3, 1).long()
+    return F.conv2d(image, w, None, stride, 0, dilation).permute(0, 2, 3, 1).long()
 
 
 def int4_linear(
@@ -108,6 +114,36 @@ def int4_linear(
     return y.to(out_dtype)
 
 
+def int4_linear_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    next_dilation: torch.Tensor,
+    next_scale: torch.Tensor,
+    next_zero_point: torch.Tensor,
+    next_bits: int,
+) -> torch.Tensor:
+    """The linear layer, its activation, and the next layer's quantization: int8 [B, ..., N], for "geglu" N of 2N.
+
+    "gelu" is x Phi(x); "geglu" splits the channels in two and multiplies the first half by gelu of the second.
+    """
+    y = int4_linear(
+        x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, None, torch.float64
+    )
+    if activation == "geglu":
+        hidden, gate = y.chunk(2, dim=-1)
+        y = hidden * F.gelu(gate)
+    elif activation == "gelu":
+        y = F.gelu(y)
+    return quantize(y, next_dilation, next_scale, next_zero_point, timestep_index, next_bits)
+
+
 def int4_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -119,22 +155,87 @@ def int4_conv2d(
     bias: torch.Tensor | None,
     channel_add: torch.Tensor | None,
     residual: torch.Tensor | None,
+    skip: torch.Tensor | None,
+    skip_weight: torch.Tensor | None,
+    skip_weight_sum: torch.Tensor | None,
+    skip_act_scale: torch.Tensor | None,
+    skip_act_zero_point: torch.Tensor | None,
     stride: tuple[int, int],
-    padding: tuple[int, int],
     dilation: tuple[int, int],
+    upsample: bool,
     out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """The convolution of int8 x [B, H, W, K] with packed weight [N, KH, KW, K/2], padded with the quantized zero.
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution of int8 x [B, H, W, K], padded already, with packed weight [N, KH, KW, K/2].
 
-    Adds bias [N], channel_add [B, N] (the time embedding) and residual [B, OH, OW, N]; returns [B, OH, OW, N].
+    ``skip`` is a second image beside x, as in a concat of channels, with weights and tables of its own and the same
+    weight_scale. Adds bias [N], channel_add [B, N] (the time embedding) and residual [B, OH, OW, N]; returns
+    [B, OH, OW, N] and, if wanted, its ``channel_statistics`` (otherwise an empty tensor).
     """
-    scale = _select(act_scale, timestep_index, 4).double()
-    zero_point = _select(act_zero_point, timestep_index, 4)
-    accumulator = conv2d_accumulator(x, weight, zero_point, stride, padding, dilation)
-    y = (accumulator - zero_point * unpack_int4(weight).long().sum((1, 2, 3))) * scale * weight_scale.double()
+    sources = [(x, weight, act_scale, act_zero_point)]
+    if skip is not None and skip_weight is not None and skip_act_scale is not None and skip_act_zero_point is not None:
+        sources.append((skip, skip_weight, skip_act_scale, skip_act_zero_point))
+    y = torch.zeros((), dtype=torch.float64)
+    for image, w, scales, zero_points in sources:
+        zero_point = _select(zero_points, timestep_index, 4)
+        accumulator = conv2d_accumulator(image, w, stride, dilation, upsample)
+        corrected = accumulator - zero_point * unpack_int4(w).long().sum((1, 2, 3))
+        y = y + corrected * _select(scales, timestep_index, 4).double() * weight_scale.double()
     if channel_add is not None:
         y = y + channel_add.double()[:, None, None, :]
     for addend in (bias, residual):
         if addend is not None:
             y = y + addend.double()
-    return y.to(out_dtype)
+    y = y.to(out_dtype)
+    return y, channel_statistics(y) if with_statistics else torch.empty(0, 0, 2, y.shape[-1])
+
+
+def channel_statistics(x: torch.Tensor, run: int = 64) -> torch.Tensor:
+    """x [B, H, W, K] -> fp32 [B, ceil(H W / run), 2, K]: sum and centred sum of squares of each run of pixels."""
+    runs = x.double().flatten(1, 2).split(run, dim=1)
+    total = [part.sum(1) for part in runs]
+    centred = [(part - part.mean(1, keepdim=True)).square().sum(1) for part in runs]
+    return torch.stack([torch.stack(total, 1), torch.stack(centred, 1)], dim=2).float()
+
+
+def group_norm_quantize(
+    x: torch.Tensor,
+    skip: torch.Tensor | None,
+    statistics: torch.Tensor | None,
+    skip_statistics: torch.Tensor | None,
+    num_groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    weight_dilation: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bits: int,
+    padding: tuple[int, int],
+) -> torch.Tensor:
+    """Group norm of x [B, H, W, K] beside skip [B, H, W, K2], SiLU if wanted, quantized: int8, padded.
+
+    The statistics are those of x and skip by definition, so they are not read here.
+    """
+    image = (x if skip is None else torch.cat([x, skip], dim=-1)).double().permute(0, 3, 1, 2)
+    y = F.group_norm(image, num_groups, weight.double(), bias.double(), eps).permute(0, 2, 3, 1)
+    return quantize(F.silu(y) if silu else y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding)
+
+
+def layer_norm_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    weight_dilation: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """Layer norm of x [B, ..., K] over its channels, quantized."""
+    weight, bias = (None if parameter is None else parameter.double() for parameter in (weight, bias))
+    y = F.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
+    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits)

@@ -1,38 +1,112 @@
-"""Launch configurations of the GEMM-shaped kernels."""
+"""Launch configurations of the GEMM, looked up by architecture, operator and shape.
+
+``tuning/<architecture>.json`` lists shapes with the configuration that is best for each, and says whether that was
+measured or chosen from the compiler's report. A launch takes the nearest listed shape. Nothing is ever tuned at run
+time; ``make tune`` writes these files.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import astuple, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
+
+FOLDER = Path(__file__).parent / "tuning"
+# Which file serves a compute capability: the newest architecture in this list that is not newer than the device.
+NVIDIA_ARCHITECTURES = (80, 89, 90)
+AMD_ARCHITECTURE = "gfx942"
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and pipeline of one launch: ``block_k`` counts packed bytes, so two input channels each."""
+    """Tile sizes and pipeline of one launch.
+
+    ``block_k`` counts packed bytes, so two input channels each; ``group_m`` tiles along the rows share a pass over the
+    weights; ``split_k`` programs share a tile.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    group_m: int = 1
+    split_k: int = 1
+
+    def with_whole_runs(self, rows: int) -> LaunchConfig:
+        """The same with tiles of a whole number of ``rows``."""
+        return self if self.block_m % rows == 0 else replace(self, block_m=rows)
+
+    def to_list(self) -> list[int]:
+        """As it stands in the JSON, in the order of the fields."""
+        return list(astuple(self))
 
 
-# Chosen from the compiler's report (registers, shared memory, occupancy); not measured on a GPU yet.
-FEW_ROWS = LaunchConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=4)
-SOME_ROWS = LaunchConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3)
-MANY_ROWS = LaunchConfig(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3)
-CONFIGS = (FEW_ROWS, SOME_ROWS, MANY_ROWS)
+@dataclass(frozen=True)
+class TunedShape:
+    """One entry of a tuning file: the GEMM's [rows, reduction] x [reduction, out_channels], and how to launch it."""
+
+    op: str  # "linear", "linear_geglu" or "conv2d"
+    rows: int
+    out_channels: int
+    reduction: int
+    config: LaunchConfig
+
+    def distance(self, rows: int, out_channels: int, reduction: int) -> float:
+        """How many doublings lie between this shape and another."""
+        return (
+            abs(math.log2(self.rows / rows))
+            + abs(math.log2(self.out_channels / out_channels))
+            + abs(math.log2(self.reduction / reduction))
+        )
 
 
-def launch_config(num_rows: int, out_channels: int) -> LaunchConfig:
-    """The configuration for a GEMM whose result has num_rows rows (samples x positions) and out_channels columns."""
-    if num_rows <= 32:
-        return FEW_ROWS
-    # A large tile only pays where it still leaves enough tiles to fill the chip.
-    return MANY_ROWS if num_rows * out_channels >= 128 * 128 * 128 else SOME_ROWS
+def read_tuning(path: Path) -> tuple[dict[str, Any], tuple[TunedShape, ...]]:
+    """A tuning file: where it comes from, and its shapes."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    shapes = (
+        TunedShape(op, rows, out_channels, reduction, LaunchConfig(*config))
+        for op, rows, out_channels, reduction, config in document.pop("shapes")
+    )
+    return document, tuple(shapes)
+
+
+@cache
+def tuned_shapes(architecture: str) -> tuple[TunedShape, ...]:
+    """The shapes of an architecture's shipped file, read once a process."""
+    return read_tuning(FOLDER / f"{architecture}.json")[1]
+
+
+@cache
+def architecture() -> str:
+    """The tuning file for the current device; without one, for the oldest NVIDIA GPU that we serve."""
+    if not torch.cuda.is_available():
+        return f"sm_{NVIDIA_ARCHITECTURES[0]}"
+    if torch.version.hip is not None:
+        return AMD_ARCHITECTURE
+    major, minor = torch.cuda.get_device_capability()
+    served = [number for number in NVIDIA_ARCHITECTURES if number <= 10 * major + minor]
+    return f"sm_{served[-1] if served else NVIDIA_ARCHITECTURES[0]}"
+
+
+@lru_cache(maxsize=4096)
+def launch_config(op: str, rows: int, out_channels: int, reduction: int) -> LaunchConfig:
+    """The configuration of the nearest tuned shape of the same operator.
+
+    Args:
+        op: "linear", "linear_geglu" (two weight tiles a program) or "conv2d".
+        rows: samples x positions of the result.
+        out_channels: N of the result.
+        reduction: input channels x taps.
+    """
+    candidates = (shape for shape in tuned_shapes(architecture()) if shape.op == op)
+    return min(candidates, key=lambda shape: shape.distance(rows, out_channels, reduction)).config
 
 
 @cache

@@ -1,0 +1,384 @@
+"""The best possible speed of the benchmarks' UNets on GPUs that need not be present.
+
+    python benchmarks/roofline.py [--unet sd15]... [--batch 2] [--output benchmarks/results/roofline.json]
+
+A forward is a list of kernels. Each takes at least max(operations / peak, bytes / bandwidth), where a tensor that a
+kernel reads or writes crosses the memory bus once; the bound is the sum over the kernels. Left out are launches, the
+second pass of a norm over its input, biases, and copies that only change a layout (in channels_last there are none).
+So are caches that keep a tensor from one kernel to the next, by which a small model can be faster than its bound.
+
+**unfused**: every operator of diffusers' forward is a kernel; it reads its inputs and writes its output in 16 bit. A
+quantized layer is two: one reads x in 16 bit and writes it quantized, the other reads that and writes y in 16 bit.
+
+**fused**: the kernels are layers, norms and attention alone, each with what can be folded into it.
+  - Activations, GEGLU, additions of residuals and time embedding, and scalings belong to the kernel that makes their
+    largest input (of two equal ones, the later), as its epilogue: that input is neither written nor read.
+  - Upsampling, padding and the concatenation with skips belong to the kernels that read the result, as addressing.
+  - What layers read is written by whoever makes it in the layers' width; if norms, attention or residuals read it as
+    well, in 16 bit too. Statistics of a norm come with its input.
+  - Layers called one after the other on one tensor (q, k, v) are one kernel.
+
+Precisions: fp16; W4A8, W4A4: layers have packed 4-bit weights with an fp32 scale and an int32 sum per output channel,
+compute in int8 (no 4-bit tensor cores since Hopper; Ampere's and Ada's are not used) and read 8-bit or packed 4-bit
+activations. Norms are done and attention computes in 16 bit, whatever the layers do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from unets import CONFIGS, LayerShape, build, inputs, layers
+
+OUTPUT = Path(__file__).parent / "results" / "roofline.json"
+
+
+class Ceiling(NamedTuple):
+    """The most of something that a device does in a second, and who says so."""
+
+    per_second: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """Dense tensor arithmetic (a multiplication and an addition are two operations) and memory traffic in bytes."""
+
+    fp16: Ceiling
+    int8: Ceiling
+    memory: Ceiling
+
+
+GA102 = "NVIDIA Ampere GA102 whitepaper v2, appendix A, GeForce RTX 3090"
+AD102 = "NVIDIA Ada GPU architecture whitepaper, appendix A, GeForce RTX 4090"
+A100 = "NVIDIA A100 datasheet, SXM 80 GB, without sparsity"
+H100 = "NVIDIA H100 datasheet, SXM 80 GB, half of what it states with sparsity"
+H200 = "NVIDIA H200 datasheet, SXM, half of what it states with sparsity"
+H100_MEASURED = "measured on an H100 80GB HBM3 with torch 2.11.0+cu130"
+FP32_ACCUMULATION = "FP16 with FP32 accumulation, as PyTorch computes; twice that with FP16 accumulation"
+
+DEVICES = {
+    "RTX 3090": Device(
+        Ceiling(71e12, f"{GA102}: {FP32_ACCUMULATION}"), Ceiling(284e12, GA102), Ceiling(0.936e12, GA102)
+    ),
+    "RTX 4090": Device(
+        Ceiling(165.2e12, f"{AD102}: {FP32_ACCUMULATION}"), Ceiling(660.6e12, AD102), Ceiling(1.008e12, AD102)
+    ),
+    "A100": Device(Ceiling(312e12, A100), Ceiling(624e12, A100), Ceiling(2.039e12, A100)),
+    "H100": Device(Ceiling(989.5e12, H100), Ceiling(1979e12, H100), Ceiling(3.35e12, H100)),
+    "H100 (measured)": Device(
+        Ceiling(798e12, f"{H100_MEASURED}: bf16 matrix product of 8192x8192x8192"),
+        Ceiling(1979e12, f"not measured; {H100}"),
+        Ceiling(3.0e12, f"{H100_MEASURED}: copy, reads and writes counted"),
+    ),
+    "H200": Device(Ceiling(989.5e12, H200), Ceiling(1979e12, H200), Ceiling(4.8e12, H200)),
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How layers store their operands, in bits, and the ``Device`` ceiling of their arithmetic."""
+
+    weight_bits: int
+    activation_bits: int
+    arithmetic: str
+
+
+PRECISIONS = {"fp16": Precision(16, 16, "fp16"), "w4a8": Precision(4, 8, "int8"), "w4a4": Precision(4, 4, "int8")}
+# Precision, fused; the columns of the tables.
+VARIANTS = {
+    "fp16 unfused": ("fp16", False),
+    "fp16 fused": ("fp16", True),
+    "w4a8 unfused": ("w4a8", False),
+    "w4a8 fused": ("w4a8", True),
+    "w4a4 fused": ("w4a4", True),
+}
+# One layer by itself in fp16 has nothing to fuse.
+LAYER_VARIANTS = {"fp16": ("fp16", False)} | {v: choice for v, choice in VARIANTS.items() if choice[0] != "fp16"}
+
+
+@dataclass
+class Kernel:
+    """What one launch computes and moves."""
+
+    kind: str
+    arithmetic: str = "fp16"
+    operations: int = 0
+    weight_bytes: float = 0
+    activation_bytes: float = 0
+
+    def seconds(self, device: Device) -> float:
+        """The least time on a device."""
+        peak = getattr(device, self.arithmetic).per_second
+        return max(self.operations / peak, (self.weight_bytes + self.activation_bytes) / device.memory.per_second)
+
+
+def weight_bytes(shape: LayerShape, precision: Precision) -> int:
+    """A layer's weights, as it reads them: 4-bit ones are packed by pairs of channels and have two tables."""
+    if precision.weight_bits == 16:
+        return 2 * shape.out_channels * shape.reduction
+    return shape.out_channels * (math.ceil(shape.in_channels / 2) * shape.taps + 8)
+
+
+def layer_kernels(shape: LayerShape, precision: str, fused: bool) -> list[Kernel]:
+    """One layer by itself, from x to y in 16 bit; if fused, x is there in the layer's width already."""
+    chosen = PRECISIONS[precision]
+    in_size = shape.batch * shape.tokens * shape.in_channels
+    x_bytes, y_bytes = in_size * chosen.activation_bits / 8, 2 * shape.rows * shape.out_channels
+    quantized = precision != "fp16" and not fused
+    quantize = [Kernel("quantize", activation_bytes=2 * in_size + x_bytes)] if quantized else []
+    weights = weight_bytes(shape, chosen)
+    return [*quantize, Kernel("layer", chosen.arithmetic, shape.operations, weights, x_bytes + y_bytes)]
+
+
+def layer_bound(shape: LayerShape, device: Device, precision: str, fused: bool = True) -> float:
+    """The least time of one layer by itself in seconds; if not fused, with the quantization of its input."""
+    return sum(kernel.seconds(device) for kernel in layer_kernels(shape, precision, fused))
+
+
+@dataclass(eq=False)
+class Tensor:
+    """A tensor of a traced forward; ``sources`` are what it is gathered from, where making it is only addressing."""
+
+    size: int
+    sources: tuple[Tensor, ...] = ()
+
+    def resolve(self) -> list[Tensor]:
+        """The tensors that a kernel reads in its place."""
+        return [tensor for source in self.sources for tensor in source.resolve()] or [self]
+
+
+@dataclass
+class Step:
+    """One operator of a forward; of an input it may read a part, so ``read_size`` counts the elements of all."""
+
+    kind: str
+    reads: list[Tensor]
+    read_size: int
+    writes: Tensor
+    operations: int = 0
+    shape: LayerShape | None = None
+
+
+KINDS = {
+    **dict.fromkeys(("linear", "conv2d"), "layer"),
+    **dict.fromkeys(("group_norm", "layer_norm"), "norm"),
+    **dict.fromkeys(("cat", "concat", "interpolate", "pad"), "gather"),
+    **dict.fromkeys(("reshape", "contiguous"), "layout"),
+    "scaled_dot_product_attention": "attention",
+}
+
+
+class Tracer(TorchFunctionMode):
+    """Records the operators that make a new tensor out of others; what ``KINDS`` does not know is elementwise."""
+
+    def __init__(self, shapes: dict[torch.Tensor, LayerShape]) -> None:
+        super().__init__()
+        self.shapes = shapes  # by weight
+        self.steps: list[Step] = []
+        self.tensors: dict[torch.UntypedStorage, Tensor] = {}  # a view is its base
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = [operand for operand in operands if not isinstance(operand, nn.Parameter)]
+        if isinstance(result, torch.Tensor) and inputs:
+            kind = KINDS.get(function.__name__, "elementwise")
+            shape = next((self.shapes[operand] for operand in operands if operand in self.shapes), None)
+            self._record(kind, inputs, result, shape)
+        return result
+
+    def _record(self, kind: str, inputs: list[torch.Tensor], result: torch.Tensor, shape: LayerShape | None) -> None:
+        reads = [self.tensors.setdefault(x.untyped_storage(), Tensor(x.numel())) for x in inputs]
+        if result.untyped_storage() in self.tensors:  # a view
+            return
+        if kind == "layout":
+            self.tensors[result.untyped_storage()] = reads[0]
+            return
+        operations = shape.operations if shape else 0
+        if kind == "attention":
+            query, key = inputs[:2]  # [batch, heads, tokens, channels]; a product with k and one with v
+            operations = 4 * query.numel() * key.shape[-2]
+        writes = Tensor(result.numel(), tuple(reads) if kind == "gather" else ())
+        self.tensors[result.untyped_storage()] = writes
+        self.steps.append(Step(kind, reads, sum(x.numel() for x in inputs), writes, operations, shape))
+
+
+def trace(name: str, batch: int) -> list[Step]:
+    """The operators of one forward of a UNet, without computing it."""
+    unet, arguments = build(name, "meta"), inputs(name, batch, "meta")
+    shapes = {unet.get_submodule(layer).weight: shape for shape in layers(name, batch) for layer in shape.names}
+    tracer = Tracer(shapes)
+    with torch.no_grad(), tracer:
+        unet(**arguments)
+    return tracer.steps
+
+
+def unfused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
+    """Every step a kernel; before a quantized layer, one that quantizes."""
+    kernels = []
+    for step in steps:
+        if step.shape is not None:
+            kernels += layer_kernels(step.shape, precision, fused=False)
+        else:
+            traffic = 2 * (step.read_size + step.writes.size)
+            kernels.append(Kernel(step.kind, operations=step.operations, activation_bytes=traffic))
+    return kernels
+
+
+def fused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
+    """Layers, norms and attention with all else folded into them; the rules are this module's first lines."""
+    chosen = PRECISIONS[precision]
+    kernels: list[Kernel] = []
+    maker: dict[Tensor, int] = {}  # index of the kernel; none makes the forward's inputs
+    read: set[tuple[int, Tensor, int]] = set()  # by kernel, tensor, in bits
+    consumed: set[Tensor] = set()
+    shared: list[Tensor] | None = None  # what the step before read, if it was a layer
+    for step in steps:
+        if step.kind == "gather":
+            continue
+        sources = [source for tensor in step.reads for source in tensor.resolve()]
+        consumed.update(sources)
+        is_layer = step.shape is not None
+        if step.kind == "elementwise":
+            index = maker.get(max(sources, key=lambda tensor: (tensor.size, maker.get(tensor, -1))))
+            if index is None:  # the embedding of the timestep, before any layer
+                continue
+        else:
+            if not is_layer or sources != shared:
+                kernels.append(Kernel(step.kind, chosen.arithmetic if is_layer else "fp16"))
+            index = len(kernels) - 1
+            kernels[index].operations += step.operations
+            kernels[index].weight_bytes += weight_bytes(step.shape, chosen) if step.shape else 0
+        shared = sources if is_layer else None
+        maker[step.writes] = index
+        bits = chosen.activation_bits if is_layer else 16
+        read.update((index, source, bits) for source in sources if maker.get(source) != index)
+
+    widths: dict[Tensor, set[int]] = defaultdict(set)
+    for index, tensor, bits in read:
+        kernels[index].activation_bytes += tensor.size * bits / 8
+        widths[tensor].add(bits)
+    for tensor, index in maker.items():
+        written = widths[tensor] if tensor in consumed else {16}  # the forward's result is read by nobody here
+        kernels[index].activation_bytes += tensor.size * sum(written) / 8
+    return kernels
+
+
+def forward_kernels(steps: list[Step], precision: str, fused: bool) -> list[Kernel]:
+    """The kernels of one forward."""
+    return (fused_kernels if fused else unfused_kernels)(steps, precision)
+
+
+def by_kind(costs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Sums of costs that come with the kind that they belong to."""
+    totals: dict[str, float] = {}
+    for kind, cost in costs:
+        totals[kind] = totals.get(kind, 0) + cost
+    return totals
+
+
+def operations(steps: list[Step]) -> dict[str, float]:
+    """Multiplications and additions of one forward, by kind of layer."""
+
+    def kind(step: Step) -> str:
+        if step.shape is None or step.shape.kind == "linear":
+            return step.shape.kind if step.shape else step.kind
+        return "conv2d {}x{}".format(*step.shape.kernel_size)
+
+    return by_kind((kind(step), step.operations) for step in steps if step.operations)
+
+
+def layer_row(shape: LayerShape) -> dict[str, Any]:
+    """One distinct shape: bytes and bounds of one layer by itself."""
+    kernels = {variant: layer_kernels(shape, *choice) for variant, choice in LAYER_VARIANTS.items()}
+    return {
+        "layer": shape.label,
+        "count": len(shape.names),
+        "operations": shape.operations,
+        "weight_bytes": {name: weight_bytes(shape, PRECISIONS[name]) for name in ("fp16", "w4a8")},
+        "activation_bytes": {variant: sum(k.activation_bytes for k in made) for variant, made in kernels.items()},
+        "microseconds": {
+            name: {v: 1e6 * layer_bound(shape, device, *choice) for v, choice in LAYER_VARIANTS.items()}
+            for name, device in DEVICES.items()
+        },
+    }
+
+
+def unet_report(name: str, batch: int) -> dict[str, Any]:
+    """One UNet: operations, bytes and bounds of a forward by kind of kernel, and its distinct layers."""
+    steps = trace(name, batch)
+    kernels = {variant: forward_kernels(steps, *choice) for variant, choice in VARIANTS.items()}
+    return {
+        "operations": operations(steps),
+        "weight_bytes": {variant: sum(k.weight_bytes for k in made) for variant, made in kernels.items()},
+        "activation_bytes": {v: by_kind((k.kind, k.activation_bytes) for k in made) for v, made in kernels.items()},
+        "milliseconds": {
+            name: {v: by_kind((k.kind, 1e3 * k.seconds(device)) for k in made) for v, made in kernels.items()}
+            for name, device in DEVICES.items()
+        },
+        "layers": [layer_row(shape) for shape in layers(name, batch)],
+    }
+
+
+def rounded(report: Any) -> Any:
+    """The same with floating-point numbers to six significant digits."""
+    if isinstance(report, dict):
+        return {key: rounded(value) for key, value in report.items()}
+    if isinstance(report, list):
+        return [rounded(value) for value in report]
+    return float(f"{report:.6g}") if isinstance(report, float) else report
+
+
+def table(reports: dict[str, dict[str, Any]]) -> str:
+    """Milliseconds of a forward, and how many times faster than fp16 W4A8 can be at best."""
+    lines = [["UNet", "device", *VARIANTS, "fp16/w4a8, both fused", "fp16 unfused/w4a8 fused"]]
+    for name, report in reports.items():
+        for device, variants in report["milliseconds"].items():
+            times = {variant: sum(kinds.values()) for variant, kinds in variants.items()}
+            ratios = [times[baseline] / times["w4a8 fused"] for baseline in ("fp16 fused", "fp16 unfused")]
+            lines.append([name, device, *(f"{time:.3f}" for time in times.values()), *(f"{r:.2f}" for r in ratios)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unet", action="append", choices=CONFIGS, help="may be repeated; all of them by default")
+    parser.add_argument("--batch", type=int, default=2, help="samples in a forward (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes (default: %(default)s)")
+    arguments = parser.parse_args()
+    reports = {name: rounded(unet_report(name, arguments.batch)) for name in arguments.unet or CONFIGS}
+    print(table(reports))
+    document = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "date": datetime.date.today().isoformat(),
+        "batch": arguments.batch,
+        "devices": {
+            name: {ceiling: limit._asdict() for ceiling, limit in vars(device).items()}
+            for name, device in DEVICES.items()
+        },
+        "unets": reports,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

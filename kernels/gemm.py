@@ -1,0 +1,376 @@
+"""The one GEMM behind every INT4 layer on the GPU: int8 activations x packed INT4 weights, summed in int32.
+
+    y_mn = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w)
+
+A linear layer is the GEMM itself; a convolution is the same loop over taps x channel blocks of an image that is already
+padded, so that no tap needs a test (an implicit GEMM, NHWC). What makes it fast:
+
+- The weight is operand A, that is, the kernel computes Y^T = W X^T: ``wgmma`` takes A from registers, so the unpacked
+  nibbles never travel through shared memory. One packed block meets two activation blocks, the two halves of K.
+- The unpacked values are 16 q_w (see ``packing``); the scale divides by 16, exactly, at the end.
+- The epilogue adds what the layer's neighbour would otherwise read and write again: bias, time embedding, residual,
+  GELU or GEGLU with the quantization of the next layer's input, and the statistics of the next group norm.
+- Where there are few tiles, ``SPLIT_K`` programs share one; the last to arrive adds up their integers, in any order to
+  the same sum, and finishes the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dq_kernels.packing import unpack_int4_x16
+from dq_kernels.quantize import quantize_tile, select_timestep
+from dq_kernels.tuning import LaunchConfig, use_ptx
+
+# Rows (pixels) that one entry of the group norm's statistics covers; a tile holds a whole number of them.
+STATISTICS_ROWS = 64
+
+
+@triton.jit
+def int4_gemm_kernel(
+    x_ptr,
+    weight_ptr,
+    weight_sum_ptr,
+    act_scale_ptr,
+    act_zero_point_ptr,
+    skip_ptr,
+    skip_weight_ptr,
+    skip_weight_sum_ptr,
+    skip_act_scale_ptr,
+    skip_act_zero_point_ptr,
+    weight_scale_ptr,
+    timestep_index_ptr,
+    bias_ptr,
+    channel_add_ptr,
+    residual_ptr,
+    next_dilation_ptr,
+    next_scale_ptr,
+    next_zero_point_ptr,
+    out_ptr,
+    statistics_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    num_rows,
+    rows_per_sample,
+    height,
+    width,
+    out_width,
+    num_timesteps,
+    out_channels,
+    half_channels,
+    skip_half_channels,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    NEXT_BITS: tl.constexpr,
+    STATISTICS_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TILE_IN_SAMPLE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """One [BLOCK_N, BLOCK_M] tile of Y^T.
+
+    x [B, H, W, K] int8, weight [N, KH, KW, K/2] uint8, residual and out [M, N], statistics [M / ROWS, 2, N], M = the
+    pixels of all samples; skip is a second image with weights of its own, whose product is added. With ACTIVATION
+    "geglu" the weight has 2N rows: hidden, then gates. TILE_IN_SAMPLE: no tile has rows of two samples.
+    """
+    num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
+    num_tiles_n = tl.cdiv(out_channels, BLOCK_N)
+    tile_m, tile_n = tl.swizzle2d(
+        tl.program_id(0) // num_tiles_n, tl.program_id(0) % num_tiles_n, num_tiles_m, num_tiles_n, GROUP_M
+    )
+    first_row = tile_m * BLOCK_M
+    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    m = (first_row + tl.arange(0, BLOCK_M))[None, :]
+    n_inside = n < out_channels
+    # Rows and channels beyond the edge repeat one inside; they are never stored.
+    pixel = tl.minimum(m, num_rows - 1)
+    channel = tl.where(n_inside, n, 0)
+    gate_rows = out_channels if ACTIVATION == "geglu" else 0
+
+    accumulator, gate = _multiply(
+        x_ptr, weight_ptr, pixel, channel, gate_rows, rows_per_sample, height, width, out_width, half_channels,
+        KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, ACTIVATION,
+        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, EVEN_K, PTX,
+    )  # fmt: skip
+
+    last_sample = num_rows // rows_per_sample - 1
+    sample = first_row // rows_per_sample if TILE_IN_SAMPLE else tl.minimum(m // rows_per_sample, last_sample)
+    t = select_timestep(timestep_index_ptr + sample, num_timesteps)
+    weight_scale = tl.load(weight_scale_ptr + channel)
+
+    if SPLIT_K > 1:
+        # Whoever comes last owns the tile; the others are done.
+        tile = tl.program_id(0)
+        within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        mine = (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
+        tl.store(partial_ptr + mine + within, accumulator)
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLIT_K - 1:
+            return
+        accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+        for split in range(SPLIT_K):
+            theirs = (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
+            accumulator += tl.load(partial_ptr + theirs + within, cache_modifier=".cg")
+
+    y = _dequantize(accumulator, weight_sum_ptr + channel, weight_scale, act_scale_ptr + t, act_zero_point_ptr + t)
+    if skip_ptr is not None:
+        accumulator, gate = _multiply(
+            skip_ptr, skip_weight_ptr, pixel, channel, 0, rows_per_sample, height, width, out_width,
+            skip_half_channels, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, "none",
+            BLOCK_M, BLOCK_N, BLOCK_K, 1, EVEN_K, PTX,
+        )  # fmt: skip
+        y += _dequantize(
+            accumulator, skip_weight_sum_ptr + channel, weight_scale,
+            skip_act_scale_ptr + t, skip_act_zero_point_ptr + t,
+        )  # fmt: skip
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + channel).to(tl.float32)
+    if channel_add_ptr is not None:
+        y += tl.load(channel_add_ptr + sample * out_channels + channel).to(tl.float32)
+    offsets = m * out_channels + n
+    inside = n_inside & (m < num_rows)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+    if ACTIVATION == "geglu":
+        gate_scale = tl.load(weight_scale_ptr + out_channels + channel)
+        z = _dequantize(
+            gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale_ptr + t, act_zero_point_ptr + t
+        )
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + out_channels + channel).to(tl.float32)
+        y *= _gelu(z)
+    if ACTIVATION == "gelu":
+        y = _gelu(y)
+    if next_scale_ptr is not None:
+        inverse_dilation = tl.math.div_rn(1.0, tl.load(next_dilation_ptr + channel))
+        inverse_scale = tl.math.div_rn(1.0, tl.load(next_scale_ptr + t))
+        y = quantize_tile(y, inverse_dilation, inverse_scale, tl.load(next_zero_point_ptr + t), NEXT_BITS)
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, y, mask=inside)
+
+    if statistics_ptr is not None:
+        # Sum and centred sum of squares of every STATISTICS_ROWS pixels, of what was stored.
+        runs = tl.reshape(y.to(tl.float32), (BLOCK_N, BLOCK_M // STATISTICS_ROWS, STATISTICS_ROWS))
+        total = tl.sum(runs, 2)
+        centred = runs - (total / STATISTICS_ROWS)[:, :, None]
+        run = first_row // STATISTICS_ROWS + tl.arange(0, BLOCK_M // STATISTICS_ROWS)[None, :]
+        statistics_ptrs = statistics_ptr + run * (2 * out_channels) + n
+        run_inside = n_inside & (run * STATISTICS_ROWS < num_rows)
+        tl.store(statistics_ptrs, total, mask=run_inside)
+        tl.store(statistics_ptrs + out_channels, tl.sum(centred * centred, 2), mask=run_inside)
+
+
+@triton.jit
+def _multiply(
+    x_ptr,
+    weight_ptr,
+    pixel,
+    channel,
+    gate_rows,
+    rows_per_sample,
+    height,
+    width,
+    out_width,
+    half_channels,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    UPSAMPLE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """16 sum q_x q_w [BLOCK_N, BLOCK_M] over this program's share of taps x channels; for GEGLU the gates' as well."""
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    k = tl.arange(0, BLOCK_K)
+    weight_rows = weight_ptr + channel * (TAPS * half_channels) + k[None, :]
+    gate_offset = gate_rows * (TAPS * half_channels)
+    if TAPS * STRIDE_H * STRIDE_W == 1 and not UPSAMPLE:
+        x_rows = x_ptr + pixel * (2 * half_channels) + k[:, None]
+    else:
+        image = x_ptr + pixel // rows_per_sample * (height * width) * (2 * half_channels) + k[:, None]
+        top = pixel % rows_per_sample // out_width * STRIDE_H
+        left = pixel % out_width * STRIDE_W
+        x_rows = image + (top * width + left) * (2 * half_channels)
+
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    gate = accumulator
+    blocks = tl.cdiv(half_channels, BLOCK_K)
+    first, last = 0, TAPS * blocks
+    if SPLIT_K > 1:
+        share = tl.cdiv(TAPS * blocks, SPLIT_K)
+        first = tl.program_id(1) * share
+        last = tl.minimum(first + share, TAPS * blocks)
+    # tap and start are counted: dividing a step by the number of blocks is slow.
+    tap = first // blocks if SPLIT_K > 1 else 0
+    start = first % blocks * BLOCK_K if SPLIT_K > 1 else 0
+    for _ in range(first, last):
+        row, column = tap // KERNEL_W * DILATION_H, tap % KERNEL_W * DILATION_W
+        if UPSAMPLE:
+            # Pixel i of the doubled and then padded image is pixel (i + 1) // 2 of the padded one.
+            source = (top + row + 1) // 2 * width + (left + column + 1) // 2
+            low_ptrs = image + (source * (2 * half_channels) + start)
+        else:
+            low_ptrs = x_rows + ((row * width + column) * (2 * half_channels) + start)
+        high_ptrs = low_ptrs + half_channels
+        weight_ptrs = weight_rows + (tap * half_channels + start)
+        if EVEN_K:
+            packed = tl.load(weight_ptrs)
+            x_low = tl.load(low_ptrs)
+            x_high = tl.load(high_ptrs)
+        else:
+            # Where the weight reads as 0, the activation does not count, but it must not be read from elsewhere.
+            inside = start + k < half_channels
+            packed = tl.load(weight_ptrs, mask=inside[None, :], other=0)
+            x_low = tl.load(low_ptrs, mask=inside[:, None], other=0)
+            x_high = tl.load(high_ptrs, mask=inside[:, None], other=0)
+        w_low, w_high = unpack_int4_x16(packed, PTX)
+        accumulator = tl.dot(w_low, x_low, accumulator, out_dtype=tl.int32)
+        accumulator = tl.dot(w_high, x_high, accumulator, out_dtype=tl.int32)
+        if ACTIVATION == "geglu":
+            if EVEN_K:
+                packed = tl.load(weight_ptrs + gate_offset)
+            else:
+                packed = tl.load(weight_ptrs + gate_offset, mask=inside[None, :], other=0)
+            w_low, w_high = unpack_int4_x16(packed, PTX)
+            gate = tl.dot(w_low, x_low, gate, out_dtype=tl.int32)
+            gate = tl.dot(w_high, x_high, gate, out_dtype=tl.int32)
+        start += BLOCK_K
+        tap = tl.where(start < half_channels, tap, tap + 1)
+        start = tl.where(start < half_channels, start, 0)
+    return accumulator, gate
+
+
+@triton.jit
+def _dequantize(accumulator, weight_sum_ptrs, weight_scale, act_scale_ptrs, act_zero_point_ptrs):
+    # 16 times the sum of q_w (q_x - zp_t), exact in int32; the scale divides it by 16.
+    corrected = accumulator - 16 * tl.load(weight_sum_ptrs) * tl.load(act_zero_point_ptrs)
+    return corrected.to(tl.float32) * (tl.load(act_scale_ptrs) / 16 * weight_scale)
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+def launch(
+    config: LaunchConfig,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_sum: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    channel_add: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
+    skip_weight: torch.Tensor | None = None,
+    skip_weight_sum: torch.Tensor | None = None,
+    skip_act_scale: torch.Tensor | None = None,
+    skip_act_zero_point: torch.Tensor | None = None,
+    next_dilation: torch.Tensor | None = None,
+    next_scale: torch.Tensor | None = None,
+    next_zero_point: torch.Tensor | None = None,
+    next_bits: int = 8,
+    statistics: torch.Tensor | None = None,
+    activation: str = "none",
+    kernel_size: tuple[int, int] = (1, 1),
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    upsample: bool = False,
+) -> None:
+    """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and ``statistics``.
+
+    x is [B, ..., K] for kernel_size 1 and stride 1, otherwise the padded image [B, H, W, K]; everything is contiguous
+    and has been checked (see ``ops``).
+    """
+    out_channels, num_rows = out.shape[-1], out.numel() // out.shape[-1]
+    rows_per_sample = num_rows // x.shape[0]
+    half_channels = x.shape[-1] // 2
+    skip_half_channels = 0 if skip is None else skip.shape[-1] // 2
+    num_tiles = triton.cdiv(out_channels, config.block_n) * triton.cdiv(num_rows, config.block_m)
+    # The sources of a tile are added up in floating point, the halves of GEGLU multiplied: neither can be split.
+    split_k = 1 if skip is not None or activation == "geglu" else config.split_k
+    partial = arrivals = None
+    if split_k > 1:
+        tile = (config.block_n, config.block_m)
+        partial = torch.empty(split_k, num_tiles, *tile, dtype=torch.int32, device=x.device)
+        arrivals = torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
+    int4_gemm_kernel[(num_tiles, split_k)](
+        x,
+        weight,
+        weight_sum,
+        act_scale,
+        act_zero_point,
+        skip,
+        skip_weight,
+        skip_weight_sum,
+        skip_act_scale,
+        skip_act_zero_point,
+        weight_scale,
+        timestep_index,
+        bias,
+        channel_add,
+        residual,
+        next_dilation,
+        next_scale,
+        next_zero_point,
+        out,
+        statistics,
+        partial,
+        arrivals,
+        num_rows,
+        rows_per_sample,
+        x.shape[1] if x.ndim == 4 else 1,
+        x.shape[2] if x.ndim == 4 else 1,
+        out.shape[-2],
+        act_scale.numel(),
+        out_channels,
+        half_channels,
+        skip_half_channels,
+        KERNEL_H=kernel_size[0],
+        KERNEL_W=kernel_size[1],
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        DILATION_H=dilation[0],
+        DILATION_W=dilation[1],
+        UPSAMPLE=upsample,
+        ACTIVATION=activation,
+        NEXT_BITS=next_bits,
+        STATISTICS_ROWS=STATISTICS_ROWS,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=config.group_m,
+        SPLIT_K=split_k,
+        EVEN_K=half_channels % config.block_k == 0 and skip_half_channels % config.block_k == 0,
+        TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
+        PTX=use_ptx(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
