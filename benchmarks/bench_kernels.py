@@ -1,94 +1,189 @@
-"""The operators against PyTorch's own, layer by layer, on shapes of SD1.5 at 512x512 (batch 2).
+"""The operators against PyTorch's own and other libraries', layer by layer, on the shapes of SD1.5 and SDXL.
 
-    pytest benchmarks/bench_kernels.py                                            # a table, one group a layer
+    pytest benchmarks/bench_kernels.py                     # a dozen shapes of each UNet, batch 2, and the fused chains
+    pytest benchmarks/bench_kernels.py --full              # every shape, batch 2 and 8
+    pytest benchmarks/bench_kernels.py --rows FILE         # the rows as they come, a line of JSON each
+    pytest benchmarks/bench_kernels.py --tiny              # seconds, to try it out
     pytest benchmarks/bench_kernels.py --benchmark-json benchmarks/results/bench_kernels_cpu.json
 
-Runs where it is: on a GPU ours against fp16, on a CPU against fp32 and bf16. Ours counts the quantization of the input;
-tensors are channels_last, values random. One JSON holds the times of all, with the machine.
+Runs where it is: on a GPU ours against fp16 (cuBLAS, cuDNN in channels_last with its autotuner) and against the
+libraries of ``peers.py`` that are installed; on a CPU against fp32 and bf16. Ours counts the quantization of the
+input. Before anything of ours is timed, its result is checked.
+
+How times are taken: on a GPU a round replays one CUDA graph of many calls, each on tensors of its own, so that what a
+call reads is not in the L2 cache; ``us`` in a row (pytest-benchmark's ``extra_info``) is the median over rounds of the
+time between two CUDA events around the replay, divided by the number of calls. pytest-benchmark's own columns are host
+times of whole rounds, that is of ``calls`` calls; on a CPU a round is one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
+import roofline
 import torch
-import torch.nn.functional as F
+from kernel_cases import Case, cases, prepare
+from kernel_sides import BASELINE, CHAINS, CUDA, OURS, Side, layer_error, relative_error
 
-from dq_kernels import ops
-
-BATCH, TIMESTEPS = 2, 20
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-BASELINES = {"fp16": torch.float16} if CUDA else {"fp32": torch.float32, "bf16": torch.bfloat16}
-IMPLEMENTATIONS = ("int4", *BASELINES)
-COMPUTE_DTYPE = torch.float16 if CUDA else torch.float32
-
-CONVOLUTIONS = ((320, 320, 64), (640, 640, 32), (1280, 1280, 16), (2560, 1280, 8))  # K, N, height and width; 3x3
-LINEARS = ((320, 320, 4096), (320, 2560, 4096), (640, 640, 1024), (5120, 1280, 256), (768, 320, 77), (1280, 320, 1))
+ROUNDS, WARMUP = (9, 2) if CUDA else (3, 1)
+MIN_CALLS, MAX_CALLS = 8, 256  # of a CUDA graph
+LAYER_TOLERANCE = 2e-3  # one rounding of the result to fp16, and fp32 sums
+CHAIN_TOLERANCE = 0.05  # 8-bit activations: a step of 0.03 to 0.06 against values of about 1, once or twice
 
 
-def int4_operands(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Random packed weights [N, ..., K] with their tables."""
-    values = torch.randint(-8, 8, shape, dtype=torch.int8)
-    operands = {
-        "weight": ops.pack_int4(values),
-        "weight_scale": torch.rand(shape[0]) + 0.5,
-        "weight_sum": values.flatten(1).sum(1, dtype=torch.int32),
-        "act_scale": torch.full((TIMESTEPS,), 0.03),
-        "act_zero_point": torch.zeros(TIMESTEPS, dtype=torch.int32),
-        "timestep_index": torch.full((BATCH,), 3, dtype=torch.int32),
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a row; the correctness tests, one for each row of ours, come first."""
+    rows = cases(metafunc.config.getoption("--full"), metafunc.config.getoption("--tiny"))
+    if metafunc.function is test_ours_is_correct:
+        rows = [row for row in rows if row.implementation == OURS]
+        metafunc.parametrize("case", rows, ids=[row.group for row in rows])
+    else:
+        metafunc.parametrize("case", rows, ids=[f"{row.group}, {row.implementation}" for row in rows])
+
+
+@torch.inference_mode()
+def test_ours_is_correct(case: Case) -> None:
+    torch.manual_seed(0)
+    if case.chain is None:
+        assert layer_error(case.shapes[0]) < LAYER_TOLERANCE
+    else:
+        ours, baseline = CHAINS[case.chain](case.shapes)
+        assert relative_error(ours.to_floats(ours.run()), baseline.to_floats(baseline.run())) < CHAIN_TOLERANCE
+
+
+@torch.inference_mode()
+def test_time(benchmark: Any, record_row: Callable[[dict[str, Any]], None], case: Case) -> None:
+    benchmark.group = case.group
+    side = prepare(case)
+    if CUDA:
+        torch.backends.cudnn.benchmark = True
+        sides = [side, *(prepare(case) for _ in range(copies(side.bytes) - 1))]
+        round_us, calls = graph_round(sides)
+    else:
+        round_us, calls = host_round(side), 1
+    times: list[float] = []
+    benchmark.pedantic(lambda: times.append(round_us()), rounds=ROUNDS, warmup_rounds=WARMUP)
+    row = report(case, side, statistics.median(times[WARMUP:] or times))
+    benchmark.extra_info.update(row, calls=calls)
+    record_row(row)
+
+
+def copies(size: int) -> int:
+    """How many sets of ``size`` bytes a round reads, so that none of them is still in the L2 cache the next time."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(MAX_CALLS, max(MIN_CALLS, math.ceil(2 * cache / size)))
+
+
+def graph_round(sides: list[Side]) -> tuple[Callable[[], float], int]:
+    """Replays one call of each side as a CUDA graph; returns the function, which gives us per call, and the calls."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiles and autotunes before the capture
+        for _ in range(2):
+            sides[0].run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for side in sides:
+            side.run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / len(sides)
+
+    return replay, len(sides)
+
+
+def host_round(side: Side) -> Callable[[], float]:
+    """One call on the CPU, in us."""
+
+    def call() -> float:
+        start = time.perf_counter()
+        side.run()
+        return 1e6 * (time.perf_counter() - start)
+
+    return call
+
+
+def report(case: Case, side: Side, us: float) -> dict[str, Any]:
+    """A row of the results: what ran, us per call, TFLOP/s and the share of what the device could do at best."""
+    bound = bound_us(case, side)
+    layer = None if case.chain else case.shapes[0]
+    return {
+        "group": case.group,
+        "unet": case.unet,
+        "kind": case.kind,
+        "implementation": case.implementation,
+        "us": round(us, 3),
+        "gflop": round(side.operations / 1e9, 6),
+        "tflops": round(side.operations / us / 1e6, 3),
+        "roofline": None if bound is None else round(bound / us, 4),
+        "layers": len(layer.names) if layer else 1,
     }
-    return {name: tensor.to(DEVICE) for name, tensor in operands.items()}
 
 
-def quantizer(operands: dict[str, torch.Tensor], channels: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The quantization of a layer's input."""
-    tables = [operands[name] for name in ("act_scale", "act_zero_point", "timestep_index")]
-    dilation = torch.ones(channels, device=DEVICE)
-    return lambda x: ops.quantize(x, dilation, *tables, 8)
+def ceilings(device: str) -> roofline.Device | None:
+    """The published ceilings of a GPU by its name in PyTorch; of none that only resembles it."""
+    if any(word in device for word in ("PCIe", "NVL", "40GB", "Laptop", "MIG", " Ti", " D")):
+        return None
+    known = {name: ceiling for name, ceiling in roofline.DEVICES.items() if "(" not in name}
+    return next((ceiling for name, ceiling in known.items() if name in device), None)
 
 
-def measure(benchmark, run: Callable[[], torch.Tensor]) -> None:
-    """Times ``run``, and on a GPU the work that it starts as well."""
-
-    def finished() -> None:
-        run()
-        if CUDA:
-            torch.cuda.synchronize()
-
-    finished()
-    benchmark.pedantic(finished, rounds=20, warmup_rounds=3)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("channels", "out_channels", "size"), CONVOLUTIONS)
-def test_conv2d(benchmark, channels, out_channels, size, implementation):
-    benchmark.group = f"conv2d 3x3 {channels} -> {out_channels}, {size}x{size}"
-    x = torch.randn(BATCH, size, size, channels, device=DEVICE, dtype=COMPUTE_DTYPE)
-    if implementation == "int4":
-        operands = int4_operands((out_channels, 3, 3, channels))
-        quantize = quantizer(operands, channels)
-        measure(benchmark, lambda: ops.int4_conv2d(quantize(x), **operands, padding=(1, 1), out_dtype=COMPUTE_DTYPE))
-    else:
-        dtype = BASELINES[implementation]
-        weight = torch.randn(out_channels, channels, 3, 3, device=DEVICE, dtype=dtype)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        image = x.to(dtype).permute(0, 3, 1, 2)
-        measure(benchmark, lambda: F.conv2d(image, weight, padding=1))
+def bound_us(case: Case, side: Side) -> float | None:
+    """The least time on this device, if it is a known one, for ours and for fp16: of a layer ``roofline``'s, of a
+    chain that of its operations or of reading its inputs, whichever is longer.
+    """
+    device = ceilings(torch.cuda.get_device_name()) if CUDA else None
+    if device is None or case.implementation not in (OURS, BASELINE):
+        return None
+    ours = case.implementation == OURS
+    if case.chain is None:
+        return 1e6 * roofline.layer_bound(case.shapes[0], device, "w4a8" if ours else "fp16", fused=False)
+    arithmetic = "int8" if ours else "fp16"
+    return 1e6 * roofline.Kernel("chain", arithmetic, side.operations, 0, side.bytes).seconds(device)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("channels", "out_channels", "tokens"), LINEARS)
-def test_linear(benchmark, channels, out_channels, tokens, implementation):
-    benchmark.group = f"linear {channels} -> {out_channels}, {tokens} tokens"
-    x = torch.randn(BATCH, tokens, channels, device=DEVICE, dtype=COMPUTE_DTYPE)
-    if implementation == "int4":
-        operands = int4_operands((out_channels, channels))
-        quantize = quantizer(operands, channels)
-        measure(benchmark, lambda: ops.int4_linear(quantize(x), **operands, out_dtype=COMPUTE_DTYPE))
-    else:
-        dtype = BASELINES[implementation]
-        weight = torch.randn(out_channels, channels, device=DEVICE, dtype=dtype)
-        tokens_in = x.to(dtype)
-        measure(benchmark, lambda: F.linear(tokens_in, weight))
+def speed_ups(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours relative to the baseline for each group that has both: the group, its speed-up and its FLOPs."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], {})[row["implementation"]] = row
+    return [
+        {
+            **{name: by_name[OURS][name] for name in ("group", "unet", "kind")},
+            "speed_up": by_name[BASELINE]["us"] / by_name[OURS]["us"],
+            "gflop": by_name[OURS]["gflop"] * by_name[OURS]["layers"],
+        }
+        for by_name in groups.values()
+        if OURS in by_name and BASELINE in by_name
+    ]
+
+
+def geometric_mean(ratios: Iterable[tuple[float, float]]) -> float:
+    """Of (ratio, weight): exp(sum w ln r / sum w)."""
+    pairs = list(ratios)
+    return math.exp(sum(weight * math.log(ratio) for ratio, weight in pairs) / sum(weight for _, weight in pairs))
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Lines for the end of a run: mean speed-ups, chains one by one, and every row that is slower than the baseline."""
+    compared = speed_ups(rows)
+    lines = []
+    for unet, kind in dict.fromkeys((row["unet"], row["kind"]) for row in compared if row["kind"] != "chain"):
+        pairs = [(row["speed_up"], row["gflop"]) for row in compared if (row["unet"], row["kind"]) == (unet, kind)]
+        mean = geometric_mean(pairs)
+        lines.append(f"{unet}, {kind}: {mean:.2f}x {BASELINE} (geometric mean of {len(pairs)} by FLOPs)")
+    lines += [f"{row['group']}: {row['speed_up']:.2f}x {BASELINE}" for row in compared if row["kind"] == "chain"]
+    slower = sorted((row for row in compared if row["speed_up"] < 1), key=lambda row: row["speed_up"])
+    lines.append(f"slower than {BASELINE}: {len(slower)} of {len(compared)}")
+    lines += [f"  {row['speed_up']:.2f}x  {row['group']}" for row in slower]
+    return lines

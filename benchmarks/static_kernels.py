@@ -1,11 +1,21 @@
 """Compiles every Triton kernel for GPUs that need not be present, and reports what the machine code looks like.
 
-    python benchmarks/static_kernels.py [--target sm_90]... [--output benchmarks/results/static_kernels.json]
+    python benchmarks/static_kernels.py [--target sm_90]... [--sample] [--jobs 2] [--output FILE]
 
-Each kernel is compiled in each launch configuration of ``dq_kernels.tuning.CONFIGS``, specialised as SD1.5's layers
-specialise it at its larger levels: pointers, channel counts and image sizes are multiples of 16. The ``loop_*``
-columns look at the main loop alone: the innermost loop around a matrix instruction, or the whole kernel where there
-is none. Instructions are counted here, not timed.
+Each use of each kernel is compiled in each launch configuration that ``kernels/tuning`` lists for the architecture (or
+for the older one whose file serves it). Instructions are counted here, not timed. A row of the JSON has:
+
+- ``registers`` of a thread, ``spills`` (instructions that go to local memory), ``stack_bytes``, ``shared_bytes``;
+  ``blocks`` of a multiprocessor at a time and ``occupancy``, their share of its warps, as those three permit;
+- ``mma``: matrix instructions by name, in PTX for NVIDIA, in the machine code for AMD;
+- ``loop_*``: instructions of the main loop, the innermost one around a matrix instruction, or of the whole kernel where
+  there is none. ``loop_loads`` are those from global memory by bytes a thread; ``loop_integer`` is integer, logic and
+  move instructions, without the scalar ones; ``loop_unpack`` those that unpack nibbles (NVIDIA; how they are
+  recognised: ``machine_code.nibble_instructions``); ``loop_waits`` barriers and waits.
+- ``int8_*``: the same of ``int8_baseline``, the same loop with weights of one byte; ``ratio`` is loop instructions for
+  a multiply-add, over int8's. Where a matrix instruction's name does not tell its size (sm_100), for each of those.
+
+``--sample`` compiles every use in one configuration, and for sm_90 every configuration in one use.
 """
 
 from __future__ import annotations
@@ -14,238 +24,166 @@ import argparse
 import datetime
 import json
 import os
-import re
-import subprocess
-import tempfile
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import machine_code
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from kernel_uses import TARGETS, USES, compile_int8, compile_use, shipped
+from machine_code import MMA, Instruction, count, main_loop
+from triton.compiler import CompiledKernel
 
-from dq_kernels.conv2d import int4_conv2d_kernel
-from dq_kernels.linear import int4_linear_kernel
-from dq_kernels.quantize import BLOCK_CHANNELS, BLOCK_LENGTH, quantize_kernel
-from dq_kernels.tuning import CONFIGS
+from dq_kernels.tuning import LaunchConfig
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 OUTPUT = Path(__file__).parent / "results" / "static_kernels.json"
-NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SAMPLED_WHOLE = "sm_90"
 
-INT8, INT32, FP16, FP32 = "*i8", "*i32", "*fp16", "*fp32"
-POINTERS = {
-    "x_ptr": INT8,
-    "zero_rows_ptr": INT8,
-    "weight_ptr": "*u8",
-    "weight_scale_ptr": FP32,
-    "weight_sum_ptr": INT32,
-    "weight_dilation_ptr": FP32,
-    "act_scale_ptr": FP32,
-    "act_zero_point_ptr": INT32,
-    "timestep_index_ptr": INT32,
-    "bias_ptr": FP16,
-    "channel_add_ptr": FP16,
-    "residual_ptr": FP16,
-    "out_ptr": FP16,
-}
-# Not a multiple of 16 even at those levels.
-ODD_SIZES = ("num_timesteps",)
+Job = tuple[str, tuple[str, str], LaunchConfig | None]
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One specialisation of a kernel, apart from launch configuration and target."""
-
-    kernel: Any
-    name: str
-    constants: dict[str, Any]
+def all_jobs(targets: Sequence[str]) -> list[Job]:
+    """Everything shipped, once."""
+    return [(target, key, config) for target in targets for key, config in shipped(target)]
 
 
-class Instruction(NamedTuple):
-    """One machine instruction; ``jump`` is the index of the instruction that a branch leads to."""
-
-    name: str
-    jump: int | None
+def sample_jobs(targets: Sequence[str]) -> list[Job]:
+    """Of ``all_jobs``, the first of each use for each target; for ``SAMPLED_WHOLE`` also of each configuration."""
+    return [job for target in targets for job in _sample(all_jobs([target]))]
 
 
-def _convolution(size: int) -> dict[str, int]:
-    shape = {"KERNEL": size, "STRIDE": 1, "PAD": size // 2, "DILATION": 1}
-    return {f"{name}_{axis}": value for name, value in shape.items() for axis in "HW"}
+def _sample(jobs: list[Job]) -> Iterator[Job]:
+    seen: set[Any] = set()
+    for job in jobs:
+        target, key, config = job
+        marks: set[Any] = {key}
+        if target == SAMPLED_WHOLE:
+            marks.add((USES[key].op, config))
+        if not marks <= seen:
+            yield job
+        seen |= marks
 
 
-# Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels. The cheapest epilogue, and the dearest.
-PLAIN = {"EVEN_K": True, "TILE_IN_SAMPLE": True, "channel_add_ptr": None, "residual_ptr": None}
-FULL = {"EVEN_K": False, "TILE_IN_SAMPLE": False}
-GEMM_VARIANTS = (
-    Variant(int4_linear_kernel, "even K", PLAIN),
-    Variant(int4_linear_kernel, "ragged K, residual", FULL),
-    Variant(int4_conv2d_kernel, "3x3, even K", {**PLAIN, **_convolution(3)}),
-    Variant(int4_conv2d_kernel, "3x3, ragged K, addends", {**FULL, **_convolution(3)}),
-    Variant(int4_conv2d_kernel, "1x1, ragged K, addends", {**FULL, "TILE_IN_SAMPLE": True, **_convolution(1)}),
-)
-QUANTIZE = {"BITS": 8, "BLOCK_L": BLOCK_LENGTH, "BLOCK_K": BLOCK_CHANNELS}
-QUANTIZE_VARIANTS = (
-    Variant(quantize_kernel, "channels last", {**QUANTIZE, "stride_k": 1}),
-    Variant(quantize_kernel, "channels first", {**QUANTIZE, "stride_l": 1}),
-)
+def read(kernel: CompiledKernel) -> tuple[list[Instruction], machine_code.Allocation]:
+    """Instructions and allocation, whosever GPU it is for."""
+    return (machine_code.read_amd if "amdgcn" in kernel.asm else machine_code.read_nvidia)(kernel.asm)
 
 
-def compile_variant(
-    variant: Variant, target: GPUTarget, constants: dict[str, Any], options: dict[str, Any]
-) -> CompiledKernel:
-    """Compiles as the JIT does at a launch; of the constants, the kernel takes those that it knows."""
-    names = variant.kernel.arg_names
-    values = {(names.index(name),): value for name, value in (variant.constants | constants).items() if name in names}
-    types = POINTERS | ({"x_ptr": FP16, "out_ptr": INT8} if variant.kernel is quantize_kernel else {})
-    signature = {
-        name: "constexpr" if (index,) in values else types.get(name, "i32") for index, name in enumerate(names)
-    }
-    attrs = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if (index,) not in values and name not in ODD_SIZES
-    }
-    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=values, attrs=attrs)
-    return triton.compile(source, target=target, options=options)
-
-
-def parse(text: str) -> list[Instruction]:
-    """Reads the output of nvdisasm, or AMD's assembly."""
-    labels: dict[str, int] = {}
-    lines: list[tuple[str, str]] = []
-    for line in text.splitlines():
-        if label := re.match(r"(\.L\w+):", line):
-            labels[label.group(1)] = len(lines)
-        elif code := re.match(r"\s+(?:/\*\w+\*/\s+)?(?:@!?U?P\w+ +)?([A-Za-z][\w.]*)([^;]*)", line):
-            lines.append((code.group(1), code.group(2)))
-    targets = (re.search(r"\.L\w+", to) if re.match("BRA|s_c?branch", name) else None for name, to in lines)
-    return [Instruction(name, to and labels.get(to.group())) for (name, _), to in zip(lines, targets, strict=True)]
-
-
-def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The shortest jump backwards over a matrix instruction; everything, where there is none."""
-    jumps = ((to, end + 1) for end, (_, to) in enumerate(instructions) if to is not None and to <= end)
-    loops = (instructions[start:end] for start, end in jumps)
-    return min((loop for loop in loops if count(loop, MMA)), key=len, default=instructions)
-
-
-MMA = r"I(G)?MMA|v_mfma_i32"
-# From global memory, into registers or into shared memory; 16 bytes per thread, or fewer.
-WIDE_LOAD = r"LDG\w*\..*128|(global|buffer)_load_dwordx4"
-NARROW_LOAD = rf"(?!{WIDE_LOAD})(LDG(STS)?\b|(global|buffer)_load)"
-# From registers to shared memory. Where there is an asynchronous copy, whatever does this in the loop took a detour.
-SHARED_STORE = r"STSM?\b|ds_write"
-
-
-def count(instructions: list[Instruction], pattern: str) -> int:
-    """How many instructions have a name that begins like ``pattern``."""
-    return sum(re.match(pattern, instruction.name) is not None for instruction in instructions)
-
-
-def find(pattern: str, text: str) -> int:
-    """The number in the first match of ``pattern``."""
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"the compiler's output has nothing like {pattern!r}; its format must have changed")
-    return int(match.group(1))
-
-
-def nvidia_report(kernel: CompiledKernel) -> tuple[list[Instruction], dict[str, Any]]:
-    """Instructions, and what ptxas allocated."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        sass, usage = (
-            subprocess.run([NVIDIA / command[0], *command[1:], cubin.name], check=True, capture_output=True, text=True)
-            for command in (("nvdisasm", "-c", "-ndf"), ("cuobjdump", "--dump-resource-usage"))
-        )
-    spilled = find(r"STACK:(\d+)", usage.stdout) + find(r"LOCAL:(\d+)", usage.stdout)
-    mma = Counter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)[\w.]*", kernel.asm["ptx"]))
-    return parse(sass.stdout), {"registers": find(r"REG:(\d+)", usage.stdout), "spill_bytes": spilled, "mma": mma}
-
-
-def amd_report(kernel: CompiledKernel) -> tuple[list[Instruction], dict[str, Any]]:
-    """Instructions, and what LLVM allocated."""
-    text = kernel.asm["amdgcn"]
-    instructions = parse(text)
-    spilled = find(r"\.vgpr_spill_count:\s+(\d+)", text) + find(r"\.sgpr_spill_count:\s+(\d+)", text)
-    return instructions, {
-        "registers": find(r"\.vgpr_count:\s+(\d+)", text),
-        "spill_bytes": 4 * spilled + find(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        "mma": Counter(name for name, _ in instructions if re.match(MMA, name)),
-    }
-
-
-def compile_row(variant: Variant, target: str, constants: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Compiles, and describes the machine code."""
-    kernel = compile_variant(variant, TARGETS[target], constants, options)
-    instructions, allocated = amd_report(kernel) if "amdgcn" in kernel.asm else nvidia_report(kernel)
+def describe(target: str, kernel: CompiledKernel) -> tuple[Row, list[Instruction]]:
+    """What can be said of any kernel, and its main loop."""
+    instructions, allocation = read(kernel)
+    shared, columns = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
+    blocks, share = machine_code.occupancy(
+        target, allocation.registers, kernel.metadata.num_warps, shared, columns
+    )  # fmt: skip
     loop = main_loop(instructions)
-    return {
-        "kernel": variant.kernel.__name__.removesuffix("_kernel"),
-        "variant": variant.name,
-        "target": target,
-        **allocated,
-        "shared_bytes": kernel.metadata.shared,
+    row = {
+        **allocation._asdict(),
+        "shared_bytes": shared,
+        "blocks": blocks,
+        "occupancy": round(share, 3),
         "instructions": len(instructions),
         "loop_instructions": len(loop),
         "loop_mma": count(loop, MMA),
-        "loop_wide_loads": count(loop, WIDE_LOAD),
-        "loop_narrow_loads": count(loop, NARROW_LOAD),
-        "loop_shared_stores": count(loop, SHARED_STORE),
+        "loop_loads": machine_code.global_loads(loop),
+        "loop_shared_stores": count(loop, machine_code.SHARED_STORE),
+        "loop_integer": count(loop, machine_code.INTEGER),
+        "loop_waits": count(loop, machine_code.WAIT),
+    }
+    return row, loop
+
+
+@cache
+def int8_loop(target: str, key: tuple[str, str], config: LaunchConfig) -> list[Instruction]:
+    """The main loop of the baseline, in the form that takes fewer instructions."""
+    loops = (main_loop(read(compile_int8(USES[key], target, config, parts))[0]) for parts in (1, 2))
+    return min(loops, key=instructions_per_work)
+
+
+def instructions_per_work(loop: list[Instruction]) -> float:
+    """Instructions for a multiply-add; for a matrix instruction, where its name does not tell its size."""
+    return len(loop) / (machine_code.multiply_adds(loop) or count(loop, MMA) or 1)
+
+
+def against_int8(loop: list[Instruction], int8: list[Instruction]) -> Row:
+    """The main loop beside the baseline's."""
+    return {
+        "int8_loop_instructions": len(int8),
+        "int8_loop_mma": count(int8, MMA),
+        "int8_loop_integer": count(int8, machine_code.INTEGER),
+        "int8_loop_waits": count(int8, machine_code.WAIT),
+        "ratio": round(instructions_per_work(loop) / instructions_per_work(int8), 3),
     }
 
 
-def compile_all(targets: Sequence[str]) -> list[dict[str, Any]]:
-    """Compiles all kernels for the named targets; one row per kernel, variant, launch configuration and target."""
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile kernels")
-    rows = []
-    for target in targets:
-        for variant in GEMM_VARIANTS:
-            for config in CONFIGS:
-                constants = {name.upper(): value for name, value in asdict(config).items()}
-                constants["PTX"] = TARGETS[target].backend == "cuda"
-                options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-                rows.append(compile_row(variant, target, constants, options) | asdict(config))
-        for variant in QUANTIZE_VARIANTS:
-            rows.append(compile_row(variant, target, {}, {"num_warps": 4, "enable_fp_fusion": False}))
-    return rows
+def compile_row(job: Job) -> Row:
+    """Compiles, and describes the machine code."""
+    target, key, config = job
+    row, loop = describe(target, compile_use(USES[key], target, config))
+    if config is not None:
+        nvidia = TARGETS[target].backend == "cuda"
+        row["loop_unpack"] = machine_code.nibble_instructions(loop) if nvidia else None
+        row |= against_int8(loop, int8_loop(target, key, config))
+    return {**name_of(job), **row}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows for the reader of a terminal: a launch configuration in one column, matrix instructions by mnemonic."""
-    config = "{block_m}x{block_n}x{block_k}, {num_warps} warps, {num_stages} stages"
+def name_of(job: Job) -> Row:
+    """The part of a row that says what was compiled."""
+    target, key, config = job
+    return {"target": target, "kernel": key[0], "use": key[1], **(asdict(config) if config is not None else {})}
+
+
+def compile_rows(jobs: Sequence[Job], processes: int) -> list[Row]:
+    """Compiles all jobs in some processes."""
+    if processes == 1:
+        return [compile_row(job) for job in jobs]
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(compile_row, jobs, chunksize=4))
+
+
+def table(rows: list[Row]) -> str:
+    """Rows for the reader of a terminal: a launch configuration in one column."""
+    names = ("target", "kernel", "use", "registers", "spills", "stack_bytes", "shared_bytes", "blocks", "occupancy")
+    loop = ("loop_instructions", "loop_mma", "loop_unpack", "loop_integer", "loop_waits", "loop_shared_stores")
     lines = []
     for row in rows:
-        cells = {name: value for name, value in row.items() if not name.startswith(("block_", "num_"))}
-        cells["mma"] = ", ".join(f"{number} {name}" for name, number in row["mma"].items())
-        lines.append({"config": config.format(**row) if "block_m" in row else "", **cells})
+        config = "{block_m}x{block_n}x{block_k}, {num_warps} warps, {num_stages} stages, split {split_k}"
+        loads = " ".join(f"{number}x{size}" for size, number in row["loop_loads"].items())
+        cells = {name: row[name] for name in names} | {"config": config.format(**row) if "block_m" in row else ""}
+        cells |= {name: row.get(name, "") for name in (*loop, "ratio")} | {"loop_loads": loads}
+        cells["per_mma"] = round(row["loop_instructions"] / row["loop_mma"], 1) if row["loop_mma"] else ""
+        lines.append(cells | {"mma": " ".join(row["mma"])})
     columns = [[name, *(str(line[name]) for line in lines)] for name in lines[0]]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True))
+
+
+def write(rows: list[Row], output: Path) -> None:
+    """The JSON, one row a line."""
+    about = json.dumps({"triton": triton.__version__, "date": datetime.date.today().isoformat()})
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(f'{about[:-1]}, "rows": [\n  {lines}\n]}}\n', encoding="utf-8")
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; all of them by default")
+    parser.add_argument("--sample", action="store_true", help="compile a part, as the tests do")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes (default: %(default)s)")
     arguments = parser.parse_args()
-    rows = compile_all(arguments.target or list(TARGETS))
+    jobs = (sample_jobs if arguments.sample else all_jobs)(arguments.target or list(TARGETS))
+    rows = compile_rows(jobs, arguments.jobs)
     print(table(rows))
-    document = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write(rows, arguments.output)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def int4_conv2d(
     statistics = torch.empty(
         statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32, device=x.device
     )
-    config = launch_config("conv2d", batch * size[0] * size[1], out_channels, weight[0].numel() * 2)
+    config = launch_config(
+        gemm_name(kernel_size, stride), batch * size[0] * size[1], out_channels, weight[0].numel() * 2
+    )
     gemm.launch(
         config.with_whole_runs(STATISTICS_ROWS) if with_statistics else config,
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, out,
@@ -50,6 +52,11 @@ def int4_conv2d(
         upsample=upsample,
     )  # fmt: skip
     return out, statistics
+
+
+def gemm_name(kernel_size: tuple[int, int], stride: tuple[int, int]) -> str:
+    """Under which operator a convolution is tuned: one of single pixels is a linear layer."""
+    return "linear" if (*kernel_size, *stride) == (1, 1, 1, 1) else "conv2d"
 
 
 def conv2d_output_size(

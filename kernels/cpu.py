@@ -71,8 +71,10 @@ def quantize(
     timestep_index: torch.Tensor,
     bits: int,
     padding: tuple[int, int],
+    skip: torch.Tensor | None,
 ) -> torch.Tensor:
     """As ``reference.quantize``, in place on one fp32 buffer."""
+    x = x if skip is None else torch.cat([x, skip], dim=-1)
     index = timestep_index.clamp(0, act_scale.numel() - 1)
     per_sample = (-1, *[1] * (x.ndim - 1))
     if x.shape[-1] % 2:
@@ -146,7 +148,7 @@ def int4_linear_quantize(
         y = hidden * F.gelu(gate)
     elif activation == "gelu":
         y = F.gelu(y)
-    return quantize(y, next_dilation, next_scale, next_zero_point, timestep_index, next_bits, (0, 0))
+    return quantize(y, next_dilation, next_scale, next_zero_point, timestep_index, next_bits, (0, 0), None)
 
 
 def int4_conv2d(
@@ -252,7 +254,7 @@ def group_norm_quantize(
     image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2)
     y = F.group_norm(image, num_groups, weight.float(), bias.float(), eps)
     y = (F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1)
-    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding)
+    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding, None)
 
 
 def layer_norm_quantize(
@@ -269,4 +271,4 @@ def layer_norm_quantize(
     """As ``reference.layer_norm_quantize``."""
     weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
     y = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
-    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, (0, 0))
+    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, (0, 0), None)

@@ -10,11 +10,13 @@ padded, so that no tap needs a test (an implicit GEMM, NHWC). What makes it fast
 - The unpacked values are 16 q_w (see ``packing``); the scale divides by 16, exactly, at the end.
 - The epilogue adds what the layer's neighbour would otherwise read and write again: bias, time embedding, residual,
   GELU or GEGLU with the quantization of the next layer's input, and the statistics of the next group norm.
-- Where there are few tiles, ``SPLIT_K`` programs share one; the last to arrive adds up their integers, in any order to
-  the same sum, and finishes the tile.
+- Where there are few tiles, several programs share one (split-K); the last to arrive adds up their integers, in any
+  order to the same sum, and finishes the tile.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +30,10 @@ from dq_kernels.tuning import LaunchConfig, use_ptx
 STATISTICS_ROWS = 64
 
 
-@triton.jit
+# Sizes that no address is a multiple of: a kernel for each of their alignments would be compiled for nothing.
+@triton.jit(
+    do_not_specialize=["num_rows", "rows_per_sample", "height", "width", "out_width", "num_timesteps", "group_m"]
+)
 def int4_gemm_kernel(
     x_ptr,
     weight_ptr,
@@ -61,6 +66,8 @@ def int4_gemm_kernel(
     out_channels,
     half_channels,
     skip_half_channels,
+    channel_add_stride,
+    group_m,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -74,8 +81,7 @@ def int4_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     TILE_IN_SAMPLE: tl.constexpr,
     PTX: tl.constexpr,
@@ -89,7 +95,7 @@ def int4_gemm_kernel(
     num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
     num_tiles_n = tl.cdiv(out_channels, BLOCK_N)
     tile_m, tile_n = tl.swizzle2d(
-        tl.program_id(0) // num_tiles_n, tl.program_id(0) % num_tiles_n, num_tiles_m, num_tiles_n, GROUP_M
+        tl.program_id(0) // num_tiles_n, tl.program_id(0) % num_tiles_n, num_tiles_m, num_tiles_n, group_m
     )
     first_row = tile_m * BLOCK_M
     n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
@@ -103,7 +109,7 @@ def int4_gemm_kernel(
     accumulator, gate = _multiply(
         x_ptr, weight_ptr, pixel, channel, gate_rows, rows_per_sample, height, width, out_width, half_channels,
         KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, ACTIVATION,
-        BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, EVEN_K, PTX,
+        BLOCK_M, BLOCK_N, BLOCK_K, IS_SPLIT, EVEN_K, PTX,
     )  # fmt: skip
 
     last_sample = num_rows // rows_per_sample - 1
@@ -111,17 +117,17 @@ def int4_gemm_kernel(
     t = select_timestep(timestep_index_ptr + sample, num_timesteps)
     weight_scale = tl.load(weight_scale_ptr + channel)
 
-    if SPLIT_K > 1:
+    if IS_SPLIT:
         # Whoever comes last owns the tile; the others are done.
         tile = tl.program_id(0)
         within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         mine = (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
         tl.store(partial_ptr + mine + within, accumulator)
         tl.debug_barrier()
-        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != SPLIT_K - 1:
+        if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != tl.num_programs(1) - 1:
             return
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-        for split in range(SPLIT_K):
+        for split in range(tl.num_programs(1)):
             theirs = (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
             accumulator += tl.load(partial_ptr + theirs + within, cache_modifier=".cg")
 
@@ -130,7 +136,7 @@ def int4_gemm_kernel(
         accumulator, gate = _multiply(
             skip_ptr, skip_weight_ptr, pixel, channel, 0, rows_per_sample, height, width, out_width,
             skip_half_channels, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, "none",
-            BLOCK_M, BLOCK_N, BLOCK_K, 1, EVEN_K, PTX,
+            BLOCK_M, BLOCK_N, BLOCK_K, False, EVEN_K, PTX,
         )  # fmt: skip
         y += _dequantize(
             accumulator, skip_weight_sum_ptr + channel, weight_scale,
@@ -139,7 +145,7 @@ def int4_gemm_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + channel).to(tl.float32)
     if channel_add_ptr is not None:
-        y += tl.load(channel_add_ptr + sample * out_channels + channel).to(tl.float32)
+        y += tl.load(channel_add_ptr + sample * channel_add_stride + channel).to(tl.float32)
     offsets = m * out_channels + n
     inside = n_inside & (m < num_rows)
     if residual_ptr is not None:
@@ -197,7 +203,7 @@ def _multiply(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -218,13 +224,13 @@ def _multiply(
     gate = accumulator
     blocks = tl.cdiv(half_channels, BLOCK_K)
     first, last = 0, TAPS * blocks
-    if SPLIT_K > 1:
-        share = tl.cdiv(TAPS * blocks, SPLIT_K)
+    if IS_SPLIT:
+        share = tl.cdiv(TAPS * blocks, tl.num_programs(1))
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, TAPS * blocks)
     # tap and start are counted: dividing a step by the number of blocks is slow.
-    tap = first // blocks if SPLIT_K > 1 else 0
-    start = first % blocks * BLOCK_K if SPLIT_K > 1 else 0
+    tap = first // blocks if IS_SPLIT else 0
+    start = first % blocks * BLOCK_K if IS_SPLIT else 0
     for _ in range(first, last):
         row, column = tap // KERNEL_W * DILATION_H, tap % KERNEL_W * DILATION_W
         if UPSAMPLE:
@@ -303,8 +309,8 @@ def launch(
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
     upsample: bool = False,
-) -> None:
-    """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and ``statistics``.
+) -> Any:
+    """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and ``statistics``; returns the compiled kernel.
 
     x is [B, ..., K] for kernel_size 1 and stride 1, otherwise the padded image [B, H, W, K]; everything is contiguous
     and has been checked (see ``ops``).
@@ -321,7 +327,7 @@ def launch(
         tile = (config.block_n, config.block_m)
         partial = torch.empty(split_k, num_tiles, *tile, dtype=torch.int32, device=x.device)
         arrivals = torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
-    int4_gemm_kernel[(num_tiles, split_k)](
+    return int4_gemm_kernel[(num_tiles, split_k)](
         x,
         weight,
         weight_sum,
@@ -353,6 +359,8 @@ def launch(
         out_channels,
         half_channels,
         skip_half_channels,
+        0 if channel_add is None else channel_add.stride(0),
+        config.group_m,
         KERNEL_H=kernel_size[0],
         KERNEL_W=kernel_size[1],
         STRIDE_H=stride[0],
@@ -366,8 +374,7 @@ def launch(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        SPLIT_K=split_k,
+        IS_SPLIT=split_k > 1,
         EVEN_K=half_channels % config.block_k == 0 and skip_half_channels % config.block_k == 0,
         TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
         PTX=use_ptx(),

@@ -285,9 +285,7 @@ def group_norm_quantize(
     )
     flat = x.reshape(batch, height * width, channels)
     flat_skip = flat if skip is None else skip.reshape(batch, height * width, skip_channels)
-    out = torch.empty(
-        quantized_shape(torch.Size((batch, height, width, out_channels)), padding), dtype=torch.int8, device=x.device
-    )
+    out = torch.empty(quantized_shape((batch, height, width, out_channels), padding), dtype=torch.int8, device=x.device)
     length = out.shape[1] * out.shape[2]
     grid = (triton.cdiv(length, BLOCK_LENGTH), triton.cdiv(out_channels, BLOCK_CHANNELS), batch)
     group_norm_quantize_kernel[grid](

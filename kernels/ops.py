@@ -49,7 +49,7 @@ _TABLES = "Tensor act_scale, Tensor act_zero_point, Tensor timestep_index"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_sum"
 _QUANTIZER = f"Tensor weight_dilation, {_TABLES}, int bits"
 _SCHEMAS = {
-    "quantize": f"(Tensor x, {_QUANTIZER}, SymInt[2] padding) -> Tensor",
+    "quantize": f"(Tensor x, {_QUANTIZER}, SymInt[2] padding, Tensor? skip) -> Tensor",
     "layer_norm_quantize": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, {_QUANTIZER}) -> Tensor",
     "group_norm_quantize": "(Tensor x, Tensor? skip, Tensor? statistics, Tensor? skip_statistics, int num_groups, "
     f"Tensor weight, Tensor bias, float eps, bool silu, {_QUANTIZER}, SymInt[2] padding) -> Tensor",
@@ -74,8 +74,8 @@ for _module, _names in {
 
 
 @torch.library.register_fake("dq_kernels::quantize")
-def _(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding):  # type: ignore[no-untyped-def]
-    return x.new_empty(quantized_shape(x.shape, padding), dtype=torch.int8)
+def _(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding, skip):  # type: ignore[no-untyped-def]
+    return x.new_empty(quantized_shape((*x.shape[:-1], weight_dilation.shape[0]), padding), dtype=torch.int8)
 
 
 @torch.library.register_fake("dq_kernels::layer_norm_quantize")
@@ -231,16 +231,18 @@ def quantize(
     timestep_index: Tensor,
     bits: int,
     padding: tuple[int, int] = (0, 0),
+    skip: Tensor | None = None,
 ) -> Tensor:
     """Quantizes activations: clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t) to ``bits`` bits.
 
     Args:
         x: [B, ..., K] float16, bfloat16 or float32, any strides.
-        weight_dilation: s, [K] fp32.
+        weight_dilation: s, [K] fp32, or [K + K2] with a skip.
         act_scale, act_zero_point: [T] fp32, [T] int32.
         timestep_index: [B] int32.
         bits: 2 to 8.
         padding: (vertical, horizontal): rows and columns of the zero point around images x [B, H, W, K].
+        skip: [B, ..., K2] float, optional: the channels that a concat would put behind x's, K even.
 
     Returns:
         [B, ..., K'] int8, contiguous; [B, H + 2 vertical, W + 2 horizontal, K'] with padding.
@@ -248,13 +250,18 @@ def quantize(
     Raises:
         ValueError: on any other dtype, shape or number of bits.
     """
-    _check_floats("quantize", "x", x, ("B", "...", "K"))
-    _check_quantizer(
-        "quantize", x.shape[0], x.shape[-1], weight_dilation, act_scale, act_zero_point, timestep_index, bits
-    )
-    _check_padding("quantize", x, padding)
+    op = "quantize"
+    _check_floats(op, "x", x, ("B", "...", "K"))
+    channels = x.shape[-1]
+    if skip is not None:
+        _check_floats(op, "skip", skip, (*x.shape[:-1], "K2"))
+        if channels % 2:
+            raise ValueError(f"{op}: x must have an even number of channels before a skip, got {channels}")
+        channels += skip.shape[-1]
+    _check_quantizer(op, x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    _check_padding(op, x, padding)
     return torch.ops.dq_kernels.quantize.default(
-        x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding
+        x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding, skip
     )
 
 
@@ -527,7 +534,7 @@ def int4_conv2d(
     _check_size(op, x, x.shape[0] * size[0] * size[1], weight.shape[0])
     if channel_add is not None:
         _check(op, "channel_add", channel_add, COMPUTE_DTYPES, (out_shape[0], out_shape[3]), any_strides=True)
-        channel_add = channel_add.contiguous()
+        channel_add = channel_add if channel_add.stride(1) == 1 else channel_add.contiguous()
     if residual is not None:
         _check(op, "residual", residual, COMPUTE_DTYPES, out_shape, any_strides=True)
         residual = residual.contiguous()

@@ -9,6 +9,8 @@ is padded with the zero point on the way, so that convolutions need not test for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -51,6 +53,7 @@ def quantize_kernel(
     height,
     width,
     channels,
+    padded_channels,
     out_channels,
     stride_b,
     stride_l,
@@ -61,7 +64,7 @@ def quantize_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of one sample: x [H * W, K] (strided) -> out [padded H * W, K padded to even] (contiguous)."""
+    """One tile of one sample: x [H * W, K] (strided) -> K padded to even channels of out [padded H * W, N]."""
     sample = tl.program_id(2)
     position = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -84,7 +87,7 @@ def quantize_kernel(
     tl.store(
         out_ptr + sample.to(tl.int64) * length * out_channels + position[:, None] * out_channels + k[None, :],
         q.to(tl.int8),
-        mask=(position < length)[:, None] & (k < out_channels)[None, :],
+        mask=(position < length)[:, None] & (k < padded_channels)[None, :],
     )
 
 
@@ -96,39 +99,47 @@ def quantize(
     timestep_index: torch.Tensor,
     bits: int,
     padding: tuple[int, int],
+    skip: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As ``reference.quantize``."""
-    channels = x.shape[-1]
-    out = torch.empty(quantized_shape(x.shape, padding), dtype=torch.int8, device=x.device)
-    height, width = (x.shape[1], x.shape[2]) if any(padding) else (x[0].numel() // channels, 1)
-    flat = x.reshape(x.shape[0], height * width, channels)
-    length = out[0].numel() // out.shape[-1]
-    grid = (triton.cdiv(length, BLOCK_LENGTH), triton.cdiv(out.shape[-1], BLOCK_CHANNELS), x.shape[0])
-    quantize_kernel[grid](
-        flat,
-        weight_dilation,
-        act_scale,
-        act_zero_point,
-        timestep_index,
-        out,
-        act_scale.numel(),
-        height,
-        width,
-        channels,
-        out.shape[-1],
-        *flat.stride(),
-        PAD_H=padding[0],
-        PAD_W=padding[1],
-        BITS=bits,
-        BLOCK_L=BLOCK_LENGTH,
-        BLOCK_K=BLOCK_CHANNELS,
-        num_warps=4,
-        enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the other implementations
+    """As ``reference.quantize``; the two sources of a concat are written beside each other."""
+    out = torch.empty(
+        quantized_shape((*x.shape[:-1], weight_dilation.numel()), padding), dtype=torch.int8, device=x.device
     )
+    first_channel = 0
+    for source in (x,) if skip is None else (x, skip):
+        channels = source.shape[-1]
+        height, width = (x.shape[1], x.shape[2]) if any(padding) else (source[0].numel() // channels, 1)
+        flat = source.reshape(source.shape[0], height * width, channels)
+        padded_channels = channels + channels % 2
+        length = out[0].numel() // out.shape[-1]
+        grid = (triton.cdiv(length, BLOCK_LENGTH), triton.cdiv(padded_channels, BLOCK_CHANNELS), x.shape[0])
+        quantize_kernel[grid](
+            flat,
+            weight_dilation[first_channel:],
+            act_scale,
+            act_zero_point,
+            timestep_index,
+            out.view(-1)[first_channel:],
+            act_scale.numel(),
+            height,
+            width,
+            channels,
+            padded_channels,
+            out.shape[-1],
+            *flat.stride(),
+            PAD_H=padding[0],
+            PAD_W=padding[1],
+            BITS=bits,
+            BLOCK_L=BLOCK_LENGTH,
+            BLOCK_K=BLOCK_CHANNELS,
+            num_warps=4,
+            enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the others do
+        )
+        first_channel += channels
     return out
 
 
-def quantized_shape(shape: torch.Size, padding: tuple[int, int]) -> list[int]:
+def quantized_shape(shape: Sequence[int], padding: tuple[int, int]) -> list[int]:
     """[B, ..., K padded to even]; an image [B, H, W, K] has its borders added."""
     size = list(shape)
     size[-1] += size[-1] % 2

@@ -28,12 +28,14 @@ def quantize(
     timestep_index: torch.Tensor,
     bits: int,
     padding: tuple[int, int] = (0, 0),
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1].
 
-    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side.
+    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side. ``skip`` [B, ..., K2]
+    stands for a concat of channels.
     """
-    x = x.float()
+    x = (x if skip is None else torch.cat([x, skip], dim=-1)).float()
     if any(padding):
         pad_h, pad_w = padding
         x = F.pad(x, (0, 0, pad_w, pad_w, pad_h, pad_h))

@@ -1,4 +1,4 @@
-"""Shared by all tests: where Triton runs, random arguments for the operators, and the one measure of error."""
+"""Shared by all tests: where Triton runs, random arguments for the operators, and the measures of error."""
 
 import math
 import os
@@ -9,11 +9,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when dq_kernels is imported; kernels then run on CPU tensors
 
-from dq_kernels import conv2d, linear, ops, quantize
+from dq_kernels import conv2d, linear, norm, ops, quantize
 from dq_kernels.packing import pack_int4
 
 ZERO_POINTS = (-128, 3, 127)  # one a timestep; the ends of int8 are uint8 0 and 255 to oneDNN
-LAUNCHERS = {"quantize": quantize.quantize, "int4_linear": linear.int4_linear, "int4_conv2d": conv2d.int4_conv2d}
+LAUNCHERS = {
+    "quantize": quantize.quantize,
+    "layer_norm_quantize": norm.layer_norm_quantize,
+    "group_norm_quantize": norm.group_norm_quantize,
+    "int4_linear": linear.int4_linear,
+    "int4_linear_quantize": linear.int4_linear_quantize,
+    "int4_conv2d": conv2d.int4_conv2d,
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -30,18 +37,68 @@ def triton_device():
 
 
 @pytest.fixture(params=["triton", "cpu"])
-def run(request, triton_device):
-    """Calls one implementation of an operator, by the operator's name; the result is on the CPU."""
+def implementation(request):
+    return request.param
 
-    def run(op, arguments):
-        if request.param == "cpu":
-            return getattr(ops, op)(**arguments)
-        return LAUNCHERS[op](**to_device(arguments, triton_device)).cpu()
+
+@pytest.fixture(scope="session")
+def to_device():
+    """Moves the tensors among keyword arguments. A view stays a view, of all the memory that it was one of."""
+
+    def move(tensor, device):
+        if tensor._base is None:
+            return tensor.to(device)
+        return tensor._base.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def to_device(arguments, device):
-        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+        return {key: move(value, device) if torch.is_tensor(value) else value for key, value in arguments.items()}
+
+    return to_device
+
+
+@pytest.fixture
+def run(implementation, triton_device, to_device):
+    """Calls one implementation of an operator, by the operator's name; the results are on the CPU."""
+
+    def run(op, arguments):
+        if implementation == "cpu":
+            return getattr(ops, op)(**arguments)
+        result = LAUNCHERS[op](**to_device(arguments, triton_device))
+        return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
     return run
+
+
+@pytest.fixture
+def use_config(monkeypatch):
+    """Makes every GEMM launch with one configuration."""
+
+    def use_config(config):
+        for module in (linear, conv2d):
+            monkeypatch.setattr(module, "launch_config", lambda *shape: config)
+
+    return use_config
+
+
+@pytest.fixture
+def assert_quantized_alike(implementation, triton_device):
+    """Of int8 results that floats were rounded to: equal, but for the last bit of a GPU's exp, erf and order of sums.
+
+    On a GPU at most 1 in 1000 values, which lay at a rounding boundary, may be one step away.
+    """
+
+    def assert_quantized_alike(actual, expected):
+        assert actual.dtype == torch.int8
+        assert actual.is_contiguous()
+        assert actual.shape == expected.shape
+        steps = (actual.int() - expected.int()).abs()
+        if implementation == "triton" and triton_device == "cuda":
+            assert steps.max() <= 1
+            assert steps.count_nonzero() <= max(1, steps.numel() // 1000)
+        else:
+            assert steps.max() == 0, f"{steps.count_nonzero()} of {steps.numel()} differ, by {steps.max()} at most"
+
+    return assert_quantized_alike
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +112,79 @@ def relative_rms():
         return math.inf if math.isnan(error) else error
 
     return relative_rms
+
+
+VIEWS = {
+    "NCHW": lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "channels_last": lambda x: x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+    "rows-and-columns-swapped": lambda x: x.transpose(1, 2),
+    "samples-and-rows-swapped": lambda x: x.transpose(0, 1),
+    "every-other-column": lambda x: x[:, :, 1::2],
+    "last-channels": lambda x: x[..., 3:],
+    "one-sample-repeated": lambda x: x[:1].expand(3, -1, -1, -1),
+}
+
+
+@pytest.fixture(params=VIEWS)
+def strided_view(request):
+    """A view of an image [B, H, W, K], with another layout in memory."""
+    return VIEWS[request.param]
+
+
+@pytest.fixture(scope="session")
+def quantizer_arguments():
+    """Makes the keyword arguments by which all operators quantize: random dilation, mixed timesteps, 8 bits."""
+
+    def quantizer_arguments(batch, channels, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        num_timesteps = len(ZERO_POINTS)
+        return {
+            "weight_dilation": 1 + 3 * torch.rand(channels, generator=generator),
+            "act_scale": 0.01 + 0.03 * torch.rand(num_timesteps, generator=generator),
+            "act_zero_point": torch.randint(-20, 20, (num_timesteps,), dtype=torch.int32, generator=generator),
+            "timestep_index": (torch.arange(batch, dtype=torch.int32) + 1) % num_timesteps,
+            "bits": 8,
+        }
+
+    return quantizer_arguments
+
+
+@pytest.fixture(scope="session")
+def layer_norm_arguments(quantizer_arguments):
+    """Makes keyword arguments for layer_norm_quantize, for tokens of mean 2 and standard deviation 3."""
+
+    def layer_norm_arguments(x_shape, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "x": (2 + 3 * torch.randn(x_shape, generator=generator)).to(dtype),
+            "weight": torch.randn(x_shape[-1], generator=generator).to(dtype),
+            "bias": torch.randn(x_shape[-1], generator=generator).to(dtype),
+            "eps": 1e-5,
+            **quantizer_arguments(x_shape[0], x_shape[-1], seed),
+        }
+
+    return layer_norm_arguments
+
+
+@pytest.fixture(scope="session")
+def group_norm_arguments(layer_norm_arguments):
+    """Makes keyword arguments for group_norm_quantize of images x, beside a skip if that has channels."""
+
+    def group_norm_arguments(x_shape, num_groups, skip_channels=0, dtype=torch.float32, padding=(0, 0), seed=0):
+        *leading, channels = x_shape
+        arguments = layer_norm_arguments((*leading, channels + skip_channels), dtype, seed)
+        x, skip = (part.contiguous() for part in arguments["x"].split([channels, skip_channels], dim=-1))
+        return arguments | {
+            "x": x,
+            "skip": 5 - 2 * skip if skip_channels else None,
+            "statistics": None,
+            "skip_statistics": None,
+            "num_groups": num_groups,
+            "silu": True,
+            "padding": padding,
+        }
+
+    return group_norm_arguments
 
 
 @pytest.fixture(scope="session")
@@ -77,27 +207,84 @@ def linear_arguments():
 
 
 @pytest.fixture(scope="session")
+def linear_quantize_arguments(linear_arguments, quantizer_arguments):
+    """Makes keyword arguments for int4_linear_quantize, and the 4-bit values: [N, K], or [2N, K] for "geglu"."""
+
+    def linear_quantize_arguments(x_shape, out_channels, activation, dtype=torch.float32, seed=0):
+        rows = 2 * out_channels if activation == "geglu" else out_channels
+        arguments, values = linear_arguments(x_shape, rows, dtype, seed)
+        del arguments["residual"], arguments["out_dtype"]
+        following = quantizer_arguments(x_shape[0], out_channels, seed)
+        return arguments | {
+            "activation": activation,
+            "next_dilation": following["weight_dilation"],
+            "next_scale": following["act_scale"],
+            "next_zero_point": following["act_zero_point"],
+            "next_bits": 8,
+        }, values
+
+    return linear_quantize_arguments
+
+
+@pytest.fixture(scope="session")
 def conv2d_arguments():
-    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K]; for ``dtype`` see linear."""
+    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K + K2]; for ``dtype`` see linear.
+
+    The images have the zero point of their timestep in a border of ``padding``. With ``skip_channels`` (K and they are
+    even) there is a second one of another range, whose weights are the last values.
+    """
 
     def conv2d_arguments(
-        x_shape, out_channels, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), dtype=None, seed=0
+        image_shape,
+        out_channels,
+        kernel=(3, 3),
+        stride=(1, 1),
+        padding=(1, 1),
+        dilation=(1, 1),
+        upsample=False,
+        skip_channels=0,
+        with_statistics=False,
+        dtype=None,
+        seed=0,
     ):
         generator = torch.Generator().manual_seed(seed)
-        batch, height, width, channels = x_shape
-        values = torch.randint(-8, 8, (out_channels, *kernel, channels), dtype=torch.int8, generator=generator)
-        arguments = _operands(x_shape, values, dtype, generator)
-        arguments |= {"stride": stride, "padding": padding, "dilation": dilation}
-        arguments |= {"channel_add": None, "residual": None}
+        batch, height, width, channels = image_shape
+        shape = (out_channels, *kernel, channels + skip_channels)
+        values = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
+        arguments = _operands(image_shape, values[..., :channels], dtype, generator)
+        skip = dict.fromkeys(("skip", "skip_weight", "skip_weight_sum", "skip_act_scale", "skip_act_zero_point"))
+        if skip_channels:
+            second = _operands((*image_shape[:3], skip_channels), values[..., channels:], dtype, generator)
+            skip = {
+                "skip": second["x"],
+                "skip_weight": second["weight"],
+                "skip_weight_sum": second["weight_sum"],
+                "skip_act_scale": second["act_scale"],
+                "skip_act_zero_point": second["act_zero_point"].flip(0),
+            }
+        arguments |= skip | {"channel_add": None, "residual": None}
+        arguments |= {"stride": stride, "dilation": dilation, "upsample": upsample, "with_statistics": with_statistics}
+        for image, zero_point in (("x", "act_zero_point"), ("skip", "skip_act_zero_point")):
+            if arguments[image] is not None:
+                zero = arguments[zero_point][arguments["timestep_index"]].view(-1, 1, 1, 1)
+                arguments[image] = _with_border(arguments[image], zero, padding)
         if dtype is not None:
-            image = torch.empty(1, 1, height, width, device="meta")
+            scale = 2 if upsample else 1
+            empty = torch.empty(1, 1, scale * height, scale * width, device="meta")
             taps = torch.empty(1, 1, *kernel, device="meta")
-            out_size = torch.nn.functional.conv2d(image, taps, None, stride, padding, dilation).shape[2:]
+            out_size = torch.nn.functional.conv2d(empty, taps, None, stride, padding, dilation).shape[2:]
             arguments["channel_add"] = torch.randn(batch, out_channels, generator=generator).to(dtype)
             arguments["residual"] = torch.randn(batch, *out_size, out_channels, generator=generator).to(dtype)
         return arguments, values
 
     return conv2d_arguments
+
+
+def _with_border(image, zero_point, padding):
+    height, width, channels = image.shape[1:]
+    padded = zero_point.to(torch.int8).repeat(1, height + 2 * padding[0], width + 2 * padding[1], channels)
+    padded[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = image
+    return padded
 
 
 def _operands(x_shape, values, dtype, generator):

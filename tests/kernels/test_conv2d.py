@@ -1,10 +1,11 @@
-"""INT4 convolution: the integer sums exactly, borders as in a float convolution, the float epilogue to rounding."""
+"""INT4 convolution: integer sums exactly, borders as in a float convolution, the float epilogue to rounding."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dq_kernels import conv2d, cpu, ops, reference, tuning
+from dq_kernels import cpu, ops, reference
+from dq_kernels.tuning import LaunchConfig
 
 # (image, kernel, stride, padding, dilation)
 GEOMETRIES = [
@@ -25,6 +26,7 @@ GEOMETRIES = [
     pytest.param((7, 6), (3, 2), (3, 1), (0, 1), (1, 2), id="columns-unlike-rows"),
 ]
 CHANNELS = [(2, 1), (34, 9), (128, 66)]
+SKIP_SHAPES = [(2, 34), (34, 2), (128, 66)]  # channels of the image and of the one beside it
 
 # As for the linear layer: against float64, rounded once to the result's dtype.
 TOLERANCES = [
@@ -35,28 +37,50 @@ TOLERANCES = [
 
 
 def exact_sums(arguments):
-    """sum_{tap,k} q_x q_w - zp_t sum_{tap,k} q_w, in integers; fp32 holds them exactly below 2^24."""
-    zero_point = arguments["act_zero_point"][arguments["timestep_index"]].view(-1, 1, 1, 1)
-    accumulator = reference.conv2d_accumulator(
-        arguments["x"], arguments["weight"], zero_point, *(arguments[k] for k in ("stride", "padding", "dilation"))
-    )
-    return (accumulator - zero_point * arguments["weight_sum"]).float()
+    """sum_{tap,k} q_x q_w - zp_t sum_{tap,k} q_w of all sources, in integers; fp32 holds them exactly below 2^24."""
+    total = 0
+    for source, tables in (("x", ""), ("skip", "skip_")):
+        if arguments[source] is None:
+            continue
+        zero_point = arguments[f"{tables}act_zero_point"][arguments["timestep_index"]].view(-1, 1, 1, 1)
+        geometry = (arguments[name] for name in ("stride", "dilation", "upsample"))
+        accumulator = reference.conv2d_accumulator(arguments[source], arguments[f"{tables}weight"], *geometry)
+        total = total + accumulator - zero_point * arguments[f"{tables}weight_sum"]
+    return total.float()
 
 
-def float64_conv2d(arguments, values):
+def float64_conv2d(arguments, values, padding):
     """torch's own convolution, padded with 0, on the numbers that the integers stand for."""
-    scale, zero_point = (
-        arguments[name][arguments["timestep_index"]].double().view(-1, 1, 1, 1)
-        for name in ("act_scale", "act_zero_point")
-    )
-    x = scale * (arguments["x"][..., : values.shape[3]] - zero_point)
+
+    def image(source, prefix):
+        scale, zero_point = (
+            arguments[f"{prefix}{name}"][arguments["timestep_index"]].double().view(-1, 1, 1, 1)
+            for name in ("act_scale", "act_zero_point")
+        )
+        height, width = arguments[source].shape[1:3]
+        inside = arguments[source][:, padding[0] : height - padding[0], padding[1] : width - padding[1]]
+        return scale * (inside - zero_point)
+
+    x = image("x", "")[..., : values.shape[3]]
+    if arguments["skip"] is not None:
+        x = torch.cat([x, image("skip", "skip_")], dim=-1)
+    x = x.permute(0, 3, 1, 2)
+    if arguments["upsample"]:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
     w = values.double() * arguments["weight_scale"].double().view(-1, 1, 1, 1)
     bias = None if arguments["bias"] is None else arguments["bias"].double()
-    geometry = (arguments[name] for name in ("stride", "padding", "dilation"))
-    y = F.conv2d(x.permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), bias, *geometry).permute(0, 2, 3, 1)
+    stride, dilation = arguments["stride"], arguments["dilation"]
+    y = F.conv2d(x, w.permute(0, 3, 1, 2), bias, stride, padding, dilation).permute(0, 2, 3, 1)
     if arguments["channel_add"] is not None:
         y = y + arguments["channel_add"].double()[:, None, None, :]
     return y if arguments["residual"] is None else y + arguments["residual"].double()
+
+
+def result(run, arguments):
+    """Of a convolution without statistics."""
+    y, statistics = run("int4_conv2d", arguments)
+    assert statistics.numel() == 0
+    return y
 
 
 @pytest.mark.parametrize(("channels", "out_channels"), CHANNELS)
@@ -66,20 +90,43 @@ def test_integer_sums_are_exact(
 ):
     arguments, _ = conv2d_arguments((3, *image, channels), out_channels, kernel, stride, padding, dilation)
 
-    assert torch.equal(run("int4_conv2d", arguments), exact_sums(arguments))
+    assert torch.equal(result(run, arguments), exact_sums(arguments))
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)], ids=["stride1", "stride2"])
 def test_integer_sums_of_a_latent_of_odd_size_are_exact(conv2d_arguments, stride):
     arguments, _ = conv2d_arguments((2, 100, 150, 32), 24, stride=stride)
 
-    assert torch.equal(cpu.int4_conv2d(**arguments), exact_sums(arguments))
+    assert torch.equal(cpu.int4_conv2d(**arguments)[0], exact_sums(arguments))
+
+
+@pytest.mark.parametrize(("channels", "skip_channels"), SKIP_SHAPES)
+@pytest.mark.parametrize(("image", "kernel", "stride", "padding", "dilation"), GEOMETRIES[:5])
+def test_integer_sums_of_two_sources_are_exact(
+    run, conv2d_arguments, image, kernel, stride, padding, dilation, channels, skip_channels
+):
+    arguments, _ = conv2d_arguments(
+        (3, *image, channels), 9, kernel, stride, padding, dilation, skip_channels=skip_channels
+    )
+
+    assert torch.equal(result(run, arguments), exact_sums(arguments))
+
+
+@pytest.mark.parametrize("skip_channels", [0, 6])
+@pytest.mark.parametrize(("channels", "out_channels"), CHANNELS)
+@pytest.mark.parametrize("image", [(3, 4), (1, 5), (4, 1), (1, 1)], ids=str)
+def test_integer_sums_of_an_upsampled_image_are_exact(
+    run, conv2d_arguments, image, channels, out_channels, skip_channels
+):
+    arguments, _ = conv2d_arguments((3, *image, channels), out_channels, upsample=True, skip_channels=skip_channels)
+
+    assert torch.equal(result(run, arguments), exact_sums(arguments))
 
 
 def test_odd_channel_count_is_exact(run, conv2d_arguments):
     arguments, _ = conv2d_arguments((2, 4, 5, 33), 6)
 
-    assert torch.equal(run("int4_conv2d", arguments), exact_sums(arguments))
+    assert torch.equal(result(run, arguments), exact_sums(arguments))
 
 
 @pytest.mark.parametrize(
@@ -93,18 +140,9 @@ def test_extreme_values_do_not_overflow(run, conv2d_arguments, q_x, q_w, zero_po
     arguments["weight_sum"].fill_(9 * channels * q_w)
     arguments["act_zero_point"].fill_(zero_point)
 
-    y = run("int4_conv2d", arguments)
+    y = result(run, arguments)
 
     assert torch.equal(y, torch.full((1, 1, 1, 2), float(9 * channels * q_w * (q_x - zero_point))))
-
-
-@pytest.mark.parametrize("zero_points", [(-128, -40, 0), (127, 3, -1)], ids=str)
-def test_conv_pads_with_the_quantized_zero(run, conv2d_arguments, relative_rms, zero_points):
-    """Every sample has another zero point, and each is padded as a float convolution pads: with 0."""
-    arguments, values = conv2d_arguments((3, 4, 5, 34), 9, padding=(2, 2))
-    arguments["act_zero_point"] = torch.tensor(zero_points, dtype=torch.int32)
-
-    assert torch.equal(run("int4_conv2d", arguments).double(), float64_conv2d(arguments, values))
 
 
 def test_downsampler_padded_on_one_side_is_exact(run, conv2d_arguments):
@@ -117,7 +155,7 @@ def test_downsampler_padded_on_one_side_is_exact(run, conv2d_arguments):
     real_x = (unpadded - zero_point).double().permute(0, 3, 1, 2)
     expected = F.conv2d(F.pad(real_x, (0, 1, 0, 1)), values.double().permute(0, 3, 1, 2), stride=2)
 
-    assert torch.equal(run("int4_conv2d", arguments).double(), expected.permute(0, 2, 3, 1))
+    assert torch.equal(result(run, arguments).double(), expected.permute(0, 2, 3, 1))
 
 
 def test_pixels_of_many_samples_in_one_tile_take_their_own_timestep(run, conv2d_arguments):
@@ -126,27 +164,21 @@ def test_pixels_of_many_samples_in_one_tile_take_their_own_timestep(run, conv2d_
     arguments["act_scale"] = torch.tensor([1.0, 2.0, 4.0])
     scale = arguments["act_scale"][arguments["timestep_index"]].view(-1, 1, 1, 1)
 
-    assert torch.equal(run("int4_conv2d", arguments), exact_sums(arguments) * scale)
-
-
-def test_timestep_outside_the_table_is_clamped_to_its_ends(run, conv2d_arguments):
-    arguments, _ = conv2d_arguments((4, 3, 4, 34), 5)
-    arguments["timestep_index"] = torch.tensor([0, 2, 0, 2], dtype=torch.int32)
-    expected = exact_sums(arguments)
-    arguments["timestep_index"] = torch.tensor([-1, 3, -7, 40], dtype=torch.int32)
-
-    assert torch.equal(run("int4_conv2d", arguments), expected)
+    assert torch.equal(result(run, arguments), exact_sums(arguments) * scale)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("skip_channels", [0, 10], ids=["alone", "beside-a-skip"])
 @pytest.mark.parametrize(("image", "kernel", "stride", "padding", "dilation"), [GEOMETRIES[0], GEOMETRIES[-1]])
 def test_epilogue_scales_then_adds_bias_channels_and_residual(
-    run, conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation, dtype, tolerance
+    run, conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation, skip_channels, dtype, tolerance
 ):
-    arguments, values = conv2d_arguments((3, *image, 34), 9, kernel, stride, padding, dilation, dtype)
-    expected = float64_conv2d(arguments, values)
+    arguments, values = conv2d_arguments(
+        (3, *image, 34), 9, kernel, stride, padding, dilation, skip_channels=skip_channels, dtype=dtype
+    )
+    expected = float64_conv2d(arguments, values, padding)
 
-    y = run("int4_conv2d", arguments)
+    y = result(run, arguments)
 
     assert y.dtype == dtype
     assert y.is_contiguous()
@@ -158,41 +190,120 @@ def test_each_addend_is_optional(run, conv2d_arguments, relative_rms, absent):
     arguments, values = conv2d_arguments((2, 4, 5, 34), 9, dtype=torch.float32)
     arguments[absent] = None
 
-    assert relative_rms(run("int4_conv2d", arguments), float64_conv2d(arguments, values)) < 1e-6
+    assert relative_rms(result(run, arguments), float64_conv2d(arguments, values, (1, 1))) < 1e-6
 
 
 def test_addends_may_have_another_dtype_than_the_result(run, conv2d_arguments, relative_rms):
     arguments, values = conv2d_arguments((2, 4, 5, 34), 9, dtype=torch.bfloat16)
     arguments |= {"residual": arguments["residual"].half(), "out_dtype": torch.float32}
 
-    assert relative_rms(run("int4_conv2d", arguments), float64_conv2d(arguments, values)) < 1e-6
+    assert relative_rms(result(run, arguments), float64_conv2d(arguments, values, (1, 1))) < 1e-6
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}")
-@pytest.mark.parametrize("channels", [128, 72])
-@pytest.mark.parametrize("run", ["triton"], indirect=True)
-def test_every_launch_configuration_gives_the_same_sums(monkeypatch, run, conv2d_arguments, config, channels):
-    monkeypatch.setattr(conv2d, "launch_config", lambda num_rows, out_channels: config)
-    arguments, _ = conv2d_arguments((3, 6, 9, channels), 131, kernel=(1, 3), padding=(0, 1))
+@pytest.mark.parametrize("with_skip", [False, True], ids=["alone", "beside-a-skip"])
+@pytest.mark.parametrize(
+    ("image", "geometry", "dtype"),
+    [
+        pytest.param((12, 16), {}, torch.float32, id="plain"),
+        pytest.param((24, 32), {"stride": (2, 2)}, torch.float16, id="stride2"),
+        pytest.param((6, 8), {"upsample": True}, torch.bfloat16, id="upsample"),
+    ],
+)
+def test_statistics_are_those_of_the_stored_result(
+    run, conv2d_arguments, use_config, relative_rms, image, geometry, dtype, with_skip
+):
+    """In tiles of 128 pixels, of which the last is cut; 192 pixels a sample, so that tiles span samples."""
+    use_config(LaunchConfig(128, 16, 16, 4, 2))
+    arguments, _ = conv2d_arguments(
+        (3, *image, 10), 9, skip_channels=6 if with_skip else 0, with_statistics=True, dtype=dtype, **geometry
+    )
 
-    assert torch.equal(run("int4_conv2d", arguments), exact_sums(arguments))
+    y, statistics = run("int4_conv2d", arguments)
+
+    expected = reference.channel_statistics(y)
+    assert statistics.shape == (3, 3, 2, 9)
+    assert relative_rms(statistics[:, :, 0], expected[:, :, 0]) < 1e-5
+    assert relative_rms(statistics[:, :, 1], expected[:, :, 1]) < 1e-5
+    assert torch.equal(y, run("int4_conv2d", arguments | {"with_statistics": False})[0])
 
 
-def test_result_is_fp16_unpadded_without_addends_unless_told_otherwise(conv2d_arguments):
-    arguments, _ = conv2d_arguments((2, 4, 5, 4), 5, padding=(0, 0))
+def test_statistics_of_a_tile_smaller_than_a_run_are_complete(run, conv2d_arguments, use_config, relative_rms):
+    use_config(LaunchConfig(16, 16, 16, 4, 2))
+    arguments, _ = conv2d_arguments((2, 8, 8, 6), 9, with_statistics=True, dtype=torch.float32)
+
+    y, statistics = run("int4_conv2d", arguments)
+
+    assert relative_rms(statistics, reference.channel_statistics(y)) < 1e-5
+
+
+def test_statistics_do_not_cancel(run, conv2d_arguments, relative_rms):
+    """A mean of 1000 beside a standard deviation of 1: the mean of squares less the squared mean has no digits left."""
+    arguments, _ = conv2d_arguments((2, 8, 16, 6), 9, with_statistics=True, dtype=torch.float32)
+    arguments |= {"weight_scale": arguments["weight_scale"] / 100, "bias": torch.full((9,), 1000.0)}
+
+    y, statistics = run("int4_conv2d", arguments)
+
+    assert relative_rms(statistics[:, :, 1], reference.channel_statistics(y)[:, :, 1]) < 1e-3
+
+
+def test_result_and_statistics_are_the_same_in_every_run(run, conv2d_arguments):
+    arguments, _ = conv2d_arguments((2, 8, 8, 34), 9, with_statistics=True, skip_channels=6, dtype=torch.float16)
+    first, first_statistics = run("int4_conv2d", arguments)
+
+    again, statistics = run("int4_conv2d", arguments)
+
+    assert torch.equal(again, first)
+    assert torch.equal(statistics, first_statistics)
+
+
+def test_result_is_fp16_without_addends_and_statistics_unless_told_otherwise(conv2d_arguments):
+    arguments, _ = conv2d_arguments((2, 4, 5, 4), 5)
     required = ("x", "weight", "weight_scale", "weight_sum", "act_scale", "act_zero_point", "timestep_index")
 
-    assert torch.equal(ops.int4_conv2d(**{key: arguments[key] for key in required}), exact_sums(arguments).half())
+    y, statistics = ops.int4_conv2d(**{key: arguments[key] for key in required})
+
+    assert torch.equal(y, exact_sums(arguments).half())
+    assert statistics.shape == (0, 0, 2, 5)
 
 
+@pytest.mark.parametrize("skip_channels", [0, 10], ids=["alone", "beside-a-skip"])
 @pytest.mark.parametrize(("image", "kernel", "stride", "padding", "dilation"), GEOMETRIES)
 def test_reference_agrees_with_torchs_conv2d_in_float64(
-    conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation
+    conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation, skip_channels
 ):
-    arguments, values = conv2d_arguments((3, *image, 35), 9, kernel, stride, padding, dilation, torch.float32)
-    expected = float64_conv2d(arguments, values)
+    """torch's is padded with 0, so this also shows that the quantized zero in the border is a float 0."""
+    arguments, values = conv2d_arguments(
+        (3, *image, 36), 9, kernel, stride, padding, dilation, skip_channels=skip_channels, dtype=torch.float32
+    )
+    expected = float64_conv2d(arguments, values, padding)
 
-    assert relative_rms(reference.int4_conv2d(**arguments | {"out_dtype": torch.float64}), expected) < 1e-12
+    y, _ = reference.int4_conv2d(**arguments | {"out_dtype": torch.float64})
+
+    assert relative_rms(y, expected) < 1e-12
+
+
+@pytest.mark.parametrize("skip_channels", [0, 10], ids=["alone", "beside-a-skip"])
+@pytest.mark.parametrize("image", [(3, 4), (1, 1)], ids=str)
+def test_reference_agrees_with_torchs_interpolation_and_conv2d_in_float64(
+    conv2d_arguments, relative_rms, image, skip_channels
+):
+    arguments, values = conv2d_arguments(
+        (3, *image, 36), 9, upsample=True, skip_channels=skip_channels, dtype=torch.float32
+    )
+
+    y, _ = reference.int4_conv2d(**arguments | {"out_dtype": torch.float64})
+
+    assert relative_rms(y, float64_conv2d(arguments, values, (1, 1))) < 1e-12
+
+
+def test_reference_statistics_are_torchs_sum_and_variance(relative_rms):
+    x = torch.randn(2, 10, 15, 3, generator=torch.Generator().manual_seed(0))
+    runs = [x.flatten(1, 2)[:, start : start + 64].double() for start in (0, 64, 128)]
+    expected = torch.stack(
+        [torch.stack([run.sum(1), run.var(1, correction=0) * run.shape[1]], dim=1) for run in runs], dim=1
+    )
+
+    assert relative_rms(reference.channel_statistics(x), expected) < 1e-6
 
 
 def test_reference_dequantizes_the_weight(conv2d_arguments, relative_rms):

@@ -1,10 +1,11 @@
-"""INT4 linear layer: the integer sums exactly, the float epilogue to rounding."""
+"""INT4 linear layer: the integer sums exactly, the float epilogue to rounding, the next layer's int8 exactly."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 
-from dq_kernels import linear, ops, reference, tuning
+from dq_kernels import ops, reference
 
 # Against float64, rounded once to the result's dtype. fp32: some five roundings of 2^-24. fp16: the few values next to
 # a rounding boundary may come out one step of 2^-10 further. bf16: all may, by a step of 2^-7 at most, because Triton's
@@ -31,7 +32,7 @@ def float64_linear(arguments, values):
         for name in ("act_scale", "act_zero_point")
     )
     w = values.double() * arguments["weight_scale"].double()[:, None]
-    bias, residual = arguments["bias"], arguments["residual"]
+    bias, residual = arguments["bias"], arguments.get("residual")
     y = F.linear(scale * (x[..., : values.shape[1]] - zero_point), w, None if bias is None else bias.double())
     return y if residual is None else y + residual.double()
 
@@ -72,15 +73,6 @@ def test_rows_of_many_samples_in_one_tile_take_their_own_timestep(run, linear_ar
     assert torch.equal(run("int4_linear", arguments), exact_sums(arguments) * scale)
 
 
-def test_timestep_outside_the_table_is_clamped_to_its_ends(run, linear_arguments):
-    arguments, _ = linear_arguments((4, 3, 34), 5)
-    arguments["timestep_index"] = torch.tensor([0, 2, 0, 2], dtype=torch.int32)
-    expected = exact_sums(arguments)
-    arguments["timestep_index"] = torch.tensor([-1, 3, -7, 40], dtype=torch.int32)
-
-    assert torch.equal(run("int4_linear", arguments), expected)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("x_shape", [(1, 64), (3, 23, 130), (2, 3, 4, 341)], ids=str)
 def test_epilogue_scales_then_adds_bias_and_residual(run, linear_arguments, relative_rms, x_shape, dtype, tolerance):
@@ -111,30 +103,42 @@ def test_addends_may_have_another_dtype_than_the_result(run, linear_arguments, r
 
 def test_odd_channel_count_passes_from_quantize_to_linear(run, linear_arguments, relative_rms):
     arguments, values = linear_arguments((2, 5, 41), 9, torch.float32)
-    tables = {name: arguments[name] for name in ("act_scale", "act_zero_point", "timestep_index")}
+    quantizer = {name: arguments[name] for name in ("act_scale", "act_zero_point", "timestep_index")}
+    quantizer |= {"weight_dilation": torch.ones(41), "bits": 8, "padding": (0, 0), "skip": None}
     x = torch.randn(2, 5, 41, generator=torch.Generator().manual_seed(0))
-    arguments["x"] = run("quantize", {"x": x, "weight_dilation": torch.ones(41), "bits": 8} | tables)
+    arguments["x"] = run("quantize", {"x": x} | quantizer)
 
     assert relative_rms(run("int4_linear", arguments), float64_linear(arguments, values)) < 1e-6
 
 
-@pytest.mark.parametrize("config", tuning.CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}")
-@pytest.mark.parametrize("channels", [128, 200])
-@pytest.mark.parametrize("run", ["triton"], indirect=True)
-def test_every_launch_configuration_gives_the_same_sums(monkeypatch, run, linear_arguments, config, channels):
-    monkeypatch.setattr(linear, "launch_config", lambda num_rows, out_channels: config)
-    arguments, _ = linear_arguments((3, 47, channels), 131)
+@pytest.mark.parametrize("activation", ["none", "gelu", "geglu"])
+@pytest.mark.parametrize(("x_shape", "out_channels"), [((1, 64), 2), ((3, 7, 130), 42), ((2, 3, 4, 34), 20)], ids=str)
+def test_requantized_result_is_the_references(
+    run, linear_quantize_arguments, assert_quantized_alike, activation, x_shape, out_channels
+):
+    arguments, _ = linear_quantize_arguments(x_shape, out_channels, activation)
 
-    assert torch.equal(run("int4_linear", arguments), exact_sums(arguments))
+    assert_quantized_alike(run("int4_linear_quantize", arguments), reference.int4_linear_quantize(**arguments))
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("run", ["triton"], indirect=True)
-def test_plain_unpacking_gives_the_same_sums_as_ptx(monkeypatch, run, linear_arguments):
-    monkeypatch.setattr(linear, "use_ptx", lambda: False)
-    arguments, _ = linear_arguments((3, 47, 200), 131)
+@pytest.mark.parametrize("bits", [8, 6, 4, 2])
+def test_requantized_result_saturates_at_the_ends_of_its_bits(
+    run, linear_quantize_arguments, assert_quantized_alike, bits
+):
+    arguments, _ = linear_quantize_arguments((3, 5, 34), 20, "gelu")
+    arguments |= {"next_bits": bits, "next_scale": arguments["next_scale"] / 8}
+    expected = reference.int4_linear_quantize(**arguments)
+    assert expected.max() == 2 ** (bits - 1) - 1
 
-    assert torch.equal(run("int4_linear", arguments), exact_sums(arguments))
+    assert_quantized_alike(run("int4_linear_quantize", arguments), expected)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "geglu"])
+def test_requantization_does_not_need_a_bias(run, linear_quantize_arguments, assert_quantized_alike, activation):
+    arguments, _ = linear_quantize_arguments((3, 5, 34), 20, activation)
+    arguments["bias"] = None
+
+    assert_quantized_alike(run("int4_linear_quantize", arguments), reference.int4_linear_quantize(**arguments))
 
 
 def test_result_is_fp16_without_bias_unless_told_otherwise(linear_arguments):
@@ -171,3 +175,20 @@ def test_error_measure_never_passes_a_result_that_is_no_number(relative_rms, act
 
     assert relative_rms(torch.tensor([1.0, 2.002]), expected) == pytest.approx(0.002 / 5**0.5, rel=1e-3)
     assert relative_rms(torch.tensor([1.0, actual]), expected) == torch.inf
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "geglu"])
+def test_reference_requantizes_torchs_linear_and_activation_in_float64(linear_quantize_arguments, activation):
+    arguments, values = linear_quantize_arguments((3, 5, 34), 20, activation)
+    y = float64_linear(arguments, values)
+    if activation == "geglu":
+        geglu = GEGLU(2, 20).double()
+        geglu.proj = torch.nn.Identity()
+        y = geglu(y)
+    elif activation == "gelu":
+        y = torch.nn.GELU()(y)
+    names = ("next_dilation", "next_scale", "next_zero_point", "timestep_index", "next_bits")
+    expected = reference.quantize(y, *(arguments[name] for name in names))
+    assert expected.unique().numel() > 50
+
+    assert torch.equal(reference.int4_linear_quantize(**arguments), expected)

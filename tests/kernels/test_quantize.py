@@ -20,6 +20,8 @@ def quantize_arguments(x, bits=8, act_scale=(0.011, 0.3, 0.07), act_zero_point=(
         "act_zero_point": torch.tensor(act_zero_point, dtype=torch.int32),
         "timestep_index": torch.tensor(timestep_index, dtype=torch.int32),
         "bits": bits,
+        "padding": (0, 0),
+        "skip": None,
     }
 
 
@@ -102,16 +104,6 @@ def test_values_at_and_beside_half_steps_round_as_in_the_reference(run):
     assert q[:, :steps].ne(q[:, 2 * steps :]).any(), "no value crossed a half step: the test lost its point"
 
 
-@pytest.mark.parametrize("timestep_index", [[-1, 3, 40], [-7, 5, 2]], ids=str)
-def test_timestep_outside_the_table_is_clamped_to_its_ends(run, timestep_index):
-    x = random_x(3, 5, 6)
-    inside = quantize_arguments(x, timestep_index=[0, 2, 2])
-
-    q = run("quantize", quantize_arguments(x, timestep_index=timestep_index))
-
-    assert torch.equal(q, reference.quantize(**inside))
-
-
 def test_each_sample_takes_its_own_timesteps_scale(run):
     x = random_x(1, 4, 6).expand(3, -1, -1)
     together = run("quantize", quantize_arguments(x, timestep_index=[2, 0, 1]))
@@ -133,28 +125,64 @@ def test_odd_channel_count_is_padded_with_the_zero_point(run, channels):
 
 
 @pytest.mark.parametrize("channels", [38, 37])
-@pytest.mark.parametrize(
-    "view",
-    [
-        pytest.param(lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), id="NCHW"),
-        pytest.param(
-            lambda x: x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1),
-            id="channels_last",
-        ),
-        pytest.param(lambda x: x.transpose(1, 2), id="rows-and-columns-swapped"),
-        pytest.param(lambda x: x.transpose(0, 1), id="samples-and-rows-swapped"),
-        pytest.param(lambda x: x[:, :, 1::2], id="every-other-column"),
-        pytest.param(lambda x: x[..., 3:], id="last-channels"),
-        pytest.param(lambda x: x[:1].expand(3, -1, -1, -1), id="one-sample-repeated"),
-    ],
-)
-def test_any_strides_give_contiguous_nhwc(run, view, channels):
-    arguments = quantize_arguments(view(random_x(4, 6, 7, channels)))
+@pytest.mark.parametrize("padding", [(0, 0), (1, 2)], ids=["unpadded", "padded"])
+def test_any_strides_give_contiguous_nhwc(run, strided_view, channels, padding):
+    arguments = quantize_arguments(strided_view(random_x(4, 6, 7, channels))) | {"padding": padding}
 
     q = run("quantize", arguments)
 
     assert q.is_contiguous()
     assert torch.equal(q, reference.quantize(**arguments))
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (2, 0), (0, 3), (4, 5)], ids=str)
+@pytest.mark.parametrize("channels", [130, 5])
+def test_border_holds_the_quantized_zero_of_its_sample(run, padding, channels):
+    arguments = quantize_arguments(random_x(4, 3, 2, channels))
+    q = run("quantize", arguments | {"padding": padding})
+    zero_point = arguments["act_zero_point"][arguments["timestep_index"]]
+    expected = zero_point.to(torch.int8).view(-1, 1, 1, 1).repeat(1, *q.shape[1:])
+    rows, columns = slice(padding[0], padding[0] + 3), slice(padding[1], padding[1] + 2)
+
+    expected[:, rows, columns] = reference.quantize(**arguments)
+
+    assert q.shape == (4, 3 + 2 * padding[0], 2 + 2 * padding[1], channels + channels % 2)
+    assert q.is_contiguous()
+    assert torch.equal(q, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("x_shape", "skip_channels"), [((3, 4, 5, 6), 130), ((3, 4, 5, 130), 7), ((2, 9, 34), 1)])
+def test_two_sources_are_quantized_as_their_concat(run, x_shape, skip_channels, bits):
+    x, skip = random_x(*x_shape), 5 * random_x(*x_shape[:-1], skip_channels).half()
+    concat = quantize_arguments(torch.cat([x, skip], dim=-1), bits)
+    if len(x_shape) == 4:
+        concat["padding"] = (1, 2)
+
+    q = run("quantize", concat | {"x": x, "skip": skip})
+
+    assert torch.equal(q, reference.quantize(**concat))
+
+
+def test_two_sources_may_have_strides_unlike_each_other(run, strided_view):
+    x = strided_view(random_x(4, 6, 7, 37 + 3))
+    x, skip = x[..., : x.shape[-1] // 2 * 2], random_x(*x.shape[:3], 5)
+    concat = quantize_arguments(torch.cat([x, skip], dim=-1))
+
+    q = run("quantize", concat | {"x": x, "skip": skip})
+
+    assert q.is_contiguous()
+    assert torch.equal(q, reference.quantize(**concat))
+
+
+def test_reference_quantizes_a_border_of_zeros_and_a_concat():
+    x, skip = random_x(3, 4, 5, 6), random_x(3, 4, 5, 2)
+    bordered = torch.nn.functional.pad(torch.cat([x, skip], dim=-1), (0, 0, 2, 2, 1, 1))
+    concat = quantize_arguments(bordered)
+
+    assert torch.equal(
+        reference.quantize(**concat | {"x": x, "skip": skip, "padding": (1, 2)}), reference.quantize(**concat)
+    )
 
 
 def test_quantizing_leaves_its_input_alone(run):

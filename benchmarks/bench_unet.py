@@ -1,0 +1,201 @@
+"""The forward pass of whole UNets: INT4 against fp16, side by side in one run.
+
+    python benchmarks/bench_unet.py [--unet sd15]... [--batch 2] [--skip compiled]... [--output FILE]
+    python benchmarks/bench_unet.py --device cpu --unet ddpm_cifar
+
+SD1.5 at 512x512 and SDXL at 1024x1024 in their real configurations. Weights are random: latency does not depend on
+their values. Every round times one forward of each row in turn; the table shows medians. ``weights MB`` counts
+parameters and buffers, ``peak MB`` those and what one forward allocates on top (not known for rows whose memory
+belongs to a compiler's own graphs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import environment
+import quantized_unets
+import torch
+import unets
+from torch import nn
+
+from dq_runtime.fused import fuse
+from dq_runtime.graphs import enable_cuda_graphs
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run a UNet: what it is called, and how to make it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    is_ours: bool
+    is_compiled: bool = False
+
+
+@dataclass
+class Result:
+    """What was measured of a row."""
+
+    row: str
+    median_ms: float
+    fastest_ms: float
+    weights_mb: float
+    peak_mb: float | None
+    seconds_to_first: float
+
+
+def rows(name: str, device: str, compile_mode: str) -> list[Row]:
+    """Baselines as a user of diffusers runs them, then ours."""
+
+    def stock(dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+        return unets.build(name, device, dtype).to(memory_format=memory_format)
+
+    def quantized(dtype: torch.dtype, fused: bool = True) -> Any:
+        unet = quantized_unets.build(name, device, dtype)
+        if fused:
+            fuse(unet)
+        return unet
+
+    def compiled(unet: Any) -> Any:
+        unet.compile(mode=compile_mode, fullgraph=True)
+        return unet
+
+    def replayed(unet: Any) -> Any:
+        enable_cuda_graphs(unet)
+        return unet
+
+    if device == "cpu":
+        return [
+            Row("fp32", lambda: stock(torch.float32), False),
+            Row("bf16 channels_last", lambda: stock(torch.bfloat16, torch.channels_last), False),
+            Row("int4", lambda: quantized(torch.float32), True),
+        ]
+    half = torch.float16
+    return [
+        Row("fp16 eager", lambda: stock(half), False),
+        Row("fp16 channels_last", lambda: stock(half, torch.channels_last), False),
+        Row("fp16 compiled", lambda: compiled(stock(half, torch.channels_last)), False, True),
+        Row("int4 unfused", lambda: quantized(half, fused=False), True),
+        Row("int4", lambda: quantized(half), True),
+        Row("int4 compiled", lambda: compiled(quantized(half)), True, True),
+        Row("int4 CUDA graph", lambda: replayed(quantized(half)), True),
+    ]
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Time of one call, on a GPU by events around it."""
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def tensor_megabytes(unet: nn.Module) -> float:
+    """Parameters and buffers, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in unet.state_dict().values()}
+    return sum(storages.values()) / MEGABYTE
+
+
+@torch.inference_mode()
+def measure(name: str, device: str, batch: int, rounds: int, skip: list[str], compile_mode: str) -> list[Result]:
+    """All rows of one UNet, interleaved."""
+    chosen = [row for row in rows(name, device, compile_mode) if not any(word in row.name for word in skip)]
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    calls, results = [], []
+    for row in chosen:
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        unet = row.make()
+        arguments = unets.inputs(name, batch, device, torch.bfloat16 if row.name.startswith("bf16") else dtype)
+        before = torch.cuda.memory_allocated() if device != "cpu" else 0
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+
+        def call(unet: Any = unet, arguments: dict[str, Any] = arguments) -> torch.Tensor:
+            return unet(**arguments).sample
+
+        sample = call()
+        if not sample.isfinite().all():
+            raise RuntimeError(f"{row.name}: the result is not finite, so its time would mean nothing")
+        first = time.perf_counter() - start
+        weights = tensor_megabytes(unet)
+        peak = None
+        if device != "cpu" and not row.is_compiled:
+            peak = weights + (torch.cuda.max_memory_allocated() - before) / MEGABYTE
+        calls.append(call)
+        results.append(Result(row.name, 0.0, 0.0, weights, peak, first))
+        print(f"{name}: {row.name} is ready after {first:.1f} s", flush=True)
+    for call in calls:
+        seconds(call, device)
+        seconds(call, device)
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for index, call in enumerate(calls):
+            times[index].append(seconds(call, device))
+    for result, measured in zip(results, times, strict=True):
+        result.median_ms = 1e3 * statistics.median(measured)
+        result.fastest_ms = 1e3 * min(measured)
+    return results
+
+
+def table(name: str, results: list[Result]) -> str:
+    """The rows, and for each baseline the speed-up of the fastest of ours."""
+    lines = [f"{name}: {'row':<20} {'ms':>9} {'weights MB':>11} {'peak MB':>9}"]
+    for result in results:
+        peak = "-" if result.peak_mb is None else f"{result.peak_mb:.0f}"
+        lines.append(f"{name}: {result.row:<20} {result.median_ms:>9.2f} {result.weights_mb:>11.1f} {peak:>9}")
+    ours = [result for result in results if result.row.startswith("int4")]
+    if ours:
+        best = min(ours, key=lambda result: result.median_ms)
+        lines += [
+            f"{name}: speed-up of {best.row} over {result.row}: {result.median_ms / best.median_ms:.2f}x"
+            for result in results
+            if result not in ours
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated; sd15 and sdxl")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--skip", action="append", default=[], help="leave out rows whose name contains this word")
+    parser.add_argument("--compile-mode", default="max-autotune", help="of torch.compile (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; written after each UNet")
+    arguments = parser.parse_args()
+    torch.backends.cudnn.benchmark = True
+    document: dict[str, Any] = {**environment.describe(), "batch": arguments.batch, "unets": {}}
+    document["compile_mode"] = arguments.compile_mode
+    for name in arguments.unet or ("sd15", "sdxl"):
+        results = measure(
+            name, arguments.device, arguments.batch, arguments.rounds, arguments.skip, arguments.compile_mode
+        )
+        print(table(name, results), flush=True)
+        document["unets"][name] = [asdict(result) for result in results]
+        if arguments.output is not None:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Where a benchmark ran: the machine, its clocks and the versions, for every file under ``results/``."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "diffusers", "numpy")
+NVIDIA_SMI_FIELDS = {  # ours -> nvidia-smi's, which has MHz and W
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "sm_clock_max_mhz": "clocks.max.sm",
+    "memory_clock_mhz": "clocks.mem",
+    "power_limit_w": "power.limit",
+}
+
+
+def describe() -> dict[str, Any]:
+    """Device, driver, clocks in MHz, power limit in W, CPU, threads, versions and date.
+
+    What only NVIDIA's driver knows is left out where there is none; clocks are those of the moment.
+    """
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        **(_nvidia_smi() if device != "cpu" else {}),
+        "cpu_model": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def slug(device: str) -> str:
+    """The name of a device as part of a file's name, such as "nvidia_h100_80gb_hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def _nvidia_smi() -> dict[str, Any]:
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
+    if uuid is not None:
+        command += [f"--id=GPU-{uuid}"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in output.splitlines()[0].split(",")] if output.strip() else []
+    return {name: _number(value) for name, value in zip(NVIDIA_SMI_FIELDS, values, strict=False)}
+
+
+def _number(value: str) -> float | str:
+    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else value
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str:
+    """Of the imported torch its own, which names the CUDA version too."""
+    return torch.__version__ if package == "torch" else importlib.metadata.version(package)

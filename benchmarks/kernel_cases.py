@@ -1,0 +1,112 @@
+"""The rows of ``bench_kernels.py``: which shapes, which implementations, and their kernels compiled ahead."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import peers
+import torch
+import unets
+from kernel_sides import BASELINE, BASELINES, CHAINS, OURS, Side, layer_side
+from unets import LayerShape
+
+UNETS = ("sd15", "sdxl")
+SUBSET = 12  # shapes of a UNet, unless all are wanted
+FEW_ROWS = 256  # below it a GEMM has less than two tiles of 128 rows
+
+TINY = (  # layers that exist nowhere, for trying the benchmarks out
+    LayerShape("conv2d", 2, 64, 64, 8, 8, (3, 3), (1, 1), (1, 1), ("conv",)),
+    LayerShape("linear", 2, 64, 512, 64, 1, names=("gate",)),
+    LayerShape("linear", 2, 64, 64, 1, 1, names=("a.time_emb_proj", "b.time_emb_proj")),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a layer, or a chain if ``chain`` names one of ``CHAINS``, by one implementation.
+
+    ``shapes`` is the layer alone, or all layers of the UNet from which a chain takes its sizes.
+    """
+
+    unet: str
+    shapes: tuple[LayerShape, ...]
+    implementation: str
+    chain: str | None = None
+
+    @property
+    def kind(self) -> str:
+        return "chain" if self.chain else self.shapes[0].kind
+
+    @property
+    def group(self) -> str:
+        """The rows to compare: equal for all implementations of one thing."""
+        what = self.chain or self.shapes[0].label
+        return f"{self.unet}, batch {self.shapes[0].batch}: {what}"
+
+
+def representative(shapes: Sequence[LayerShape], count: int = SUBSET) -> list[LayerShape]:
+    """The shapes with few rows, one for each kind and number of tokens, and then those with most of the FLOPs.
+
+    A shape's FLOPs are those of all the layers that share it; among shapes with few rows, too, the largest is taken.
+    """
+    by_share = sorted(shapes, key=lambda shape: -shape.operations * len(shape.names))
+    few_rows: dict[tuple[str, int], LayerShape] = {}
+    for shape in by_share:
+        if shape.rows < FEW_ROWS:
+            few_rows.setdefault((shape.kind, shape.tokens), shape)
+    chosen = list(few_rows.values())
+    return chosen + [shape for shape in by_share if shape not in chosen][: max(0, count - len(chosen))]
+
+
+def cases(full: bool, tiny: bool) -> list[Case]:
+    """All rows: layers, then chains; with ``full`` every shape, at batch 2 and 8, otherwise the representative ones."""
+    implementations = [OURS, *BASELINES]
+    present = [name for name in peers.PEERS if peers.missing(name) is None]
+    rows, chains = [], []
+    for unet in ("tiny",) if tiny else UNETS:
+        for batch in (2, 8) if full and not tiny else (2,):
+            shapes = TINY if tiny else tuple(unets.layers(unet, batch))
+            for shape in shapes if full else representative(shapes):
+                names = implementations + (present if shape.kind == "linear" else [])
+                rows += [Case(unet, (shape,), name) for name in names]
+            chains += [Case(unet, shapes, name, chain) for chain in CHAINS for name in (OURS, BASELINE)]
+    return rows + chains
+
+
+def prepare(case: Case) -> Side:
+    """The row's implementation, with tensors of its own; their values are the same at every call."""
+    torch.manual_seed(0)
+    if case.chain is None:
+        return layer_side(case.shapes[0], case.implementation)
+    ours, baseline = CHAINS[case.chain](case.shapes)
+    return ours if case.implementation == OURS else baseline
+
+
+def _compile(share: list[Case]) -> None:
+    """In a process of its own: calls each row once, for Triton's cache on disk."""
+    for case in share:
+        try:
+            prepare(case).run()
+            torch.cuda.synchronize()
+        except Exception as error:  # the row itself will fail, and say so better
+            print(f"{case.group}: {error!r}"[:300], flush=True)
+
+
+def compile_kernels(rows: Sequence[Case], seconds: float = 60.0) -> None:
+    """Compiles what ours will need in parallel, for no longer than that; what is left compiles at its first call."""
+    ours = [case for case in rows if case.implementation == OURS]
+    processes = max(1, min(12, (os.cpu_count() or 1) - 1, len(ours)))
+    context = multiprocessing.get_context("spawn")  # a fork would share the CUDA context
+    workers = [context.Process(target=_compile, args=(ours[i::processes],), daemon=True) for i in range(processes)]
+    deadline = time.monotonic() + seconds
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():
+            worker.kill()
+            worker.join()

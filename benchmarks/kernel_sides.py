@@ -1,0 +1,399 @@
+"""Implementations of what ``bench_kernels.py`` compares: layers, and chains of operators that the runtime fuses.
+
+A ``Side`` is one implementation, ready to be called, with tensors of its own. Both sides of a comparison compute the
+same: the baseline's weights are the dequantized INT4 ones. All values are random; the caller sets the seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import peers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from unets import LayerShape
+
+from dq_kernels import ops, reference
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+COMPUTE_DTYPE = torch.float16 if CUDA else torch.float32
+OURS = "int4"
+BASELINES = {"fp16": torch.float16} if CUDA else {"fp32": torch.float32, "bf16": torch.bfloat16}
+BASELINE = next(iter(BASELINES))  # what speed-ups are relative to
+TIMESTEPS, BITS, GROUPS, EPS = 20, 8, 32, 1e-5
+
+
+@dataclass(frozen=True)
+class Side:
+    """A call, the tensors that it reads, its multiplications and additions, and what turns its result into floats."""
+
+    run: Callable[[], Any]
+    reads: tuple[Tensor, ...]
+    operations: int
+    to_floats: Callable[[Any], Tensor] = Tensor.float
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.reads)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The quantizer of one input: per-timestep scales that hold normally distributed values."""
+
+    dilation: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    index: Tensor
+
+    @staticmethod
+    def random(batch: int, channels: int) -> Tables:
+        return Tables(
+            torch.ones(channels, device=DEVICE),
+            0.03 + 0.005 * torch.rand(TIMESTEPS, device=DEVICE),
+            torch.randint(-8, 9, (TIMESTEPS,), dtype=torch.int32, device=DEVICE),
+            torch.arange(batch, dtype=torch.int32, device=DEVICE) % TIMESTEPS,
+        )
+
+    @property
+    def of_layer(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.scale, self.zero_point, self.index
+
+    @property
+    def of_quantizer(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        return self.dilation, self.scale, self.zero_point, self.index, BITS
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        return reference.dequantize_activation(q, self.dilation, *self.of_layer)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Random INT4 weights [N, ..., K] and the same ones dequantized, [N, K] or [N, K, KH, KW] channels_last."""
+
+    packed: tuple[Tensor, Tensor, Tensor]  # weight, weight_scale, weight_sum
+    dense: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def random(out_channels: int, *reduction: int) -> Weights:
+        values = torch.randint(ops.INT4_MIN, ops.INT4_MAX + 1, (out_channels, *reduction), device=DEVICE).to(torch.int8)
+        unit = (21.25 * values[0].numel()) ** -0.5  # 21.25: the variance of the values; results have one of about 1
+        scale = unit * (0.5 + torch.rand(out_channels, device=DEVICE))
+        sums = values.flatten(1).sum(1, dtype=torch.int32)
+        dense = (values.float() * scale.view(-1, *[1] * len(reduction))).to(COMPUTE_DTYPE)
+        dense = dense.permute(0, 3, 1, 2) if len(reduction) == 3 else dense
+        return Weights((ops.pack_int4(values), scale, sums), dense, 0.1 * _randn(out_channels))
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=COMPUTE_DTYPE)
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _tensors(*things: Any) -> tuple[Tensor, ...]:
+    """The tensors among arguments and tuples of arguments."""
+    flat = [part for thing in things for part in (thing if isinstance(thing, tuple) else (thing,))]
+    return tuple(part for part in flat if isinstance(part, Tensor))
+
+
+def layer_input(shape: LayerShape) -> Tensor:
+    """x of a layer: [B, tokens, K], or [B, H, W, K] for a convolution."""
+    size = (shape.tokens,) if shape.kind == "linear" else (shape.height, shape.width)
+    return _randn(shape.batch, *size, shape.in_channels)
+
+
+def layer_weights(shape: LayerShape) -> Weights:
+    """Of a layer; an odd number of input channels is padded when packed."""
+    taps = () if shape.kind == "linear" else shape.kernel_size
+    return Weights.random(shape.out_channels, *taps, shape.in_channels)
+
+
+def int4_layer(shape: LayerShape, x: Tensor, tables: Tables, weights: Weights) -> Tensor:
+    """Ours: the quantization of x and the layer; a convolution's result is NHWC."""
+    q = ops.quantize(x, *tables.of_quantizer, shape.padding)
+    arguments = (q, *weights.packed, *tables.of_layer, weights.bias)
+    if shape.kind == "linear":
+        return ops.int4_linear(*arguments, out_dtype=COMPUTE_DTYPE)
+    return ops.int4_conv2d(*arguments, stride=shape.stride, out_dtype=COMPUTE_DTYPE)[0]
+
+
+def layer_side(shape: LayerShape, implementation: str) -> Side:
+    """A layer by itself."""
+    x, tables, weights = layer_input(shape), Tables.random(shape.batch, shape.in_channels), layer_weights(shape)
+    if implementation == OURS:
+        reads = _tensors(x, weights.packed, weights.bias)
+        return Side(lambda: int4_layer(shape, x, tables, weights), reads, shape.operations)
+    if implementation in peers.PEERS:
+        x = x.to(peers.activation_dtype(implementation))
+        peer = peers.PEERS[implementation](weights.dense)
+        return Side(lambda: peer(x), (x, weights.dense), shape.operations)
+    x, weight, bias = (tensor.to(BASELINES[implementation]) for tensor in (x, weights.dense, weights.bias))
+    if shape.kind == "linear":
+        return Side(lambda: F.linear(x, weight, bias), (x, weight, bias), shape.operations)
+    image = _nchw(x)
+    stride, padding = shape.stride, shape.padding
+    return Side(lambda: F.conv2d(image, weight, bias, stride, padding), (x, weight, bias), shape.operations)
+
+
+def layer_error(shape: LayerShape) -> float:
+    """Relative error of ours against an fp32 product of the dequantized operands, on a few rows or channels.
+
+    They are the last ones, where a mask would be wrong first: 8 tokens, or 16 output channels, of the last sample.
+    """
+    torch.manual_seed(0)
+    x, tables, weights = layer_input(shape), Tables.random(shape.batch, shape.in_channels), layer_weights(shape)
+    y = int4_layer(shape, x, tables, weights)[-1:].float()
+    last = replace(tables, index=tables.index[-1:])
+    weight, scale, _ = weights.packed
+    if shape.kind == "linear":
+        q = reference.quantize(x[-1:, -8:], *last.of_quantizer)
+        dense = reference.dequantize_weight(weight, scale)[:, : shape.in_channels]
+        expected = last.dequantize(q) @ dense.t() + weights.bias.float()
+        y = y[:, -8:]
+    else:
+        q = reference.quantize(x[-1:], *last.of_quantizer)
+        dense = _nchw(reference.dequantize_weight(weight[-16:], scale[-16:])[..., : shape.in_channels])
+        image, bias = _nchw(last.dequantize(q)), weights.bias[-16:].float()
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            expected = F.conv2d(image, dense, bias, shape.stride, shape.padding).permute(0, 2, 3, 1)
+        y = y[..., -16:]
+    return relative_error(y, expected)
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """||y - expected|| / ||expected||."""
+    return ((y - expected).norm() / expected.norm()).item()
+
+
+def _main_convolution(shapes: Sequence[LayerShape]) -> LayerShape:
+    """The 3x3 convolution between equal channels with most of the UNet's FLOPs."""
+    candidates = (
+        s for s in shapes if s.kernel_size == (3, 3) and s.stride == (1, 1) and s.in_channels == s.out_channels
+    )
+    return max(candidates, key=lambda shape: shape.operations * len(shape.names))
+
+
+def _main_gate(shapes: Sequence[LayerShape]) -> LayerShape:
+    """The GEGLU projection (four times as wide, twice) with most of the UNet's FLOPs."""
+    candidates = (s for s in shapes if s.kind == "linear" and s.out_channels == 8 * s.in_channels)
+    return max(candidates, key=lambda shape: shape.operations * len(shape.names))
+
+
+def _norm_parameters(channels: int) -> tuple[Tensor, Tensor]:
+    return 1 + 0.1 * _randn(channels), 0.1 * _randn(channels)
+
+
+def _group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+
+
+def group_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """Group norm + SiLU; ours writes the padded int8 image of the next convolution."""
+    shape = _main_convolution(shapes)
+    x, norm, tables = (
+        layer_input(shape),
+        _norm_parameters(shape.in_channels),
+        Tables.random(shape.batch, shape.in_channels),
+    )
+    reads = _tensors(x, *norm)
+    return (
+        Side(
+            lambda: ops.group_norm_quantize(x, GROUPS, *norm, EPS, *tables.of_quantizer, padding=(1, 1)),
+            reads, 0, lambda q: tables.dequantize(q[:, 1:-1, 1:-1]),
+        ),
+        Side(lambda: _group_norm_silu(_nchw(x), *norm), reads, 0, lambda y: y.permute(0, 2, 3, 1).float()),
+    )  # fmt: skip
+
+
+def layer_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """Layer norm; ours writes int8."""
+    shape = _main_gate(shapes)
+    channels = shape.in_channels
+    x, norm, tables = layer_input(shape), _norm_parameters(channels), Tables.random(shape.batch, channels)
+    reads = _tensors(x, *norm)
+    return (
+        Side(lambda: ops.layer_norm_quantize(x, *norm, EPS, *tables.of_quantizer), reads, 0, tables.dequantize),
+        Side(lambda: F.layer_norm(x, (channels,), *norm, EPS), reads, 0),
+    )
+
+
+def geglu_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """Linear and GEGLU; ours reads int8, as a norm has left it, and writes the next layer's int8."""
+    shape = _main_gate(shapes)
+    x, weights = layer_input(shape), layer_weights(shape)
+    tables, following = (
+        Tables.random(shape.batch, channels) for channels in (shape.in_channels, 4 * shape.in_channels)
+    )
+    following = replace(following, scale=2 * following.scale)  # products have longer tails
+    q = ops.quantize(x, *tables.of_quantizer)
+
+    def unfused() -> Tensor:
+        hidden, gate = F.linear(x, weights.dense, weights.bias).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+    return (
+        Side(
+            lambda: ops.int4_linear_quantize(
+                q, *weights.packed, *tables.of_layer, following.dilation, following.scale, following.zero_point, BITS,
+                weights.bias, "geglu",
+            ),
+            _tensors(q, weights.packed, weights.bias), shape.operations, following.dequantize,
+        ),
+        Side(unfused, (x, weights.dense, weights.bias), shape.operations),
+    )  # fmt: skip
+
+
+def qkv_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """Layer norm and the projections to q, k and v; ours is two kernels."""
+    gate = _main_gate(shapes)
+    channels = gate.in_channels
+    x, norm, tables = layer_input(gate), _norm_parameters(channels), Tables.random(gate.batch, channels)
+    weights = Weights.random(3 * channels, channels)
+    parts = weights.dense.chunk(3)
+    operations = 2 * gate.rows * channels * 3 * channels
+
+    def fused() -> Tensor:
+        q = ops.layer_norm_quantize(x, *norm, EPS, *tables.of_quantizer)
+        return ops.int4_linear(q, *weights.packed, *tables.of_layer, out_dtype=COMPUTE_DTYPE)
+
+    def unfused() -> list[Tensor]:
+        normed = F.layer_norm(x, (channels,), *norm, EPS)
+        return [F.linear(normed, part) for part in parts]
+
+    return (
+        Side(fused, _tensors(x, norm, weights.packed), operations),
+        Side(unfused, _tensors(x, norm, weights.dense), operations, lambda results: torch.cat(results, -1).float()),
+    )
+
+
+def resnet_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """Norm + SiLU, convolution + time embedding + residual, norm + SiLU; ours passes statistics on, and int8."""
+    shape = _main_convolution(shapes)
+    batch, channels = shape.batch, shape.in_channels
+    x, residual, embedding, weights = (
+        layer_input(shape),
+        layer_input(shape),
+        _randn(batch, channels),
+        layer_weights(shape),
+    )
+    first, second = _norm_parameters(channels), _norm_parameters(channels)
+    tables, following = Tables.random(batch, channels), Tables.random(batch, channels)
+
+    def fused() -> Tensor:
+        q = ops.group_norm_quantize(x, GROUPS, *first, EPS, *tables.of_quantizer, padding=(1, 1))
+        y, statistics = ops.int4_conv2d(
+            q, *weights.packed, *tables.of_layer, weights.bias, embedding, residual, out_dtype=COMPUTE_DTYPE,
+            with_statistics=True,
+        )  # fmt: skip
+        return ops.group_norm_quantize(
+            y, GROUPS, *second, EPS, *following.of_quantizer, statistics=statistics, padding=(1, 1)
+        )
+
+    def unfused() -> Tensor:
+        y = F.conv2d(_group_norm_silu(_nchw(x), *first), weights.dense, weights.bias, padding=1)
+        y = y + embedding[:, :, None, None] + _nchw(residual)
+        return _group_norm_silu(y, *second)
+
+    reads = (x, residual, embedding, *first, *second, weights.bias)
+    return (
+        Side(
+            fused, _tensors(*reads, weights.packed), shape.operations,
+            lambda q: following.dequantize(q[:, 1:-1, 1:-1]),
+        ),
+        Side(unfused, (*reads, weights.dense), shape.operations, lambda y: y.permute(0, 2, 3, 1).float()),
+    )  # fmt: skip
+
+
+def upsample_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """Nearest doubling and a convolution; ours doubles by addressing, and includes the quantization."""
+    large = _main_convolution(shapes)
+    shape = replace(large, height=large.height // 2, width=large.width // 2)  # of what is doubled
+    x, weights, tables = layer_input(shape), layer_weights(shape), Tables.random(shape.batch, shape.in_channels)
+
+    def fused() -> Tensor:
+        q = ops.quantize(x, *tables.of_quantizer, (1, 1))
+        return ops.int4_conv2d(
+            q, *weights.packed, *tables.of_layer, weights.bias, upsample=True, out_dtype=COMPUTE_DTYPE
+        )[0]
+
+    def unfused() -> Tensor:
+        doubled = F.interpolate(_nchw(x), scale_factor=2.0, mode="nearest")
+        return F.conv2d(doubled, weights.dense, weights.bias, padding=1)
+
+    reads = _tensors(x, weights.packed, weights.bias)
+    return (
+        Side(fused, reads, large.operations),
+        Side(unfused, (x, weights.dense, weights.bias), large.operations, lambda y: y.permute(0, 2, 3, 1).float()),
+    )
+
+
+def skip_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """A convolution of x beside an up block's skip; ours reads both where they are, each with a range of its own."""
+    shape = _main_convolution(shapes)
+    channels, images = shape.in_channels, (layer_input(shape), layer_input(shape))
+    tables = tuple(Tables.random(shape.batch, channels) for _ in images)
+    weights = Weights.random(channels, 3, 3, 2 * channels)
+    packed, scale, _ = weights.packed
+    halves = [half.contiguous() for half in ops.unpack_int4(packed).chunk(2, dim=-1)]
+    (first, second), sums = map(ops.pack_int4, halves), [half.flatten(1).sum(1, dtype=torch.int32) for half in halves]
+
+    def fused() -> Tensor:
+        q, skip = (ops.quantize(x, *t.of_quantizer, (1, 1)) for x, t in zip(images, tables, strict=True))
+        return ops.int4_conv2d(
+            q, first, scale, sums[0], *tables[0].of_layer, weights.bias, skip=skip, skip_weight=second,
+            skip_weight_sum=sums[1], skip_act_scale=tables[1].scale, skip_act_zero_point=tables[1].zero_point,
+            out_dtype=COMPUTE_DTYPE,
+        )[0]  # fmt: skip
+
+    def unfused() -> Tensor:
+        return F.conv2d(torch.cat([_nchw(x) for x in images], dim=1), weights.dense, weights.bias, padding=1)
+
+    return (
+        Side(fused, _tensors(images, first, second, scale, weights.bias), 2 * shape.operations),
+        Side(
+            unfused, (*images, weights.dense, weights.bias), 2 * shape.operations,
+            lambda y: y.permute(0, 2, 3, 1).float(),
+        ),
+    )  # fmt: skip
+
+
+def time_projections_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """SiLU and the linear of the time embedding in every resnet of the UNet; ours is one GEMM."""
+    layers = [(s, name) for s in shapes for name in s.names if name.endswith("time_emb_proj")]
+    sizes, (batch, channels) = [s.out_channels for s, _ in layers], (layers[0][0].batch, layers[0][0].in_channels)
+    x, tables, weights = _randn(batch, channels), Tables.random(batch, channels), Weights.random(sum(sizes), channels)
+    pairs = list(zip(weights.dense.split(sizes), weights.bias.split(sizes), strict=True))
+    operations = 2 * batch * channels * sum(sizes)
+
+    def fused() -> Tensor:
+        q = ops.quantize(F.silu(x), *tables.of_quantizer)
+        return ops.int4_linear(q, *weights.packed, *tables.of_layer, weights.bias, out_dtype=COMPUTE_DTYPE)
+
+    def unfused() -> list[Tensor]:
+        return [F.linear(F.silu(x), weight, bias) for weight, bias in pairs]
+
+    return (
+        Side(fused, _tensors(x, weights.packed, weights.bias), operations),
+        Side(unfused, (x, weights.dense, weights.bias), operations, lambda results: torch.cat(results, -1).float()),
+    )
+
+
+# Layers of a UNet -> ours, baseline.
+CHAINS: dict[str, Callable[[Sequence[LayerShape]], tuple[Side, Side]]] = {
+    "group norm + SiLU": group_norm_chain,
+    "layer norm": layer_norm_chain,
+    "linear + GEGLU": geglu_chain,
+    "layer norm, q k v": qkv_chain,
+    "norm, conv + time embedding + residual, norm": resnet_chain,
+    "upsampling, conv": upsample_chain,
+    "conv with skip": skip_chain,
+    "all time projections": time_projections_chain,
+}

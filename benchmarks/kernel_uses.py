@@ -1,0 +1,195 @@
+"""Every use that the operators make of a Triton kernel, in every configuration that is shipped, and how to compile it.
+
+A use is specialised as SD1.5's layers specialise it at its larger levels: pointers, channel counts and image sizes are
+multiples of 16, the sizes of padded images are not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import triton
+from int8_baseline import int8_gemm_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from dq_kernels import norm, quantize
+from dq_kernels.gemm import STATISTICS_ROWS, int4_gemm_kernel
+from dq_kernels.tuning import NVIDIA_ARCHITECTURES, LaunchConfig, tuned_shapes
+
+TARGETS = {
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+INT8, INT32, FP16, FP32 = "*i8", "*i32", "*fp16", "*fp32"
+TYPES = {
+    **dict.fromkeys(("x_ptr", "skip_ptr"), INT8),
+    **dict.fromkeys(("weight_ptr", "skip_weight_ptr"), "*u8"),
+    **dict.fromkeys(("weight_sum_ptr", "skip_weight_sum_ptr", "timestep_index_ptr"), INT32),
+    **dict.fromkeys(("partial_ptr", "arrivals_ptr"), INT32),
+    **dict.fromkeys(("act_zero_point_ptr", "skip_act_zero_point_ptr", "next_zero_point_ptr"), INT32),
+    **dict.fromkeys(("weight_scale_ptr", "act_scale_ptr", "skip_act_scale_ptr", "next_scale_ptr"), FP32),
+    **dict.fromkeys(("weight_dilation_ptr", "next_dilation_ptr", "statistics_ptr", "skip_statistics_ptr"), FP32),
+    **dict.fromkeys(("bias_ptr", "channel_add_ptr", "residual_ptr", "out_ptr"), FP16),
+    "eps": "fp32",
+}  # fmt: skip
+
+
+# The addresses that a use of the GEMM may do without.
+OPTIONAL = (
+    *("skip_ptr", "skip_weight_ptr", "skip_weight_sum_ptr", "skip_act_scale_ptr", "skip_act_zero_point_ptr"),
+    *("bias_ptr", "channel_add_ptr", "residual_ptr", "statistics_ptr", "partial_ptr", "arrivals_ptr"),
+    *("next_dilation_ptr", "next_scale_ptr", "next_zero_point_ptr"),
+)
+SKIP, PARTIAL, NEXT = OPTIONAL[:5], OPTIONAL[9:11], OPTIONAL[11:]
+PADDED_IMAGE = ("num_timesteps", "height", "width")
+
+
+@dataclass(frozen=True)
+class Use:
+    """One specialisation of a kernel, apart from launch configuration and target.
+
+    ``op`` is the tuning files' name of it, None for a kernel that is not tuned; ``odd`` are integers that are no
+    multiples of 16; ``types`` are arguments that differ from ``TYPES``.
+    """
+
+    kernel: Any
+    name: str
+    constants: Mapping[str, Any]
+    op: str | None = None
+    odd: tuple[str, ...] = ("num_timesteps",)
+    types: Mapping[str, str] = field(default_factory=dict)
+    fp_fusion: bool = True
+
+    def configs(self, target: str) -> list[LaunchConfig | None]:
+        """The distinct configurations that are shipped for the target, as the operators pass them on."""
+        if self.op is None:
+            return [None]
+        shapes = (shape for shape in tuned_shapes(tuning_file(target)) if shape.op == self.op)
+        return list(dict.fromkeys(self._launched(shape.config) for shape in shapes))
+
+    def _launched(self, config: LaunchConfig) -> LaunchConfig:
+        if "skip_ptr" not in self.constants or self.constants["ACTIVATION"] == "geglu":
+            return replace(config, split_k=1)
+        return config.with_whole_runs(STATISTICS_ROWS) if "statistics_ptr" not in self.constants else config
+
+
+def tuning_file(target: str) -> str:
+    """The tuning file that serves a target, by the rule of ``tuning.architecture``."""
+    if TARGETS[target].backend == "hip":
+        return target
+    return f"sm_{max(number for number in NVIDIA_ARCHITECTURES if number <= TARGETS[target].arch)}"
+
+
+def _gemm(
+    name: str, op: str, *present: str, size: int = 1, types: Mapping[str, str] | None = None, **other: Any
+) -> Use:
+    """A use of the GEMM with some of its optional arguments, as a convolution of ``size`` x ``size`` taps."""
+    constants: dict[str, Any] = {"KERNEL_H": size, "KERNEL_W": size, "STRIDE_H": 1, "STRIDE_W": 1}
+    constants |= {"DILATION_H": 1, "DILATION_W": 1, "UPSAMPLE": False, "ACTIVATION": "none", "NEXT_BITS": 8}
+    constants |= {"STATISTICS_ROWS": STATISTICS_ROWS, "EVEN_K": True, "TILE_IN_SAMPLE": True} | other
+    constants |= {address: None for address in OPTIONAL if address not in present}
+    if op != "conv2d":
+        constants |= {"height": 1, "width": 1}
+    odd = PADDED_IMAGE if size > 1 else ("num_timesteps",)
+    return Use(int4_gemm_kernel, name, constants, op, odd, types or {})
+
+
+# Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels, and then also tiles with rows of two samples.
+RAGGED = {"EVEN_K": False, "TILE_IN_SAMPLE": False}
+TO_INT8 = {"out_ptr": INT8}
+GEMM_USES = (
+    _gemm("linear, even K", "linear", "bias_ptr"),
+    _gemm("linear, ragged K, residual", "linear", "bias_ptr", "residual_ptr", **RAGGED),
+    _gemm("linear, GELU, quantized", "linear", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="gelu"),
+    _gemm("linear, GEGLU, quantized", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="geglu"),
+    _gemm("conv 3x3, even K", "conv2d", "bias_ptr", size=3),
+    _gemm("conv 3x3, ragged K, addends", "conv2d", "bias_ptr", "channel_add_ptr", "residual_ptr", size=3, **RAGGED),
+    _gemm("conv 3x3, upsampled", "conv2d", "bias_ptr", size=3, UPSAMPLE=True),
+    _gemm("conv 3x3, statistics", "conv2d", "bias_ptr", "channel_add_ptr", "statistics_ptr", size=3),
+    _gemm("conv 1x1, skip", "conv2d", "bias_ptr", *SKIP),
+)
+_TO_INT8 = {"x_ptr": FP16, "skip_ptr": FP16, "weight_ptr": FP16, "out_ptr": INT8}
+_TO_STATISTICS = {"x_ptr": FP16, "out_ptr": FP32}
+_QUANTIZE = partial(Use, quantize.quantize_kernel, types=_TO_INT8, fp_fusion=False)
+_QUANTIZE_TILE = {"BITS": 8, "BLOCK_L": quantize.BLOCK_LENGTH, "BLOCK_K": quantize.BLOCK_CHANNELS}
+_UNPADDED, _PADDED = {"PAD_H": 0, "PAD_W": 0}, {"PAD_H": 1, "PAD_W": 1}
+_CHANNELS_LAST, _CHANNELS_FIRST = {"stride_k": 1}, {"stride_l": 1}
+_CHANNEL_STATISTICS = partial(Use, norm.channel_statistics_kernel, types=_TO_STATISTICS)
+_STATISTICS_TILE = {"ROWS": STATISTICS_ROWS, "BLOCK_K": norm.BLOCK_CHANNELS}
+_GROUP_STATISTICS = partial(Use, norm.group_statistics_kernel, types={"out_ptr": FP32}, odd=())
+_GROUPS = {"NUM_GROUPS": 32, "ROWS": STATISTICS_ROWS, "BLOCK_R": 32}
+_GROUP_NORM = partial(Use, norm.group_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False)
+_NORM_TILE = {"NUM_GROUPS": 32, "SILU": True, "BITS": 8, "BLOCK_L": norm.BLOCK_LENGTH, "BLOCK_K": norm.BLOCK_CHANNELS}
+_LAYER_NORM = partial(Use, norm.layer_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False)
+OTHER_USES = (
+    _QUANTIZE("channels last", _QUANTIZE_TILE | _UNPADDED | _CHANNELS_LAST),
+    _QUANTIZE("channels last, padded", _QUANTIZE_TILE | _PADDED | _CHANNELS_LAST),
+    _QUANTIZE("channels first", _QUANTIZE_TILE | _UNPADDED | _CHANNELS_FIRST),
+    _QUANTIZE("channels first, padded", _QUANTIZE_TILE | _PADDED | _CHANNELS_FIRST),
+    _CHANNEL_STATISTICS("channels last", _STATISTICS_TILE | _CHANNELS_LAST),
+    _CHANNEL_STATISTICS("channels first", _STATISTICS_TILE | _CHANNELS_FIRST),
+    _GROUP_STATISTICS("320 channels", _GROUPS | {"BLOCK_K": 16, "skip_statistics_ptr": None}),
+    _GROUP_STATISTICS("2560 channels, skip", _GROUPS | {"BLOCK_K": 128}),
+    _GROUP_NORM("padded", _NORM_TILE | _PADDED | {"stride_k": 1, "skip_stride_k": 1, "skip_ptr": None}),
+    _GROUP_NORM("padded, skip", _NORM_TILE | _PADDED | {"stride_k": 1, "skip_stride_k": 1}),
+    _LAYER_NORM("320 channels", {"BITS": 8, "BLOCK_M": 4, "BLOCK_K": 512}),
+    _LAYER_NORM("1280 channels", {"BITS": 8, "BLOCK_M": 1, "BLOCK_K": 2048}),
+)
+USES = {(use.kernel.__name__.removesuffix("_kernel"), use.name): use for use in (*GEMM_USES, *OTHER_USES)}
+
+
+def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledKernel:
+    """Compiles as the JIT does at a launch."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile kernels")
+    constants = dict(use.constants)
+    options: dict[str, Any] = {"num_warps": 4} if use.fp_fusion else {"num_warps": 4, "enable_fp_fusion": False}
+    if config is not None:
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+        constants |= {"GROUP_M": config.group_m, "SPLIT_K": config.split_k, "PTX": TARGETS[target].backend == "cuda"}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.split_k > 1:
+            constants = {name: value for name, value in constants.items() if name not in PARTIAL}
+    return _compile(use.kernel, target, constants, use.odd, TYPES | dict(use.types), options)
+
+
+def compile_int8(use: Use, target: str, config: LaunchConfig, parts: int) -> CompiledKernel:
+    """Compiles the baseline with weights of one byte, for a use of the GEMM."""
+    known = {name: value for name, value in use.constants.items() if name in int8_gemm_kernel.arg_names}
+    known |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "PARTS": parts}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    types = {"x_ptr": INT8, "weight_ptr": INT8, "out_ptr": INT32}
+    return _compile(int8_gemm_kernel, target, known, use.odd, types, options)
+
+
+def _compile(
+    kernel: Any,
+    target: str,
+    constants: Mapping[str, Any],
+    odd: tuple[str, ...],
+    types: Mapping[str, str],
+    options: dict[str, Any],
+) -> CompiledKernel:
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    divisible = (name for name, kind in signature.items() if kind[0] in "*i" and name not in odd)
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def shipped(target: str) -> Iterator[tuple[tuple[str, str], LaunchConfig | None]]:
+    """All that is shipped for a target: keys of ``USES``, each with each of its configurations."""
+    for key, use in USES.items():
+        for config in use.configs(target):
+            yield key, config

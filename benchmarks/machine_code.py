@@ -1,0 +1,200 @@
+"""Reads machine code of GPU kernels: instructions, the main loop, what the compiler allocated, and occupancy.
+
+NVIDIA's SASS comes from ``nvdisasm`` and ``cuobjdump``, which Triton ships; AMD's assembly from the compiler itself.
+Which kernels there are is none of this file's business.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+MMA = r"I(G)?MMA|UTCIMMA|v_mfma_i32"
+LOCAL_MEMORY = r"(STL|LDL)\b|scratch_"
+# From registers to shared memory. Where there is an asynchronous copy, whatever does this in the loop took a detour.
+SHARED_STORE = r"(STS|STSM)\b|ds_write"
+# A warp waits here: for others, for copies, or for a matrix instruction.
+WAIT = r"BAR\b|DEPBAR|WARPGROUP\.DEPBAR|WARPSYNC|s_barrier|SYNCS\.PHASECHK"
+INTEGER = (
+    r"(IADD|IMAD|IABS|IMNMX|ISETP|ISCADD|LOP|PLOP|SHF|LEA|PRMT|SEL|SGXT|VIADD|VIMNMX|BMSK|MOV)|"
+    r"v_(add|sub|mul|mad|lsh|ash|and|or|xor|not|perm|bfe|bfi|align|cndmask|cmp|mov)"
+)
+GLOBAL_LOAD = r"LDG(STS)?\b|(global|buffer)_load"
+LOAD_BYTES = (
+    (r"\.128|dwordx4", 16),
+    (r"dwordx3", 12),
+    (r"\.64\b|dwordx2", 8),
+    (r"dword|lds_dword", 4),
+    (r"\.[US]16|short", 2),
+    (r"\.[US]8|byte", 1),
+)
+NIBBLE_MASK = "0xf0f0f0f0"
+NIBBLE_SHIFT = r"SHF\.L\S*\s+\S+\s+\S+\s+0x4\b|IMAD\.SHL\S*\s+\S+\s+\S+\s+0x10\b"
+
+
+class Instruction(NamedTuple):
+    """One machine instruction; ``jump`` is the index of the instruction that a branch leads to."""
+
+    name: str
+    operands: str
+    jump: int | None
+
+
+def parse(text: str) -> list[Instruction]:
+    """Reads the output of nvdisasm, or AMD's assembly."""
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label.group(1)] = len(lines)
+        elif code := re.match(r"\s+(?:/\*\w+\*/\s+)?(?:@!?U?P\w+ +)?([A-Za-z][\w.]*)([^;]*)", line):
+            lines.append((code.group(1), code.group(2)))
+    targets = (re.search(r"\.L\w+", to) if re.match("BRA|s_c?branch", name) else None for name, to in lines)
+    return [
+        Instruction(name, operands, to and labels.get(to.group()))
+        for (name, operands), to in zip(lines, targets, strict=True)
+    ]
+
+
+def main_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """The shortest jump backwards over a matrix instruction; everything, where there is none."""
+    jumps = ((line.jump, end + 1) for end, line in enumerate(instructions) if line.jump is not None)
+    loops = (instructions[start:end] for start, end in jumps if start < end)
+    return min((loop for loop in loops if count(loop, MMA)), key=len, default=instructions)
+
+
+def count(instructions: list[Instruction], pattern: str) -> int:
+    """How many instructions have a name that begins like ``pattern``."""
+    return sum(re.match(pattern, instruction.name) is not None for instruction in instructions)
+
+
+def multiply_adds(instructions: list[Instruction]) -> int:
+    """int8 multiply-adds of the matrix instructions, each for one warp or warp group; 0 where the name has no shape."""
+    shapes = (re.search(r"(\d+)x(\d+)x(\d+)|\.(16)(8)(\d\d)", line.name) for line in instructions)
+    total = 0
+    for line, shape in zip(instructions, shapes, strict=True):
+        if shape and re.match(MMA, line.name):
+            m, n, k = (int(size) for size in shape.groups() if size)
+            total += m * n * k
+    return total
+
+
+def global_loads(instructions: list[Instruction]) -> dict[int, int]:
+    """Loads from global memory, into registers or into shared memory: bytes a thread -> how many."""
+    names = (line.name for line in instructions if re.match(GLOBAL_LOAD, line.name))
+    widths = (next((size for pattern, size in LOAD_BYTES if re.search(pattern, name)), 4) for name in names)
+    return dict(sorted(Counter(widths).items(), reverse=True))
+
+
+def nibble_instructions(instructions: list[Instruction]) -> int:
+    """Instructions in SASS that unpack nibbles: masks with 0xf0f0f0f0, and shifts by 4 whose result such a mask takes.
+
+    These are what becomes of the three PTX instructions of ``packing.unpack_int4_x16`` (one shift, two masks, for four
+    packed bytes of a thread). The constant appears nowhere else in the kernels; a shift is told from one that computes
+    an address by its reader.
+    """
+    total, shifted = 0, set()
+    for line in instructions:
+        text = f"{line.name} {line.operands}"
+        registers = re.findall(r"\bU?R\d+\b", line.operands)
+        if line.name.startswith("LOP3") and NIBBLE_MASK in line.operands:
+            total += 1 + (registers[1] in shifted)
+        if registers:
+            shifted.discard(registers[0])
+            if re.match(NIBBLE_SHIFT, text):
+                shifted.add(registers[0])
+    return total
+
+
+class Allocation(NamedTuple):
+    """What the compiler gave to one thread; ``spills`` are instructions that go to local memory."""
+
+    registers: int
+    spills: int
+    stack_bytes: int
+    mma: dict[str, int]
+
+
+def read_nvidia(asm: dict[str, Any]) -> tuple[list[Instruction], Allocation]:
+    """Instructions and allocation of a compiled kernel's cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(asm["cubin"])
+        cubin.flush()
+        sass, usage = (
+            subprocess.run([NVIDIA / command[0], *command[1:], cubin.name], check=True, capture_output=True, text=True)
+            for command in (("nvdisasm", "-c", "-ndf"), ("cuobjdump", "--dump-resource-usage"))
+        )
+    instructions = parse(sass.stdout)
+    stack = _find(r"STACK:(\d+)", usage.stdout) + _find(r"LOCAL:(\d+)", usage.stdout)
+    mma = Counter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.[\w.:]*", asm["ptx"]))
+    return instructions, Allocation(
+        _find(r"REG:(\d+)", usage.stdout), count(instructions, LOCAL_MEMORY), stack, dict(sorted(mma.items()))
+    )
+
+
+def read_amd(asm: dict[str, Any]) -> tuple[list[Instruction], Allocation]:
+    """Instructions and allocation of a compiled kernel's assembly; registers are VGPRs, AGPRs among them."""
+    text = asm["amdgcn"]
+    instructions = parse(text)
+    spills = _find(r"\.vgpr_spill_count:\s+(\d+)", text) + _find(r"\.sgpr_spill_count:\s+(\d+)", text)
+    stack = _find(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    mma = Counter(line.name for line in instructions if re.match(MMA, line.name))
+    return instructions, Allocation(_find(r"TotalNumVgprs: (\d+)", text), spills, stack, dict(sorted(mma.items())))
+
+
+def _find(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiler's output has nothing like {pattern!r}; its format must have changed")
+    return int(match.group(1))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one multiprocessor (AMD: compute unit) has, memory in bytes; ``registers`` are those of all its threads."""
+
+    warps: int
+    blocks: int
+    shared: int
+    shared_per_block: int
+    registers: int = 65536
+    warp_size: int = 32
+    register_unit: int = 256  # a warp's registers are allocated in these
+    warp_unit: int = 4  # and its warps by this number, one for each scheduler
+    reserved: int = 1024  # shared memory that the system takes from each block
+
+
+KIB = 1024
+# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the units are those of the
+# occupancy calculator. AMD: "MI300 instruction set architecture" (CDNA 3): 4 SIMDs of 8 waves and 512 x 64 VGPRs.
+LIMITS = {
+    "sm_80": Limits(64, 32, 164 * KIB, 163 * KIB),
+    "sm_86": Limits(48, 16, 100 * KIB, 99 * KIB),
+    "sm_89": Limits(48, 24, 100 * KIB, 99 * KIB),
+    "sm_90": Limits(64, 32, 228 * KIB, 227 * KIB),
+    "sm_100": Limits(64, 32, 228 * KIB, 227 * KIB),
+    "gfx942": Limits(32, 32, 64 * KIB, 64 * KIB, 4 * 512 * 64, warp_size=64, register_unit=512, reserved=0),
+}
+TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor of sm_100
+
+
+def occupancy(target: str, registers: int, num_warps: int, shared: int, tensor_columns: int = 0) -> tuple[int, float]:
+    """Blocks that a multiprocessor holds at a time, and their share of the warps that it can hold."""
+    limits = LIMITS[target]
+    warp_registers = triton.cdiv(registers * limits.warp_size, limits.register_unit) * limits.register_unit
+    warps = min(limits.warps, limits.registers // warp_registers // limits.warp_unit * limits.warp_unit)
+    blocks = min(limits.blocks, warps // num_warps)
+    if shared + limits.reserved:
+        blocks = min(blocks, limits.shared // (triton.cdiv(shared + limits.reserved, 128) * 128))
+    if tensor_columns:
+        blocks = min(blocks, TENSOR_MEMORY_COLUMNS // tensor_columns)
+    return blocks, blocks * num_warps / limits.warps

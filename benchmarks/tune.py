@@ -1,0 +1,274 @@
+"""Searches launch configurations for the GEMMs of SD1.5 and SDXL, and writes the tuning file that the package ships.
+
+    python benchmarks/tune.py [--unet sd15]... [--batch 2]... [--minutes 8] [--output FILE]
+
+For each launch of a fused UNet (see ``launches``): every tile that fits, then split-K and the order of the tiles for
+the best ones. Times are medians over CUDA graphs with rotated weights. ``<output>.progress.json`` keeps every finished
+shape, so an interrupted search goes on where it stopped; the tuning file is written after each shape. Candidates that
+spill registers are left out. ``--dry-run`` tries tiny shapes in Triton's interpreter, without timing them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import environment
+import torch
+from launches import Launch, launches
+from timing import copies_to_rotate, graph_microseconds
+
+from dq_kernels import gemm
+from dq_kernels.packing import unpack_int4
+from dq_kernels.tuning import FOLDER, LaunchConfig, architecture
+
+FIELDS = ["block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "split_k"]
+# block_m, block_n, block_k, num_warps, num_stages
+TILES = (
+    (16, 64, 64, 4, 4),
+    (16, 64, 128, 4, 4),
+    (16, 128, 64, 4, 4),
+    (32, 64, 64, 4, 4),
+    (32, 64, 128, 4, 3),
+    (64, 64, 32, 4, 5),
+    (64, 64, 64, 4, 4),
+    (64, 64, 128, 4, 3),
+    (64, 128, 64, 4, 4),
+    (128, 64, 32, 4, 5),
+    (128, 64, 64, 4, 4),
+    (128, 64, 64, 8, 4),
+    (128, 128, 32, 4, 4),
+    (128, 128, 32, 8, 4),
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (256, 64, 32, 4, 4),
+    (256, 64, 64, 4, 3),
+    (256, 64, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+)
+SPLITS = (2, 4, 8)
+GROUPS = (4, 16)
+REFINED = 3  # tiles that go on to the second round
+TINY = (
+    Launch("linear", 24, 32, 32, (2, 12, 32), (32, 16)),
+    Launch("linear_geglu", 24, 32, 32, (2, 12, 32), (64, 16)),
+    Launch("conv2d", 32, 32, 288, (2, 6, 6, 32), (32, 3, 3, 16)),
+)
+DRY_TILES = ((16, 16, 16, 4, 2), (32, 16, 16, 4, 2))
+
+
+class Problem:
+    """A launch's operands, with copies of the weight to rotate."""
+
+    def __init__(self, launch: Launch, device: str, copies: int | None = None) -> None:
+        self.launch = launch
+        if copies is None:
+            copies = copies_to_rotate(torch.Size(launch.weight).numel())
+        self.copies = copies
+        self.weights = [
+            torch.randint(0, 256, launch.weight, dtype=torch.uint8, device=device) for _ in range(self.copies)
+        ]
+        rows = launch.weight[0]
+        self.x = torch.randint(-128, 128, launch.x, dtype=torch.int8, device=device)
+        is_quantized = launch.op == "linear_geglu"
+        shape = self._out_shape()
+        self.out = torch.empty(shape, dtype=torch.int8 if is_quantized else torch.float16, device=device)
+        self.tables = {
+            "weight_scale": torch.full((rows,), 0.001, device=device),
+            "weight_sum": unpack_int4(self.weights[0]).flatten(1).sum(1, dtype=torch.int32),
+            "act_scale": torch.full((20,), 0.03, device=device),
+            "act_zero_point": torch.full((20,), -3, dtype=torch.int32, device=device),
+            "timestep_index": torch.full((launch.x[0],), 7, dtype=torch.int32, device=device),
+            "bias": torch.randn(rows, dtype=torch.float16, device=device),
+        }
+        self.options: dict[str, Any] = {}
+        if len(launch.weight) == 4:
+            self.options = {"kernel_size": launch.weight[1:3], "stride": launch.stride, "upsample": launch.upsample}
+        if launch.residual:
+            self.options["residual"] = torch.randn(shape, dtype=torch.float16, device=device)
+        if is_quantized:
+            self.options |= {
+                "activation": "geglu",
+                "next_dilation": torch.ones(launch.out_channels, device=device),
+                "next_scale": self.tables["act_scale"],
+                "next_zero_point": self.tables["act_zero_point"],
+            }
+
+    def _out_shape(self) -> tuple[int, ...]:
+        launch = self.launch
+        if len(launch.x) < 4:
+            return (*launch.x[:-1], launch.out_channels)
+        batch, height, width = launch.x[:3]
+        if launch.upsample:
+            height, width = 2 * (height - 2), 2 * (width - 2)
+        else:
+            height, width = (
+                (size - launch.weight[axis]) // launch.stride[axis - 1] + 1 for axis, size in ((1, height), (2, width))
+            )
+        return (batch, height, width, launch.out_channels)
+
+    def run(self, config: LaunchConfig, copy: int = 0) -> Any:
+        """One launch; the compiled kernel."""
+        return gemm.launch(config, self.x, self.weights[copy], out=self.out, **self.tables, **self.options)
+
+
+def key(launch: Launch) -> str:
+    """A launch's name in the progress file."""
+    return json.dumps(astuple(launch))
+
+
+def tiles(launch: Launch, candidates: tuple[tuple[int, ...], ...] = TILES) -> list[LaunchConfig]:
+    """Tiles that are not mostly padding, and whose accumulators fit in registers."""
+    chosen = []
+    for block_m, block_n, *rest in candidates:
+        accumulators = block_m * block_n * (2 if launch.op == "linear_geglu" else 1)
+        too_large = block_m >= 2 * max(launch.rows, 16) or block_n >= 2 * max(launch.out_channels, 64)
+        too_small = block_m <= 32 and launch.rows > 256
+        if accumulators <= 64 * 32 * rest[1] * 2 and not too_large and not too_small:
+            chosen.append(LaunchConfig(block_m, block_n, *rest))
+    return chosen
+
+
+def refinements(launch: Launch, config: LaunchConfig, multiprocessors: int) -> Iterator[LaunchConfig]:
+    """Split-K where there are few tiles, other orders where there are many."""
+    num_tiles = -(-launch.rows // config.block_m) * -(-launch.out_channels // config.block_n)
+    steps = launch.reduction // (2 * config.block_k)
+    if launch.op != "linear_geglu":
+        for split in SPLITS:
+            if num_tiles * split <= 4 * multiprocessors and steps >= 4 * split:
+                yield replace(config, split_k=split)
+    if num_tiles > 2 * multiprocessors:
+        for group in GROUPS:
+            yield replace(config, group_m=group)
+
+
+def measure(problem: Problem, config: LaunchConfig) -> float | None:
+    """Microseconds, or None where the configuration does not fit the device or spills."""
+    try:
+        if problem.run(config).n_spills:
+            return None
+        return graph_microseconds(lambda copy: problem.run(config, copy), problem.copies)
+    except Exception as error:  # too much shared memory or registers: Triton raises errors of several kinds
+        if "out of resource" in str(error) or "OutOfResources" in type(error).__name__:
+            return None
+        raise
+
+
+def search(launch: Launch) -> list[tuple[float, list[int]]]:
+    """All configurations that ran, the fastest first."""
+    problem = Problem(launch, "cuda")
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    timed = {config: time for config in tiles(launch) if (time := measure(problem, config)) is not None}
+    for config in sorted(timed, key=timed.__getitem__)[:REFINED]:
+        for refined in refinements(launch, config, multiprocessors):
+            if (time := measure(problem, refined)) is not None:
+                timed[refined] = time
+    return [(timed[config], config.to_list()) for config in sorted(timed, key=timed.__getitem__)]
+
+
+def compile_share(shapes: list[Launch], candidates: tuple[tuple[int, ...], ...]) -> None:
+    """Fills Triton's cache on disk, in a process of its own."""
+    for launch in shapes:
+        problem = Problem(launch, "cuda", copies=1)
+        for config in tiles(launch, candidates):
+            for split in (1, 2) if launch.op != "linear_geglu" else (1,):
+                try:
+                    problem.run(replace(config, split_k=split))
+                except Exception:
+                    continue  # the search meets it again and judges
+
+
+def compile_all(shapes: list[Launch], deadline: float) -> None:
+    """Compiles in parallel what the search will ask for, as far as time allows; a tile belongs to one process."""
+    context = multiprocessing.get_context("spawn")
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    processes = [context.Process(target=compile_share, args=(shapes, TILES[i::workers])) for i in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+
+
+def write_tuning(path: Path, progress: dict[str, Any]) -> None:
+    """The shipped form: the best configuration of every shape, one a line, a shape that occurs twice once."""
+    best: dict[tuple[Any, ...], tuple[float, list[int]]] = {}
+    for name, results in progress["shapes"].items():
+        op, rows, out_channels, reduction, *_ = json.loads(name)
+        if results:
+            entry = (op, rows, out_channels, reduction)
+            best[entry] = min(best.get(entry, results[0]), results[0], key=lambda result: result[0])
+    header = {"architecture": path.stem, "measured": True, "source": progress["environment"], "fields": FIELDS}
+    lines = ",\n".join("  " + json.dumps([*entry, config]) for entry, (_, config) in sorted(best.items()))
+    text = json.dumps(header, indent=1)[:-2] + ',\n "shapes": [\n' + lines + "\n ]\n}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def dry_run() -> None:
+    """Every operator once in the interpreter, on shapes that take no time."""
+    for launch in TINY:
+        problem = Problem(launch, "cpu", copies=1)
+        for config in tiles(launch, DRY_TILES):
+            for candidate in (config, *refinements(launch, config, multiprocessors=8)):
+                problem.run(candidate)
+                print(f"{launch.op} {candidate}", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unet", action="append", help="may be repeated; sd15 and sdxl")
+    parser.add_argument("--batch", action="append", type=int, help="may be repeated; 2")
+    parser.add_argument("--minutes", type=float, default=8, help="time budget (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="the tuning file (default: the package's, for this device)")
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        dry_run()
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("Tuning times kernels on a GPU, and there is none; --dry-run needs none")
+    deadline = time.monotonic() + 60 * arguments.minutes
+    output = arguments.output or FOLDER / f"{architecture()}.json"
+    progress_file = output.with_suffix(".progress.json")
+    progress: dict[str, Any] = {"environment": environment.describe(), "shapes": {}}
+    if progress_file.exists():
+        progress["shapes"] = json.loads(progress_file.read_text(encoding="utf-8"))["shapes"]
+    counted: dict[Launch, int] = {}
+    for name in arguments.unet or ("sd15", "sdxl"):
+        for batch in arguments.batch or (2,):
+            counted |= launches(name, batch)
+    # The dearest first: an interruption costs the least.
+    todo = [launch for launch in counted if key(launch) not in progress["shapes"]]
+    todo.sort(key=lambda launch: -counted[launch] * launch.operations)
+    print(f"{len(todo)} shapes to tune, {len(counted) - len(todo)} done before", flush=True)
+    compile_all(todo, min(deadline, time.monotonic() + 0.5 * 60 * arguments.minutes))
+    print(f"compiled; {deadline - time.monotonic():.0f} s left", flush=True)
+    for launch in todo:
+        if time.monotonic() > deadline:
+            print("out of time: run again to go on", flush=True)
+            break
+        results = search(launch)
+        progress["shapes"][key(launch)] = results[:8]
+        progress_file.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+        write_tuning(output, progress)
+        if results:
+            microseconds, config = results[0]
+            print(
+                f"{launch.op} {launch.rows}x{launch.out_channels}x{launch.reduction} {config} {microseconds:.1f} us, "
+                f"{launch.operations / microseconds / 1e6:.0f} TOP/s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""CUDA graphs: a UNet's whole forward pass as one launch.
+
+A quantized UNet is hundreds of short kernels, and Python takes longer to launch them than a GPU to run them. The
+activation scales are selected on the device, so a captured forward serves every timestep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+WARM_UP_CALLS = 3
+
+
+class CudaGraphRunner:
+    """Captures a UNet's forward once for every combination of input shapes, and replays it.
+
+    Args:
+        unet: a quantized UNet on a CUDA device.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+        self.eager_forward = unet.forward
+        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
+
+    def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the UNet's forward; the result is a copy that later calls leave alone."""
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.tensor(timestep, device=sample.device)
+        leaves, structure = pytree.tree_flatten(((sample, timestep.to(sample.device), *args), kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        constants = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        key = (str(structure), constants, tuple((t.shape, t.dtype, t.stride()) for t in tensors))
+        if key not in self._captured:
+            self._captured[key] = self._capture(leaves, structure)
+        graph, inputs, result = self._captured[key]
+        for static, given in zip(inputs, tensors, strict=True):
+            static.copy_(given)
+        graph.replay()
+        return pytree.tree_map_only(torch.Tensor, torch.clone, result)
+
+    def _capture(self, leaves: list[Any], structure: Any) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]:
+        static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(static, structure)
+
+        def run() -> Any:
+            # The mapping of the timestep belongs into the graph; the UNet's own hook ran before it.
+            self.unet.timestep_grid.before_forward(self.unet, args, kwargs)
+            return self.eager_forward(*args, **kwargs)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_CALLS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+        return graph, [leaf for leaf in static if isinstance(leaf, torch.Tensor)], result
+
+
+def enable_cuda_graphs(unet: Any) -> None:
+    """Makes a quantized UNet replay CUDA graphs, in place; the first call with new shapes captures one.
+
+    Weights and adapters must not change afterwards: call ``disable_cuda_graphs`` first.
+
+    Raises:
+        ValueError: if the UNet is not quantized, not on a CUDA device, or replays graphs already.
+    """
+    if not hasattr(unet, "timestep_grid"):
+        raise ValueError(
+            "The UNet is not quantized: calibrate it, or load a quantized one, before enable_cuda_graphs()"
+        )
+    if unet.device.type != "cuda":
+        raise ValueError(f"CUDA graphs need the UNet on a CUDA device, it is on {unet.device}: move it first")
+    if isinstance(unet.__dict__.get("forward"), CudaGraphRunner):
+        raise ValueError("The UNet replays CUDA graphs already")
+    unet.forward = CudaGraphRunner(unet)
+
+
+def disable_cuda_graphs(unet: Any) -> None:
+    """Gives a UNet its eager forward back, and frees the graphs."""
+    runner = unet.__dict__.get("forward")
+    if isinstance(runner, CudaGraphRunner):
+        del unet.forward

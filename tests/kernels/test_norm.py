@@ -1,0 +1,215 @@
+"""Normalization fused with quantization: int8 like the reference, statistics of one or two sources, no cancellation."""
+
+import pytest
+import torch
+
+from dq_kernels import norm, reference
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def quantizer_of(arguments):
+    names = ("weight_dilation", "act_scale", "act_zero_point", "timestep_index", "bits")
+    return {name: arguments[name] for name in names}
+
+
+# (channels, channels of the skip, groups)
+SOURCES = [
+    pytest.param(4, 0, 1, id="one-group"),
+    pytest.param(6, 0, 6, id="a-group-a-channel"),
+    pytest.param(130, 0, 5, id="many-channels"),
+    pytest.param(40, 24, 4, id="third-group-straddles"),
+    pytest.param(5, 7, 3, id="two-odd-sources"),
+    pytest.param(8, 8, 4, id="groups-of-one-source-each"),
+    pytest.param(2, 34, 2, id="almost-all-in-the-skip"),
+    pytest.param(70, 66, 1, id="one-group-of-both"),
+]
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 1), (8, 8), (9, 15)], ids=str)
+@pytest.mark.parametrize(("channels", "skip_channels", "num_groups"), SOURCES)
+def test_group_norm_is_the_references(
+    run, group_norm_arguments, assert_quantized_alike, channels, skip_channels, num_groups, size
+):
+    arguments = group_norm_arguments((3, *size, channels), num_groups, skip_channels)
+
+    assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments))
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "without-silu"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_group_norm_takes_every_dtype_and_number_of_bits(
+    run, group_norm_arguments, assert_quantized_alike, dtype, bits, silu
+):
+    arguments = group_norm_arguments((3, 5, 7, 10), 4, 6, dtype) | {"bits": bits, "silu": silu}
+
+    assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments))
+
+
+def test_group_norm_takes_sources_and_parameters_of_dtypes_unlike_each_other(
+    run, group_norm_arguments, assert_quantized_alike
+):
+    arguments = group_norm_arguments((3, 5, 7, 10), 4, 6)
+    for name, dtype in (("x", torch.float16), ("skip", torch.bfloat16), ("weight", torch.float16)):
+        arguments[name] = arguments[name].to(dtype)
+    wide = {name: arguments[name].float() for name in ("x", "skip", "weight")}
+
+    assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments | wide))
+
+
+@pytest.mark.parametrize("skip_channels", [0, 7])
+def test_group_norm_takes_any_strides(run, group_norm_arguments, assert_quantized_alike, strided_view, skip_channels):
+    arguments = group_norm_arguments((4, 6, 7, 8), 1, skip_channels)
+    for name in ("x", "skip") if skip_channels else ("x",):
+        arguments[name] = strided_view(arguments[name])
+    batch = arguments["x"].shape[0]
+    channels = sum(arguments[name].shape[3] for name in ("x", "skip") if arguments[name] is not None)
+    channels -= channels % 2
+    if skip_channels:
+        arguments["skip"] = arguments["skip"][..., : channels - arguments["x"].shape[3]]
+    else:
+        arguments["x"] = arguments["x"][..., :channels]
+    for name in ("weight", "bias", "weight_dilation"):
+        arguments[name] = arguments[name][:channels]
+    arguments["timestep_index"] = (torch.arange(batch, dtype=torch.int32) + 1) % 3
+
+    assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments))
+
+
+@pytest.mark.parametrize("padding", [(1, 1), (2, 0), (0, 3)], ids=str)
+@pytest.mark.parametrize("skip_channels", [0, 6])
+def test_group_norms_border_holds_the_quantized_zero(run, group_norm_arguments, padding, skip_channels):
+    """And not what the norm makes of a 0."""
+    arguments = group_norm_arguments((4, 3, 5, 10), 2, skip_channels)
+    unpadded = run("group_norm_quantize", arguments)
+    zero_point = arguments["act_zero_point"][arguments["timestep_index"]].to(torch.int8).view(-1, 1, 1, 1)
+    expected = zero_point.repeat(1, 3 + 2 * padding[0], 5 + 2 * padding[1], 10 + skip_channels)
+    expected[:, padding[0] : padding[0] + 3, padding[1] : padding[1] + 5] = unpadded
+
+    assert torch.equal(run("group_norm_quantize", arguments | {"padding": padding}), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("given", [("statistics",), ("skip_statistics",), ("statistics", "skip_statistics")], ids=str)
+def test_group_norm_with_a_convolutions_statistics_is_group_norm_without(
+    run, conv2d_arguments, group_norm_arguments, assert_quantized_alike, given, dtype
+):
+    made = {}
+    for source, channels in (("x", 10), ("skip", 6)):
+        convolution, _ = conv2d_arguments((3, 8, 16, 4), channels, (1, 1), padding=(0, 0), dtype=dtype)
+        convolution["with_statistics"] = True
+        made[source], made["skip_statistics" if source == "skip" else "statistics"] = run("int4_conv2d", convolution)
+    arguments = group_norm_arguments((3, 8, 16, 10), 4, 6) | {"x": made["x"], "skip": made["skip"]}
+
+    with_statistics = run("group_norm_quantize", arguments | {name: made[name] for name in given})
+
+    assert_quantized_alike(with_statistics, run("group_norm_quantize", arguments))
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", ["statistics", "skip_statistics"])
+def test_group_norm_believes_the_statistics_that_it_is_given(run, group_norm_arguments, name):
+    arguments = group_norm_arguments((2, 8, 8, 10), 4, 6)
+    wrong = 3 * reference.channel_statistics(arguments["skip" if name == "skip_statistics" else "x"])
+
+    q = run("group_norm_quantize", arguments | {name: wrong})
+
+    assert not torch.equal(q, reference.group_norm_quantize(**arguments))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("skip_channels", [0, 6])
+def test_group_norm_does_not_cancel(run, group_norm_arguments, num_groups, skip_channels):
+    """A mean of 1000 beside a standard deviation of 1: the mean of squares less the squared mean has no digits left."""
+    arguments = group_norm_arguments((2, 12, 16, 10), num_groups, skip_channels)
+    for name in ("x", "skip") if skip_channels else ("x",):
+        values = arguments[name]
+        arguments[name] = 1000 + (values - values.mean()) / values.std()
+
+    q = run("group_norm_quantize", arguments)
+
+    steps = (q.int() - reference.group_norm_quantize(**arguments).int()).abs()
+    assert steps.max() <= 1, "fp32 holds 1000 to 1/100 of a step"
+    assert steps.count_nonzero() <= 0.02 * steps.numel()
+
+
+def test_group_norm_is_the_same_in_every_run(run, group_norm_arguments):
+    arguments = group_norm_arguments((2, 12, 16, 10), 4, 6)
+
+    assert torch.equal(run("group_norm_quantize", arguments), run("group_norm_quantize", arguments))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (9, 15), (16, 16)], ids=str)
+@pytest.mark.parametrize("channels", [3, 130])
+def test_statistics_of_images_with_any_strides_are_the_references(triton_device, relative_rms, size, channels):
+    x = 7 + torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+    expected = reference.channel_statistics(x.permute(0, 2, 3, 1))
+
+    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+        statistics = norm.channel_statistics(layout.to(triton_device).permute(0, 2, 3, 1)).cpu()
+
+        assert relative_rms(statistics[:, :, 0], expected[:, :, 0]) < 1e-5
+        if size != (1, 1):
+            assert relative_rms(statistics[:, :, 1], expected[:, :, 1]) < 1e-5
+        else:
+            assert statistics[:, :, 1].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("x_shape", [(1, 2), (3, 7, 34), (2, 3, 4, 320), (5, 1, 66)], ids=str)
+def test_layer_norm_is_the_references(run, layer_norm_arguments, assert_quantized_alike, x_shape, dtype):
+    arguments = layer_norm_arguments(x_shape, dtype)
+
+    assert_quantized_alike(run("layer_norm_quantize", arguments), reference.layer_norm_quantize(**arguments))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("absent", [("weight",), ("bias",), ("weight", "bias")], ids=str)
+def test_layer_norm_needs_no_parameters(run, layer_norm_arguments, assert_quantized_alike, absent, bits):
+    arguments = layer_norm_arguments((3, 7, 34)) | dict.fromkeys(absent) | {"bits": bits}
+
+    assert_quantized_alike(run("layer_norm_quantize", arguments), reference.layer_norm_quantize(**arguments))
+
+
+def test_layer_norm_of_a_row_that_fills_a_program_is_the_references(run, layer_norm_arguments, assert_quantized_alike):
+    arguments = layer_norm_arguments((2, 3, 8192))
+
+    assert_quantized_alike(run("layer_norm_quantize", arguments), reference.layer_norm_quantize(**arguments))
+
+
+def test_layer_norm_does_not_cancel(run, layer_norm_arguments):
+    arguments = layer_norm_arguments((2, 5, 320))
+    arguments["x"] = 1000 + (arguments["x"] - 2) / 3
+
+    q = run("layer_norm_quantize", arguments)
+
+    steps = (q.int() - reference.layer_norm_quantize(**arguments).int()).abs()
+    assert steps.max() <= 1, "fp32 holds 1000 to 1/100 of a step"
+    assert steps.count_nonzero() <= 0.02 * steps.numel()
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "without-silu"])
+@pytest.mark.parametrize(("channels", "skip_channels", "num_groups"), SOURCES)
+def test_reference_quantizes_torchs_group_norm_of_the_concat(
+    group_norm_arguments, channels, skip_channels, num_groups, silu
+):
+    arguments = group_norm_arguments((3, 5, 7, channels), num_groups, skip_channels) | {"silu": silu}
+    sources = [arguments[name] for name in ("x", "skip") if arguments[name] is not None]
+    norm = torch.nn.GroupNorm(num_groups, channels + skip_channels, arguments["eps"]).double()
+    norm.load_state_dict({name: arguments[name] for name in ("weight", "bias")})
+    with torch.no_grad():
+        y = norm(torch.cat(sources, dim=3).double().movedim(3, 1)).movedim(1, 3)
+        y = torch.nn.SiLU()(y) if silu else y
+
+    assert torch.equal(reference.group_norm_quantize(**arguments), reference.quantize(y, **quantizer_of(arguments)))
+
+
+def test_reference_quantizes_torchs_layer_norm(layer_norm_arguments):
+    arguments = layer_norm_arguments((3, 7, 34))
+    norm = torch.nn.LayerNorm(34, arguments["eps"]).double()
+    norm.load_state_dict({name: arguments[name] for name in ("weight", "bias")})
+    with torch.no_grad():
+        y = norm(arguments["x"].double())
+
+    assert torch.equal(reference.layer_norm_quantize(**arguments), reference.quantize(y, **quantizer_of(arguments)))
