@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# The Python of an environment with CUDA's torch and this package; only the default one is set up here.
+GPU_PYTHON ?= $(BIN)/python
+GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
-.PHONY: demo test lint train clean
+.PHONY: demo test lint train gpu tune clean
 
 demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
 	$(BIN)/python examples/digits/demo.py
@@ -21,7 +24,13 @@ lint: $(INSTALLED)
 train: $(INSTALLED)  ## train the digits models again
 	$(BIN)/python examples/digits/train.py
 
-# CPU wheels are enough for both commands; on a GPU machine install the package into an environment with CUDA's torch.
+gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/results/gpu_<device>.json
+	$(GPU_PYTHON) benchmarks/gpu_suite.py
+
+tune: $(GPU_INSTALLED)  ## on a GPU: search launch configurations: kernels/tuning/<architecture>.json
+	$(GPU_PYTHON) benchmarks/tune.py
+
+# CPU wheels are enough for `make demo` and `make test`; on a GPU machine install the package into an environment with CUDA's torch.
 $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/tuning/*.json dq_runtime/*.py dq_runtime/*/*.py)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip

@@ -19,6 +19,7 @@ times of whole rounds, that is of ``calls`` calls; on a CPU a round is one call.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -29,41 +30,36 @@ import roofline
 import torch
 from kernel_cases import Case, cases, prepare
 from kernel_sides import BASELINE, CHAINS, CUDA, OURS, Side, layer_error, relative_error
+from peers import PEERS
 
 ROUNDS, WARMUP = (9, 2) if CUDA else (3, 1)
 MIN_CALLS, MAX_CALLS = 8, 256  # of a CUDA graph
-LAYER_TOLERANCE = 2e-3  # one rounding of the result to fp16, and fp32 sums
-CHAIN_TOLERANCE = 0.05  # 8-bit activations: a step of 0.03 to 0.06 against values of about 1, once or twice
+LAYER_TOLERANCE = 2e-3  # one rounding of the result to fp16
+CHAIN_TOLERANCE = 0.05  # 8-bit activations: a step of 0.03 to 0.1 against values of about 1, once or twice
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a row; the correctness tests, one for each row of ours, come first."""
+    """One test a row."""
     rows = cases(metafunc.config.getoption("--full"), metafunc.config.getoption("--tiny"))
-    if metafunc.function is test_ours_is_correct:
-        rows = [row for row in rows if row.implementation == OURS]
-        metafunc.parametrize("case", rows, ids=[row.group for row in rows])
-    else:
-        metafunc.parametrize("case", rows, ids=[f"{row.group}, {row.implementation}" for row in rows])
-
-
-@torch.inference_mode()
-def test_ours_is_correct(case: Case) -> None:
-    torch.manual_seed(0)
-    if case.chain is None:
-        assert layer_error(case.shapes[0]) < LAYER_TOLERANCE
-    else:
-        ours, baseline = CHAINS[case.chain](case.shapes)
-        assert relative_error(ours.to_floats(ours.run()), baseline.to_floats(baseline.run())) < CHAIN_TOLERANCE
+    metafunc.parametrize("case", rows, ids=[f"{row.group}, {row.implementation}" for row in rows])
 
 
 @torch.inference_mode()
 def test_time(benchmark: Any, record_row: Callable[[dict[str, Any]], None], case: Case) -> None:
     benchmark.group = case.group
-    side = prepare(case)
+    if case.implementation == OURS:
+        check(case)
     if CUDA:
         torch.backends.cudnn.benchmark = True
-        sides = [side, *(prepare(case) for _ in range(copies(side.bytes) - 1))]
-        round_us, calls = graph_round(sides)
+    try:
+        side = prepare(case)
+        side.run()
+    except Exception as error:
+        if case.implementation in PEERS:
+            pytest.skip(f"{case.implementation} does not run here: {error!r}"[:300])
+        raise
+    if CUDA:
+        round_us, calls = graph_round([side, *(prepare(case) for _ in range(copies(side.bytes) - 1))])
     else:
         round_us, calls = host_round(side), 1
     times: list[float] = []
@@ -71,6 +67,16 @@ def test_time(benchmark: Any, record_row: Callable[[dict[str, Any]], None], case
     row = report(case, side, statistics.median(times[WARMUP:] or times))
     benchmark.extra_info.update(row, calls=calls)
     record_row(row)
+
+
+def check(case: Case) -> None:
+    """Fails if ours is wrong, whose time would mean nothing: a layer exactly, a chain against the baseline's."""
+    torch.manual_seed(0)
+    if case.chain is None:
+        assert layer_error(case.shapes[0]) < LAYER_TOLERANCE
+    else:
+        ours, baseline = CHAINS[case.chain](case.shapes)
+        assert relative_error(ours.to_floats(ours.run()), baseline.to_floats(baseline.run())) < CHAIN_TOLERANCE
 
 
 def copies(size: int) -> int:
@@ -134,8 +140,8 @@ def ceilings(device: str) -> roofline.Device | None:
     """The published ceilings of a GPU by its name in PyTorch; of none that only resembles it."""
     if any(word in device for word in ("PCIe", "NVL", "40GB", "Laptop", "MIG", " Ti", " D")):
         return None
-    known = {name: ceiling for name, ceiling in roofline.DEVICES.items() if "(" not in name}
-    return next((ceiling for name, ceiling in known.items() if name in device), None)
+    matches = (name for name in roofline.DEVICES if re.search(rf"\b{re.escape(name)}(?=[- ]|$)", device))
+    return next((roofline.DEVICES[name] for name in matches), None)
 
 
 def bound_us(case: Case, side: Side) -> float | None:

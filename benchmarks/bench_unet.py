@@ -1,6 +1,6 @@
 """The forward pass of whole UNets: INT4 against fp16, side by side in one run.
 
-    python benchmarks/bench_unet.py [--unet sd15]... [--batch 2] [--skip compiled]... [--output FILE]
+    python benchmarks/bench_unet.py [--unet sd15]... [--batch 2] [--row 'int4 CUDA graph']... [--output FILE]
     python benchmarks/bench_unet.py --device cpu --unet ddpm_cifar
 
 SD1.5 at 512x512 and SDXL at 1024x1024 in their real configurations. Weights are random: latency does not depend on
@@ -85,6 +85,7 @@ def rows(name: str, device: str, compile_mode: str) -> list[Row]:
         Row("fp16 eager", lambda: stock(half), False),
         Row("fp16 channels_last", lambda: stock(half, torch.channels_last), False),
         Row("fp16 compiled", lambda: compiled(stock(half, torch.channels_last)), False, True),
+        Row("fp16 CUDA graph", lambda: replayed(stock(half, torch.channels_last)), False),
         Row("int4 unfused", lambda: quantized(half, fused=False), True),
         Row("int4", lambda: quantized(half), True),
         Row("int4 compiled", lambda: compiled(quantized(half)), True, True),
@@ -114,9 +115,9 @@ def tensor_megabytes(unet: nn.Module) -> float:
 
 
 @torch.inference_mode()
-def measure(name: str, device: str, batch: int, rounds: int, skip: list[str], compile_mode: str) -> list[Result]:
+def measure(name: str, device: str, batch: int, rounds: int, wanted: list[str], compile_mode: str) -> list[Result]:
     """All rows of one UNet, interleaved."""
-    chosen = [row for row in rows(name, device, compile_mode) if not any(word in row.name for word in skip)]
+    chosen = [row for row in rows(name, device, compile_mode) if not wanted or row.name in wanted]
     dtype = torch.float32 if device == "cpu" else torch.float16
     calls, results = [], []
     for row in chosen:
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--skip", action="append", default=[], help="leave out rows whose name contains this word")
+    parser.add_argument("--row", action="append", default=[], help="only this row; may be repeated")
     parser.add_argument("--compile-mode", default="max-autotune", help="of torch.compile (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="where the JSON goes; written after each UNet")
     arguments = parser.parse_args()
@@ -188,7 +189,7 @@ def main() -> None:
     document["compile_mode"] = arguments.compile_mode
     for name in arguments.unet or ("sd15", "sdxl"):
         results = measure(
-            name, arguments.device, arguments.batch, arguments.rounds, arguments.skip, arguments.compile_mode
+            name, arguments.device, arguments.batch, arguments.rounds, arguments.row, arguments.compile_mode
         )
         print(table(name, results), flush=True)
         document["unets"][name] = [asdict(result) for result in results]

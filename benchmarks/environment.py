@@ -47,7 +47,7 @@ def _nvidia_smi() -> dict[str, Any]:
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
     command = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI_FIELDS.values())}", "--format=csv,noheader,nounits"]
     if uuid is not None:
-        command += [f"--id=GPU-{uuid}"]
+        command += [f"--id=GPU-{str(uuid).removeprefix('GPU-')}"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):

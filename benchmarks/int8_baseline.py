@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "rows_per_sample", "height", "width", "out_width"])
 def int8_gemm_kernel(
     x_ptr,
     weight_ptr,

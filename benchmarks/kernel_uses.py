@@ -47,7 +47,6 @@ OPTIONAL = (
     *("next_dilation_ptr", "next_scale_ptr", "next_zero_point_ptr"),
 )
 SKIP, PARTIAL, NEXT = OPTIONAL[:5], OPTIONAL[9:11], OPTIONAL[11:]
-PADDED_IMAGE = ("num_timesteps", "height", "width")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Use:
     """One specialisation of a kernel, apart from launch configuration and target.
 
     ``op`` is the tuning files' name of it, None for a kernel that is not tuned; ``odd`` are integers that are no
-    multiples of 16; ``types`` are arguments that differ from ``TYPES``.
+    multiples of 16, beside those that the kernel does not specialise; ``types`` are arguments that differ from
+    ``TYPES``.
     """
 
     kernel: Any
@@ -67,15 +67,16 @@ class Use:
     fp_fusion: bool = True
 
     def configs(self, target: str) -> list[LaunchConfig | None]:
-        """The distinct configurations that are shipped for the target, as the operators pass them on."""
+        """The configurations that are shipped for the target, as far as the compiler can tell them apart."""
         if self.op is None:
             return [None]
         shapes = (shape for shape in tuned_shapes(tuning_file(target)) if shape.op == self.op)
-        return list(dict.fromkeys(self._launched(shape.config) for shape in shapes))
+        return list(dict.fromkeys(self._compiled(shape.config) for shape in shapes))
 
-    def _launched(self, config: LaunchConfig) -> LaunchConfig:
-        if "skip_ptr" not in self.constants or self.constants["ACTIVATION"] == "geglu":
-            return replace(config, split_k=1)
+    def _compiled(self, config: LaunchConfig) -> LaunchConfig:
+        """As the operators pass it on, with one number for all of ``group_m``, and of ``split_k`` beyond 1."""
+        splits = "skip_ptr" in self.constants and self.constants["ACTIVATION"] != "geglu"
+        config = replace(config, group_m=1, split_k=min(config.split_k, 2) if splits else 1)
         return config.with_whole_runs(STATISTICS_ROWS) if "statistics_ptr" not in self.constants else config
 
 
@@ -94,10 +95,7 @@ def _gemm(
     constants |= {"DILATION_H": 1, "DILATION_W": 1, "UPSAMPLE": False, "ACTIVATION": "none", "NEXT_BITS": 8}
     constants |= {"STATISTICS_ROWS": STATISTICS_ROWS, "EVEN_K": True, "TILE_IN_SAMPLE": True} | other
     constants |= {address: None for address in OPTIONAL if address not in present}
-    if op != "conv2d":
-        constants |= {"height": 1, "width": 1}
-    odd = PADDED_IMAGE if size > 1 else ("num_timesteps",)
-    return Use(int4_gemm_kernel, name, constants, op, odd, types or {})
+    return Use(int4_gemm_kernel, name, constants, op, types=types or {})
 
 
 # Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels, and then also tiles with rows of two samples.
@@ -148,11 +146,11 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
     """Compiles as the JIT does at a launch."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile kernels")
-    constants = dict(use.constants)
+    constants = dict(use.constants) | {"PTX": TARGETS[target].backend == "cuda"}
     options: dict[str, Any] = {"num_warps": 4} if use.fp_fusion else {"num_warps": 4, "enable_fp_fusion": False}
     if config is not None:
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-        constants |= {"GROUP_M": config.group_m, "SPLIT_K": config.split_k, "PTX": TARGETS[target].backend == "cuda"}
+        constants |= {"IS_SPLIT": config.split_k > 1}
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.split_k > 1:
             constants = {name: value for name, value in constants.items() if name not in PARTIAL}
@@ -161,11 +159,11 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
 
 def compile_int8(use: Use, target: str, config: LaunchConfig, parts: int) -> CompiledKernel:
     """Compiles the baseline with weights of one byte, for a use of the GEMM."""
-    known = {name: value for name, value in use.constants.items() if name in int8_gemm_kernel.arg_names}
-    known |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "PARTS": parts}
+    constants = dict(use.constants)
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "PARTS": parts}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     types = {"x_ptr": INT8, "weight_ptr": INT8, "out_ptr": INT32}
-    return _compile(int8_gemm_kernel, target, known, use.odd, types, options)
+    return _compile(int8_gemm_kernel, target, constants, use.odd, types, options)
 
 
 def _compile(
@@ -177,8 +175,13 @@ def _compile(
     options: dict[str, Any],
 ) -> CompiledKernel:
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    divisible = (name for name, kind in signature.items() if kind[0] in "*i" and name not in odd)
+    divisible = (
+        parameter.name
+        for parameter in kernel.params
+        if signature[parameter.name][0] in "*i" and not parameter.do_not_specialize and parameter.name not in odd
+    )
     source = ASTSource(
         fn=kernel,
         signature=signature,

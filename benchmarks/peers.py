@@ -1,8 +1,8 @@
 """Linear layers of other libraries, for ``bench_kernels.py``. None of the libraries is a dependency.
 
 Each function takes the weight [N, K] of a bias-free linear on the GPU and returns what to call on x [B, ..., K]; it
-raises what the library raises. Activations are fp16, except where a library's kernel has bf16 alone. Checked against
-the libraries' documentation: torchao 0.17 (docs.pytorch.org/ao), gemlite 0.5 (its README), SDNQ 0.2 (its README).
+raises what the library raises. Activations are fp16, except where a library's kernel has bf16 alone. Written from
+the libraries' documentation (docs.pytorch.org/ao; the READMEs of gemlite and SDNQ), which says what each call takes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ for the older one whose file serves it). Instructions are counted here, not time
 - ``int8_*``: the same of ``int8_baseline``, the same loop with weights of one byte; ``ratio`` is loop instructions for
   a multiply-add, over int8's. Where a matrix instruction's name does not tell its size (sm_100), for each of those.
 
-``--sample`` compiles every use in one configuration, and for sm_90 every configuration in one use.
+``--sample`` compiles every use in one configuration, and for sm_90 every configuration in one use, without ``int8_*``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -120,29 +120,48 @@ def against_int8(loop: list[Instruction], int8: list[Instruction]) -> Row:
     }
 
 
-def compile_row(job: Job) -> Row:
-    """Compiles, and describes the machine code."""
+def compile_row(job: Job, beside_int8: bool = True) -> Row:
+    """Compiles, and describes the machine code, beside the baseline's if wanted."""
     target, key, config = job
     row, loop = describe(target, compile_use(USES[key], target, config))
     if config is not None:
         nvidia = TARGETS[target].backend == "cuda"
         row["loop_unpack"] = machine_code.nibble_instructions(loop) if nvidia else None
-        row |= against_int8(loop, int8_loop(target, key, config))
+        if beside_int8:
+            row |= against_int8(loop, int8_loop(target, key, config))
     return {**name_of(job), **row}
 
 
 def name_of(job: Job) -> Row:
     """The part of a row that says what was compiled."""
     target, key, config = job
-    return {"target": target, "kernel": key[0], "use": key[1], **(asdict(config) if config is not None else {})}
+    return {"target": target, "kernel": key[0], "use": key[1], **_fields(config)}
 
 
-def compile_rows(jobs: Sequence[Job], processes: int) -> list[Row]:
+def _fields(config: LaunchConfig | None) -> Row:
+    """A configuration without ``group_m``, which the compiler does not see; of ``split_k`` it sees whether it is 1."""
+    if config is None:
+        return {}
+    fields = asdict(config)
+    del fields["group_m"]
+    return fields | {"is_split": fields.pop("split_k") > 1}
+
+
+def compile_rows(jobs: Sequence[Job], processes: int, beside_int8: bool = True) -> list[Row]:
     """Compiles all jobs in some processes."""
+    compile_one = partial(compile_row, beside_int8=beside_int8)
     if processes == 1:
-        return [compile_row(job) for job in jobs]
+        return list(map(compile_one, jobs))
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compile_row, jobs, chunksize=4))
+        return list(pool.map(compile_one, jobs, chunksize=4))
+
+
+def config_of(row: Row) -> str:
+    """A row's launch configuration in words; of a kernel that has none, nothing."""
+    if "block_m" not in row:
+        return ""
+    words = "{block_m}x{block_n}x{block_k}, {num_warps} warps, {num_stages} stages".format(**row)
+    return f"{words}, split" if row["is_split"] else words
 
 
 def table(rows: list[Row]) -> str:
@@ -151,9 +170,8 @@ def table(rows: list[Row]) -> str:
     loop = ("loop_instructions", "loop_mma", "loop_unpack", "loop_integer", "loop_waits", "loop_shared_stores")
     lines = []
     for row in rows:
-        config = "{block_m}x{block_n}x{block_k}, {num_warps} warps, {num_stages} stages, split {split_k}"
         loads = " ".join(f"{number}x{size}" for size, number in row["loop_loads"].items())
-        cells = {name: row[name] for name in names} | {"config": config.format(**row) if "block_m" in row else ""}
+        cells = {name: row[name] for name in names} | {"config": config_of(row)}
         cells |= {name: row.get(name, "") for name in (*loop, "ratio")} | {"loop_loads": loads}
         cells["per_mma"] = round(row["loop_instructions"] / row["loop_mma"], 1) if row["loop_mma"] else ""
         lines.append(cells | {"mma": " ".join(row["mma"])})
@@ -181,7 +199,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes (default: %(default)s)")
     arguments = parser.parse_args()
     jobs = (sample_jobs if arguments.sample else all_jobs)(arguments.target or list(TARGETS))
-    rows = compile_rows(jobs, arguments.jobs)
+    rows = compile_rows(jobs, arguments.jobs, beside_int8=not arguments.sample)
     print(table(rows))
     write(rows, arguments.output)
 

@@ -26,6 +26,7 @@ from launches import Launch, launches
 from timing import copies_to_rotate, graph_microseconds
 
 from dq_kernels import gemm
+from dq_kernels.conv2d import conv2d_output_size
 from dq_kernels.packing import unpack_int4
 from dq_kernels.tuning import FOLDER, LaunchConfig, architecture
 
@@ -40,19 +41,22 @@ TILES = (
     (64, 64, 32, 4, 5),
     (64, 64, 64, 4, 4),
     (64, 64, 128, 4, 3),
+    (64, 128, 32, 4, 5),
     (64, 128, 64, 4, 4),
+    (64, 128, 128, 4, 3),
     (128, 64, 32, 4, 5),
     (128, 64, 64, 4, 4),
+    (64, 128, 64, 8, 3),
     (128, 64, 64, 8, 4),
-    (128, 128, 32, 4, 4),
     (128, 128, 32, 8, 4),
-    (128, 128, 64, 4, 3),
     (128, 128, 64, 8, 3),
     (128, 128, 64, 8, 4),
     (256, 64, 32, 4, 4),
     (256, 64, 64, 4, 3),
     (256, 64, 64, 8, 3),
+    (256, 128, 32, 8, 4),
     (256, 128, 64, 8, 3),
+    (128, 256, 32, 8, 4),
     (128, 256, 64, 8, 3),
 )
 SPLITS = (2, 4, 8)
@@ -105,16 +109,10 @@ class Problem:
 
     def _out_shape(self) -> tuple[int, ...]:
         launch = self.launch
-        if len(launch.x) < 4:
+        if len(launch.weight) == 2:
             return (*launch.x[:-1], launch.out_channels)
-        batch, height, width = launch.x[:3]
-        if launch.upsample:
-            height, width = 2 * (height - 2), 2 * (width - 2)
-        else:
-            height, width = (
-                (size - launch.weight[axis]) // launch.stride[axis - 1] + 1 for axis, size in ((1, height), (2, width))
-            )
-        return (batch, height, width, launch.out_channels)
+        size = conv2d_output_size(launch.x[1:3], launch.weight[1:3], launch.stride, (1, 1), launch.upsample)
+        return (launch.x[0], *size, launch.out_channels)
 
     def run(self, config: LaunchConfig, copy: int = 0) -> Any:
         """One launch; the compiled kernel."""
@@ -133,6 +131,8 @@ def tiles(launch: Launch, candidates: tuple[tuple[int, ...], ...] = TILES) -> li
         accumulators = block_m * block_n * (2 if launch.op == "linear_geglu" else 1)
         too_large = block_m >= 2 * max(launch.rows, 16) or block_n >= 2 * max(launch.out_channels, 64)
         too_small = block_m <= 32 and launch.rows > 256
+        if launch.op == "linear_geglu" and rest[1] == 8 and block_n < 128:
+            continue  # two groups of four warps would exchange their halves through shared memory
         if accumulators <= 64 * 32 * rest[1] * 2 and not too_large and not too_small:
             chosen.append(LaunchConfig(block_m, block_n, *rest))
     return chosen

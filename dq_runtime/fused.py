@@ -282,7 +282,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                     self._of_encoder(layer, encoder_hidden_states) for layer in (self.attn2.to_k, self.attn2.to_v)
                 )
             x = _attend(self.attn2, query, key, value, residual=x)
-        up, down = self.ff.net[0].proj, self.ff.net[2]
+        net: Any = self.ff.net
+        up, down = net[0].proj, net[2]
         q = ops.int4_linear_quantize(
             layer_norm(self.norm3, up, x), up.weight, up.weight_scale, up.weight_sum, *tables(up),
             down.weight_dilation, down.act_scale, down.act_zero_point, down.activation_bits, up.bias, "geglu",

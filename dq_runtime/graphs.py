@@ -18,12 +18,13 @@ class CudaGraphRunner:
     """Captures a UNet's forward once for every combination of input shapes, and replays it.
 
     Args:
-        unet: a quantized UNet on a CUDA device.
+        unet: a UNet on a CUDA device, quantized or not.
     """
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet
         self.eager_forward = unet.forward
+        self.timestep_grid = getattr(unet, "timestep_grid", None)
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
 
     def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,8 +48,9 @@ class CudaGraphRunner:
         args, kwargs = pytree.tree_unflatten(static, structure)
 
         def run() -> Any:
-            # The mapping of the timestep belongs into the graph; the UNet's own hook ran before it.
-            self.unet.timestep_grid.before_forward(self.unet, args, kwargs)
+            if self.timestep_grid is not None:
+                # The mapping of the timestep belongs into the graph; the UNet's own hook ran before it.
+                self.timestep_grid.before_forward(self.unet, args, kwargs)
             return self.eager_forward(*args, **kwargs)
 
         stream = torch.cuda.Stream()
@@ -64,7 +66,7 @@ class CudaGraphRunner:
 
 
 def enable_cuda_graphs(unet: Any) -> None:
-    """Makes a quantized UNet replay CUDA graphs, in place; the first call with new shapes captures one.
+    """Makes a UNet replay CUDA graphs, in place; the first call with new shapes captures one.
 
     Weights and adapters must not change afterwards: call ``disable_cuda_graphs`` first.
 

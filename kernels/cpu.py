@@ -86,7 +86,7 @@ def quantize(
     if not any(padding):
         return q.to(torch.int8, memory_format=torch.contiguous_format)
     out = torch.empty(quantized_shape(q.shape, padding), dtype=torch.int8)
-    out[:] = act_zero_point[index].view(per_sample)
+    out[:] = act_zero_point[index].clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).view(per_sample)
     height, width = q.shape[1:3]
     out[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = q
     return out
@@ -251,7 +251,8 @@ def group_norm_quantize(
     padding: tuple[int, int],
 ) -> torch.Tensor:
     """As ``reference.group_norm_quantize``."""
-    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2)
+    # Contiguous, since torch's group norm of channels-last images subtracts squares, which cancels.
+    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2).contiguous()
     y = F.group_norm(image, num_groups, weight.float(), bias.float(), eps)
     y = (F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1)
     return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding, None)

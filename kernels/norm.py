@@ -16,16 +16,30 @@ import triton
 import triton.language as tl
 
 from dq_kernels.gemm import STATISTICS_ROWS
+from dq_kernels.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.quantize import padded_position, quantize_tile, quantized_shape, select_timestep
+from dq_kernels.tuning import launch_options, use_pdl, use_ptx
 
-BLOCK_LENGTH, BLOCK_CHANNELS = 32, 64
+BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
+STATISTICS_CHANNELS = 64
+LAYER_NORM_TILE, LAYER_NORM_WARPS = 8192, 8  # elements, and who shares them
 
 
 @triton.jit
 def channel_statistics_kernel(
-    x_ptr, out_ptr, length, channels, stride_b, stride_l, stride_k, ROWS: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr,
+    out_ptr,
+    length,
+    channels,
+    stride_b,
+    stride_l,
+    stride_k,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """x [B, L, K] (strided) -> out [B, L / ROWS, 2, K]: sum and centred sum of squares of each run of rows."""
+    follow_previous_kernel(PDL)
     run, sample = tl.program_id(0), tl.program_id(2)
     row = run * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -54,8 +68,10 @@ def group_statistics_kernel(
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Merges a group's channels and runs, of one or two sources: [B, L / ROWS, 2, K] -> out [B, groups, 2]."""
+    follow_previous_kernel(PDL)
     group, sample = tl.program_id(0), tl.program_id(1)
     group_size = (channels + skip_channels) // NUM_GROUPS
     within = tl.arange(0, BLOCK_K)
@@ -94,7 +110,7 @@ def group_statistics_kernel(
             total += tl.load(ptrs, mask=skip_mask, other=0.0)
             centred += tl.load(ptrs + skip_channels, mask=skip_mask, other=0.0)
             mask = mask | skip_mask
-        run_length = tl.minimum(length - run * ROWS, ROWS).to(tl.float32)[:, None]
+        run_length = tl.maximum(tl.minimum(length - run * ROWS, ROWS), 1).to(tl.float32)[:, None]
         shift = total / run_length - mean
         squares += tl.where(mask, centred + run_length * shift * shift, 0.0)
     variance = tl.sum(tl.sum(squares, 0), 0) / count
@@ -133,8 +149,11 @@ def group_norm_quantize_kernel(
     BITS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One tile of one sample: x [H * W, K] beside skip [H * W, K2] (strided) -> out [padded H * W, K + K2]."""
+    follow_previous_kernel(PDL)
     sample = tl.program_id(2)
     position = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -167,10 +186,11 @@ def group_norm_quantize_kernel(
         ).to(tl.float32)
     y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
     if SILU:
-        y = y / (1 + tl.exp(-y))
-    q = quantize_tile(y, inverse_dilation[None, :], inverse_scale, zero_point, BITS)
+        y *= reciprocal(1 + exp(-y, PTX), PTX)
+    q = quantize_tile(y, inverse_dilation[None, :], inverse_scale, zero_point, BITS, PTX)
     # Borders hold the quantized zero, whatever the norm makes of 0.
-    q = tl.where(inside[:, None], q, zero_point)
+    quantized_zero = tl.minimum(tl.maximum(zero_point, -(2 ** (BITS - 1))), 2 ** (BITS - 1) - 1)
+    q = tl.where(inside[:, None], q, quantized_zero)
     tl.store(
         out_ptr + sample.to(tl.int64) * length * out_channels + position[:, None] * out_channels + k[None, :],
         q.to(tl.int8),
@@ -196,8 +216,11 @@ def layer_norm_quantize_kernel(
     BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Some rows of x [M, K], whole -> out [M, K]."""
+    follow_previous_kernel(PDL)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     k_inside = k < channels
@@ -219,7 +242,7 @@ def layer_norm_quantize_kernel(
     inverse_scale = tl.math.div_rn(1.0, tl.load(act_scale_ptr + t))
     inverse_dilation = tl.math.div_rn(1.0, tl.load(weight_dilation_ptr + k, mask=k_inside, other=1.0))
     zero_point = tl.load(act_zero_point_ptr + t)
-    q = quantize_tile(y, inverse_dilation[None, :], inverse_scale[:, None], zero_point[:, None], BITS)
+    q = quantize_tile(y, inverse_dilation[None, :], inverse_scale[:, None], zero_point[:, None], BITS, PTX)
     tl.store(out_ptr + offsets, q.to(tl.int8), mask=inside)
 
 
@@ -229,15 +252,17 @@ def channel_statistics(x: torch.Tensor) -> torch.Tensor:
     flat = x.reshape(batch, height * width, channels)
     num_runs = triton.cdiv(height * width, STATISTICS_ROWS)
     out = torch.empty(batch, num_runs, 2, channels, dtype=torch.float32, device=x.device)
-    channel_statistics_kernel[(num_runs, triton.cdiv(channels, BLOCK_CHANNELS), batch)](
+    channel_statistics_kernel[(num_runs, triton.cdiv(channels, STATISTICS_CHANNELS), batch)](
         flat,
         out,
         height * width,
         channels,
         *flat.stride(),
         ROWS=STATISTICS_ROWS,
-        BLOCK_K=BLOCK_CHANNELS,
+        BLOCK_K=STATISTICS_CHANNELS,
+        PDL=use_pdl(),
         num_warps=4,
+        **launch_options(),
     )
     return out
 
@@ -281,7 +306,9 @@ def group_norm_quantize(
         ROWS=STATISTICS_ROWS,
         BLOCK_R=32,
         BLOCK_K=triton.next_power_of_2(out_channels // num_groups),
+        PDL=use_pdl(),
         num_warps=4,
+        **launch_options(),
     )
     flat = x.reshape(batch, height * width, channels)
     flat_skip = flat if skip is None else skip.reshape(batch, height * width, skip_channels)
@@ -313,6 +340,9 @@ def group_norm_quantize(
         BITS=bits,
         BLOCK_L=BLOCK_LENGTH,
         BLOCK_K=BLOCK_CHANNELS,
+        PTX=use_ptx(),
+        PDL=use_pdl(),
+        **launch_options(),
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -334,7 +364,7 @@ def layer_norm_quantize(
     channels, num_rows = x.shape[-1], x.numel() // x.shape[-1]
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     block_k = triton.next_power_of_2(channels)
-    block_m = max(1, 2048 // block_k)
+    block_m = max(1, LAYER_NORM_TILE // block_k)
     layer_norm_quantize_kernel[(triton.cdiv(num_rows, block_m),)](
         x,
         weight,
@@ -352,7 +382,10 @@ def layer_norm_quantize(
         BITS=bits,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
-        num_warps=4,
+        PTX=use_ptx(),
+        PDL=use_pdl(),
+        **launch_options(),
+        num_warps=LAYER_NORM_WARPS,
         enable_fp_fusion=False,
     )
     return out

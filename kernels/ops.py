@@ -164,13 +164,13 @@ def _check_floats(op: str, name: str, x: Tensor, shape: Sequence[int | str]) -> 
         _check(op, name, x, COMPUTE_DTYPES, shape, any_strides=True)
     elif x.dtype not in COMPUTE_DTYPES or x.ndim < 2:
         raise ValueError(f"{op}: {name} must be {_FLOATS} [B, ..., K], got {x.dtype} {list(x.shape)}")
-    if x.numel() >= 2**31 * x.shape[0]:
+    if x[:1].numel() >= 2**31:
         raise ValueError(f"{op}: a sample of {name} {list(x.shape)} has 2^31 elements or more")
 
 
-def _check_bits(op: str, bits: int) -> None:
+def _check_bits(op: str, bits: int, name: str = "bits") -> None:
     if bits < 2 or bits > 8:
-        raise ValueError(f"{op}: bits must be 2 to 8, got {bits}")
+        raise ValueError(f"{op}: {name} must be 2 to 8, got {bits}")
 
 
 def _check_padding(op: str, x: Tensor, padding: tuple[int, int]) -> None:
@@ -459,7 +459,7 @@ def int4_linear_quantize(
     _check_tables(op, x.shape[0], next_scale, next_zero_point, timestep_index, "next")
     if next_scale.shape != act_scale.shape:
         raise ValueError(f"{op}: next_scale has {next_scale.numel()} timesteps, act_scale {act_scale.numel()}")
-    _check_bits(op, next_bits)
+    _check_bits(op, next_bits, "next_bits")
     return torch.ops.dq_kernels.int4_linear_quantize.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, activation,
         next_dilation, next_scale, next_zero_point, next_bits,
@@ -547,8 +547,15 @@ def int4_conv2d(
         )  # fmt: skip
         _check(op, "skip_act_scale", skip_act_scale, (torch.float32,), act_scale.shape)
         _check(op, "skip_act_zero_point", skip_act_zero_point, (torch.int32,), act_scale.shape)
-    elif skip_weight is not None:
-        raise ValueError(f"{op}: skip_weight came without a skip")
+    else:
+        for name, part in {
+            "skip_weight": skip_weight,
+            "skip_weight_sum": skip_weight_sum,
+            "skip_act_scale": skip_act_scale,
+            "skip_act_zero_point": skip_act_zero_point,
+        }.items():
+            if part is not None:
+                raise ValueError(f"{op}: {name} came without a skip")
     if with_statistics and size[0] * size[1] % STATISTICS_ROWS:
         raise ValueError(
             f"{op}: statistics come for whole runs of {STATISTICS_ROWS} pixels, the result has {size[0]} x {size[1]}; "

@@ -15,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from dq_kernels.intrinsics import floor_to_int, follow_previous_kernel
+from dq_kernels.tuning import launch_options, use_pdl, use_ptx
+
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 
 
@@ -25,10 +28,15 @@ def select_timestep(timestep_index_ptrs, num_timesteps):
 
 
 @triton.jit
-def quantize_tile(x, inverse_dilation, inverse_scale, zero_point, BITS: tl.constexpr):
-    """The formula above, on fp32; int32 in the range of BITS bits."""
-    q = tl.floor(x * inverse_dilation * inverse_scale + 0.5) + zero_point
-    return tl.minimum(tl.maximum(q, -(2 ** (BITS - 1))), 2 ** (BITS - 1) - 1).to(tl.int32)
+def quantize_tile(x, inverse_dilation, inverse_scale, zero_point, BITS: tl.constexpr, PTX: tl.constexpr):
+    """The formula above, on fp32; int32 in the range of BITS bits.
+
+    Clamped before it is rounded, to whole numbers, which gives the same and leaves nothing that could overflow.
+    """
+    lowest = (-(2 ** (BITS - 1)) - zero_point).to(tl.float32)
+    highest = (2 ** (BITS - 1) - 1 - zero_point).to(tl.float32)
+    q = tl.minimum(tl.maximum(x * inverse_dilation * inverse_scale, lowest), highest)
+    return floor_to_int(q + 0.5, PTX) + zero_point
 
 
 @triton.jit
@@ -63,8 +71,11 @@ def quantize_kernel(
     BITS: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One tile of one sample: x [H * W, K] (strided) -> K padded to even channels of out [padded H * W, N]."""
+    follow_previous_kernel(PDL)
     sample = tl.program_id(2)
     position = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -83,7 +94,7 @@ def quantize_kernel(
         mask=inside[:, None] & (k < channels)[None, :],
         other=0.0,
     ).to(tl.float32)
-    q = quantize_tile(x, inverse_dilation[None, :], inverse_scale, tl.load(act_zero_point_ptr + t), BITS)
+    q = quantize_tile(x, inverse_dilation[None, :], inverse_scale, tl.load(act_zero_point_ptr + t), BITS, PTX)
     tl.store(
         out_ptr + sample.to(tl.int64) * length * out_channels + position[:, None] * out_channels + k[None, :],
         q.to(tl.int8),
@@ -132,6 +143,9 @@ def quantize(
             BITS=bits,
             BLOCK_L=BLOCK_LENGTH,
             BLOCK_K=BLOCK_CHANNELS,
+            PTX=use_ptx(),
+            PDL=use_pdl(),
+            **launch_options(),
             num_warps=4,
             enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the others do
         )

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "tuning"
-# Which file serves a compute capability: the newest architecture in this list that is not newer than the device.
-NVIDIA_ARCHITECTURES = (80, 89, 90)
-AMD_ARCHITECTURE = "gfx942"
+# The file that serves a compute capability: its own, or that of a GPU with the same matrix instructions and no more
+# shared memory. sm_120 has Ada's 99 KB a block; what is newer than this list gets the newest that it can run.
+FILES = {80: "sm_80", 86: "sm_89", 89: "sm_89", 90: "sm_90", 100: "sm_90", 103: "sm_90", 120: "sm_89"}
+AMD_FILE = "gfx942"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class LaunchConfig:
     def with_whole_runs(self, rows: int) -> LaunchConfig:
         """The same with tiles of a whole number of ``rows``."""
         return self if self.block_m % rows == 0 else replace(self, block_m=rows)
+
+    def with_fewer_registers(self) -> LaunchConfig:
+        """The same with tiles that leave a thread room for more than its accumulators."""
+        if self.block_m * self.block_n <= 64 * 32 * self.num_warps:
+            return self
+        return replace(self, block_m=min(self.block_m, 128), block_n=min(self.block_n, 64), num_warps=4)
 
     def to_list(self) -> list[int]:
         """As it stands in the JSON, in the order of the fields."""
@@ -85,14 +92,13 @@ def tuned_shapes(architecture: str) -> tuple[TunedShape, ...]:
 
 @cache
 def architecture() -> str:
-    """The tuning file for the current device; without one, for the oldest NVIDIA GPU that we serve."""
+    """The tuning file for the current device; without one, for the oldest GPU in the list."""
     if not torch.cuda.is_available():
-        return f"sm_{NVIDIA_ARCHITECTURES[0]}"
+        return FILES[min(FILES)]
     if torch.version.hip is not None:
-        return AMD_ARCHITECTURE
+        return AMD_FILE
     major, minor = torch.cuda.get_device_capability()
-    served = [number for number in NVIDIA_ARCHITECTURES if number <= 10 * major + minor]
-    return f"sm_{served[-1] if served else NVIDIA_ARCHITECTURES[0]}"
+    return FILES[max((number for number in FILES if number <= 10 * major + minor), default=min(FILES))]
 
 
 @lru_cache(maxsize=4096)
@@ -113,3 +119,19 @@ def launch_config(op: str, rows: int, out_channels: int, reduction: int) -> Laun
 def use_ptx() -> bool:
     """Whether kernels may use inline PTX: on NVIDIA GPUs, but not in Triton's interpreter."""
     return torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
+
+
+@cache
+def launch_options() -> dict[str, Any]:
+    """Options of every launch: programmatic dependent launch where the GPU and Triton have it (see ``use_pdl``)."""
+    return {"launch_pdl": True} if use_pdl() else {}
+
+
+@cache
+def use_pdl() -> bool:
+    """Whether a kernel may be launched while the one before it runs out: on NVIDIA GPUs since Hopper."""
+    if not use_ptx() or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return False
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return hasattr(CUDAOptions, "launch_pdl")

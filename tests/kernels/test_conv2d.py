@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dq_kernels import cpu, ops, reference
+from dq_kernels import conv2d, cpu, ops, reference
 from dq_kernels.tuning import LaunchConfig
 
 # (image, kernel, stride, padding, dilation)
@@ -254,6 +254,28 @@ def test_result_and_statistics_are_the_same_in_every_run(run, conv2d_arguments):
 
     assert torch.equal(again, first)
     assert torch.equal(statistics, first_statistics)
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "expected"),
+    [
+        ((1, 1), (1, 1), ("linear", 60, 9, 34)),
+        ((1, 1), (2, 2), ("conv2d", 18, 9, 34)),
+        ((3, 3), (1, 1), ("conv2d", 18, 9, 306)),
+    ],
+    ids=str,
+)
+def test_launch_is_tuned_as_its_gemm(monkeypatch, run, conv2d_arguments, kernel, stride, expected):
+    """A 1x1 convolution is a linear layer of its pixels."""
+    asked = []
+    config = LaunchConfig(16, 16, 16, 4, 2)
+    monkeypatch.setattr(conv2d, "launch_config", lambda *shape: asked.append(shape) or config)
+    arguments, _ = conv2d_arguments((3, 4, 5, 34), 9, kernel, stride, padding=(0, 0))
+
+    run("int4_conv2d", arguments)
+
+    assert asked == [expected]
 
 
 def test_result_is_fp16_without_addends_and_statistics_unless_told_otherwise(conv2d_arguments):

@@ -58,21 +58,12 @@ def test_group_norm_takes_sources_and_parameters_of_dtypes_unlike_each_other(
     assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments | wide))
 
 
-@pytest.mark.parametrize("skip_channels", [0, 7])
+@pytest.mark.parametrize("skip_channels", [0, 4])
 def test_group_norm_takes_any_strides(run, group_norm_arguments, assert_quantized_alike, strided_view, skip_channels):
-    arguments = group_norm_arguments((4, 6, 7, 8), 1, skip_channels)
-    for name in ("x", "skip") if skip_channels else ("x",):
-        arguments[name] = strided_view(arguments[name])
-    batch = arguments["x"].shape[0]
-    channels = sum(arguments[name].shape[3] for name in ("x", "skip") if arguments[name] is not None)
-    channels -= channels % 2
-    if skip_channels:
-        arguments["skip"] = arguments["skip"][..., : channels - arguments["x"].shape[3]]
-    else:
-        arguments["x"] = arguments["x"][..., :channels]
-    for name in ("weight", "bias", "weight_dilation"):
-        arguments[name] = arguments[name][:channels]
-    arguments["timestep_index"] = (torch.arange(batch, dtype=torch.int32) + 1) % 3
+    images = torch.randn(2, 4, 6, 7, 11, generator=torch.Generator().manual_seed(0))
+    x, skip = strided_view(images[0])[..., :8], strided_view(images[1])[..., :skip_channels]
+    arguments = group_norm_arguments(x.shape, 3 if skip_channels else 2, skip_channels)
+    arguments |= {"x": x, "skip": skip if skip_channels else None}
 
     assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments))
 
@@ -118,8 +109,7 @@ def test_group_norm_believes_the_statistics_that_it_is_given(run, group_norm_arg
     assert not torch.equal(q, reference.group_norm_quantize(**arguments))
 
 
-@pytest.mark.parametrize("num_groups", [1, 2])
-@pytest.mark.parametrize("skip_channels", [0, 6])
+@pytest.mark.parametrize(("skip_channels", "num_groups"), [(0, 1), (0, 2), (6, 1), (6, 4)])
 def test_group_norm_does_not_cancel(run, group_norm_arguments, num_groups, skip_channels):
     """A mean of 1000 beside a standard deviation of 1: the mean of squares less the squared mean has no digits left."""
     arguments = group_norm_arguments((2, 12, 16, 10), num_groups, skip_channels)

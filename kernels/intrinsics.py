@@ -1,0 +1,52 @@
+"""Instructions of NVIDIA GPUs that Triton has no name for, and what stands for them elsewhere.
+
+With ``PTX`` the arithmetic is one instruction each; the plain form, for AMD GPUs and for Triton's interpreter, means
+the same, up to the last bits of a reciprocal or a power.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def floor_to_int(x, PTX: tl.constexpr):
+    """floor(x) as int32, for |x| < 2^22: read from the mantissa of x + 1.5 2^23, rounded down."""
+    if PTX:
+        shifted = tl.inline_asm_elementwise(
+            "add.rm.f32 $0, $1, 0f4B400000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    return tl.floor(x).to(tl.int32)
+
+
+@triton.jit
+def reciprocal(x, PTX: tl.constexpr):
+    """1 / x, for x that is no subnormal."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return 1 / x
+
+
+@triton.jit
+def exp(x, PTX: tl.constexpr):
+    """e^x, where results below the smallest normal number may be 0."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp(x)
+
+
+@triton.jit
+def follow_previous_kernel(PDL: tl.constexpr):
+    """With programmatic dependent launch: waits for the kernel before this one, and lets the next one be launched.
+
+    Comes first in a kernel, before it touches memory. What overlaps is the launch alone: about a microsecond each.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

@@ -1,0 +1,208 @@
+"""The kernel benchmarks: which shapes they cover, what they refuse to time, and their arithmetic."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+bench_kernels = importlib.import_module("bench_kernels")
+kernel_cases = importlib.import_module("kernel_cases")
+kernel_sides = importlib.import_module("kernel_sides")
+peers = importlib.import_module("peers")
+roofline = importlib.import_module("roofline")
+unets = importlib.import_module("unets")
+
+OURS, BASELINE = kernel_sides.OURS, kernel_sides.BASELINE
+
+
+@pytest.fixture(scope="module")
+def full_rows():
+    return kernel_cases.cases(full=True, tiny=False)
+
+
+def flops(shape):
+    return shape.operations * len(shape.names)
+
+
+@pytest.mark.parametrize(("name", "share"), [("sd15", 0.45), ("sdxl", 0.84)])
+def test_representative_shapes_are_the_largest_and_every_class_of_few_rows(name, share):
+    shapes = unets.layers(name, 2)
+    chosen = kernel_cases.representative(shapes)
+    few = [shape for shape in chosen if shape.rows < kernel_cases.FEW_ROWS]
+    many = [shape for shape in chosen if shape.rows >= kernel_cases.FEW_ROWS]
+    assert len(chosen) == len(set(chosen)) == kernel_cases.SUBSET
+    classes = {(s.kind, s.tokens) for s in shapes if s.rows < kernel_cases.FEW_ROWS}
+    assert len(few) == len(classes) == len({(s.kind, s.tokens) for s in few})
+    left_out = [s for s in shapes if s not in chosen and s.rows >= kernel_cases.FEW_ROWS]
+    assert min(map(flops, many)) >= max(map(flops, left_out))
+    assert sum(map(flops, chosen)) > share * sum(map(flops, shapes))
+    assert {s.kind for s in many} == {"linear", "conv2d"}
+    assert {1, unets.TEXT_TOKENS} <= {s.tokens for s in few}  # time embedding, text
+
+
+def test_representative_shapes_are_all_if_there_are_few():
+    assert set(kernel_cases.representative(kernel_cases.TINY)) == set(kernel_cases.TINY)
+
+
+def test_full_covers_every_shape_at_both_batches(full_rows):
+    ours = {(row.unet, row.shapes[0]) for row in full_rows if row.chain is None and row.implementation == OURS}
+    assert ours == {(n, s) for n in kernel_cases.UNETS for batch in (2, 8) for s in unets.layers(n, batch)}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_rows_have_names_of_their_own_and_each_of_ours_has_a_baseline(full, full_rows):
+    rows = full_rows if full else kernel_cases.cases(full=False, tiny=False)
+    names = [(row.group, row.implementation) for row in rows]
+    assert len(names) == len(set(names))
+    groups = {row.group for row in rows}
+    assert {(group, name) for group in groups for name in (OURS, BASELINE)} <= set(names)
+    assert {row.chain for row in rows} == {None, *kernel_sides.CHAINS}
+
+
+def row(group, implementation, us, gflop=1.0, kind="linear", layers=1):
+    return {
+        "group": group, "unet": "sd15", "kind": kind, "implementation": implementation,
+        "us": us, "gflop": gflop, "layers": layers,
+    }  # fmt: skip
+
+
+ROWS = [
+    row("a", OURS, 10.0, 1.0), row("a", BASELINE, 20.0, 1.0),  # 2x, weight 1
+    row("b", OURS, 10.0, 3.0, layers=2), row("b", BASELINE, 80.0, 3.0, layers=2),  # 8x, weight 6
+    row("c", OURS, 20.0, 2.0), row("c", BASELINE, 10.0, 2.0),  # 0.5x, weight 2
+    row("d", OURS, 1.0, kind="conv2d"), row("d", BASELINE, 3.0, kind="conv2d"),
+    row("e", OURS, 1.0),  # nothing to compare with
+]  # fmt: skip
+
+
+def test_mean_speed_up_by_hand():
+    # 2^((1 * 1 + 3 * 6 - 1 * 2) / 9) = 2^(17 / 9)
+    pairs = [(r["speed_up"], r["gflop"]) for r in bench_kernels.speed_ups(ROWS) if r["kind"] == "linear"]
+    assert pairs == [(2.0, 1.0), (8.0, 6.0), (0.5, 2.0)]
+    assert bench_kernels.geometric_mean(pairs) == pytest.approx(2 ** (17 / 9))
+
+
+def test_summary_states_means_by_kind_and_every_slower_row():
+    lines = bench_kernels.summary(ROWS)
+    assert f"sd15, linear: {2 ** (17 / 9):.2f}x {BASELINE} (geometric mean of 3 by FLOPs)" in lines
+    assert f"sd15, conv2d: 3.00x {BASELINE} (geometric mean of 1 by FLOPs)" in lines
+    assert lines[-2:] == [f"slower than {BASELINE}: 1 of 4", "  0.50x  c"]
+
+
+def test_report_by_hand():
+    case = kernel_cases.Case("tiny", (kernel_cases.TINY[1],), BASELINE)
+    side = kernel_sides.Side(lambda: None, (torch.empty(8, dtype=torch.int8), torch.empty(3)), 2_000_000)
+    report = bench_kernels.report(case, side, 4.0)
+    assert (report["us"], report["gflop"], report["tflops"]) == (4.0, 0.002, 0.5)
+    assert side.bytes == 8 + 12
+
+
+def test_share_of_the_roofline_is_the_bound_over_the_time(monkeypatch):
+    monkeypatch.setattr(bench_kernels, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    shape = kernel_cases.TINY[1]
+    bound = roofline.layer_bound(shape, roofline.DEVICES["H100"], "w4a8", fused=False)
+    case, side = kernel_cases.Case("tiny", (shape,), OURS), kernel_sides.Side(lambda: None, (), shape.operations)
+    assert bench_kernels.report(case, side, 4e6 * bound)["roofline"] == 0.25
+    assert bench_kernels.report(replace(case, implementation="other"), side, 1.0)["roofline"] is None
+
+
+def test_a_round_on_a_gpu_is_one_graph_of_all_copies(monkeypatch):
+    """With PyTorch's CUDA calls replaced: 6 ms for a replay of 4 copies are 1500 us a call."""
+    recorded, calls = [], []
+    event = SimpleNamespace(
+        record=lambda: recorded.append("event"), synchronize=lambda: None, elapsed_time=lambda end: 6.0
+    )
+    graph = SimpleNamespace(replay=lambda: recorded.append("replay"))
+    fakes = {
+        "Stream": lambda: None, "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
+        "CUDAGraph": lambda: graph, "graph": lambda graph: nullcontext(), "Event": lambda enable_timing: event,
+        "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=50_000_000),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    sides = [kernel_sides.Side(lambda i=i: calls.append(i), (), 1) for i in range(4)]
+    round_us, count = bench_kernels.graph_round(sides)
+    assert (round_us(), count) == (1500.0, 4)
+    assert calls[-4:] == [0, 1, 2, 3]
+    assert set(calls[:-4]) == {0}  # warm-up
+    assert recorded == ["event", "replay", "event"]
+    assert [bench_kernels.copies(size) for size in (1_000, 1_000_000, 10**9)] == [256, 100, 8]
+
+
+@pytest.mark.parametrize(
+    ("device", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        *((name, None) for name in ("NVIDIA H100 PCIe", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB", "NVIDIA L4")),
+    ],
+)
+def test_ceilings_are_of_exactly_that_gpu(device, known):
+    assert bench_kernels.ceilings(device) == (roofline.DEVICES[known] if known else None)
+
+
+@pytest.mark.parametrize("shape", kernel_cases.TINY, ids=lambda shape: shape.label)
+def test_a_wrong_layer_is_not_timed(monkeypatch, shape):
+    case = kernel_cases.Case("tiny", (shape,), OURS)
+    bench_kernels.check(case)
+    correct = kernel_sides.int4_layer
+    monkeypatch.setattr(kernel_sides, "int4_layer", lambda *arguments: correct(*arguments) + 0.01)
+    with pytest.raises(AssertionError):
+        bench_kernels.check(case)
+
+
+@pytest.mark.parametrize("chain", kernel_sides.CHAINS)
+def test_a_wrong_chain_is_not_timed(monkeypatch, chain):
+    case = kernel_cases.Case("tiny", kernel_cases.TINY, OURS, chain)
+    bench_kernels.check(case)
+
+    def wrong(shapes, build=kernel_sides.CHAINS[chain]):
+        ours, baseline = build(shapes)
+        return replace(ours, to_floats=lambda y: ours.to_floats(y).roll(1, dims=-1)), baseline
+
+    monkeypatch.setitem(kernel_sides.CHAINS, chain, wrong)
+    with pytest.raises(AssertionError):
+        bench_kernels.check(case)
+
+
+def test_peers_are_left_out_by_name_with_the_reason(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: None)
+    assert {name: peers.missing(name) for name in peers.PEERS} == {
+        name: f"{name.split()[0]} is not installed" for name in peers.PEERS
+    }
+
+
+def test_tiny_run_times_every_row_and_prints_the_summary(tmp_path):
+    rows, report = tmp_path / "rows.jsonl", tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_kernels.py", "--tiny"]
+    run = subprocess.run(
+        [*command, f"--rows={rows}", f"--benchmark-json={report}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    written = [json.loads(line) for line in rows.read_text().splitlines()]
+    expected = [(case.group, case.implementation) for case in kernel_cases.cases(full=False, tiny=True)]
+    if not torch.cuda.is_available():
+        assert [(line["group"], line["implementation"]) for line in written] == expected
+    assert all(line["us"] > 0 and math.isfinite(line["tflops"]) for line in written)
+    assert "tiny, conv2d:" in run.stdout
+    assert "slower than fp32:" in run.stdout
+    document = json.loads(report.read_text())
+    assert document["machine_info"]["versions"]["torch"] == torch.__version__
+    assert [benchmark["extra_info"]["us"] for benchmark in document["benchmarks"]] == [line["us"] for line in written]

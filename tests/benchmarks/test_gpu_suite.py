@@ -1,0 +1,120 @@
+"""The GPU suite without a GPU: its results survive failures, limits and interruptions."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+gpu_suite = importlib.import_module("gpu_suite")
+
+ABOUT = {"device": "none"}
+
+
+def stage(name, code, share=1.0, read=lambda: None):
+    return gpu_suite.Stage(name, [sys.executable, "-c", code], share, read)
+
+
+def run(tmp_path, *stages, seconds=60.0):
+    output = tmp_path / "results.json"
+    exit_code = gpu_suite.run_suite(stages, seconds, output, ABOUT, gpu_suite.Interruption())
+    return exit_code, json.loads(output.read_text())
+
+
+def test_dry_run_works_end_to_end(tmp_path):
+    output = tmp_path / "results.json"
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry-run", "--minutes", "2", "--output", str(output)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    document = json.loads(output.read_text())
+    assert {name: each["outcome"] for name, each in document["stages"].items()} == dict.fromkeys(
+        ("tests", "kernels", "unet"), "passed"
+    )
+    assert {"device", "date", "cpu_model", "threads", "versions"} <= set(document)
+    kernels = document["results"]["kernels"]
+    assert kernels["columns"][:5] == ["group", "unet", "kind", "implementation", "us"]
+    assert len(kernels["rows"]) == 25  # 3 layers by 3 implementations, 8 chains by 2
+    assert document["results"]["unet"]["unets"]["ddpm_cifar"][0]["median_ms"] > 0
+    lines = output.read_text().splitlines()
+    assert sum(line.startswith("[") for line in lines) == 25  # one line a row
+
+
+def test_a_failed_stage_is_recorded_and_the_others_run(tmp_path):
+    exit_code, document = run(tmp_path, stage("tests", "raise SystemExit(3)"), stage("kernels", "pass"))
+    assert exit_code == 1
+    assert document["stages"]["tests"]["outcome"] == "failed"
+    assert document["stages"]["tests"]["exit_code"] == 3
+    assert document["stages"]["kernels"]["outcome"] == "passed"
+    assert document["device"] == "none"
+
+
+def test_exit_code_is_0_if_all_passed(tmp_path):
+    assert run(tmp_path, stage("tests", "pass"), stage("kernels", "pass"))[0] == 0
+
+
+def test_a_stage_over_its_share_is_stopped_and_keeps_its_rows(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    row = '{"group": "a", "us": 1.5}'
+    code = f"import time; f = open({str(rows)!r}, 'w'); f.write('{row}\\n' + '{row[:9]}'); f.close(); time.sleep(60)"
+    slow = stage("kernels", code, 1.0, lambda: gpu_suite.read_rows(rows))
+    start = time.monotonic()
+    exit_code, document = run(tmp_path, slow, stage("unet", "pass"), seconds=4.0)
+    assert time.monotonic() - start < 10
+    assert exit_code == 1
+    assert document["stages"]["kernels"]["outcome"] == "timed out"
+    assert document["stages"]["kernels"]["limit_seconds"] == pytest.approx(2.0, abs=0.2)
+    assert document["stages"]["unet"]["outcome"] == "passed"
+    assert document["results"]["kernels"] == {"columns": ["group", "us"], "rows": [["a", 1.5]]}
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, "benchmarks")
+from pathlib import Path
+from gpu_suite import Interruption, Stage, run_suite
+interruption = Interruption()
+interruption.install()
+command = [sys.executable, "-c"]
+stages = [
+    Stage("tests", [*command, "pass"], 1, lambda: {"finished": True}),
+    Stage("kernels", [*command, "import time; print('waiting', flush=True); time.sleep(60)"], 1),
+    Stage("unet", [*command, "pass"], 1),
+]
+sys.exit(run_suite(stages, 60, Path(sys.argv[1]), {}, interruption))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_finished_stages(tmp_path, number):
+    output = tmp_path / "results.json"
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert any(line == "waiting\n" for line in process.stdout)
+    os.kill(process.pid, number)
+    process.communicate(timeout=20)
+    assert process.returncode == 1
+    document = json.loads(output.read_text())
+    outcomes = {name: each["outcome"] for name, each in document["stages"].items()}
+    assert outcomes == {"tests": "passed", "kernels": "interrupted", "unet": "not run"}
+    assert document["results"] == {"tests": {"finished": True}}
+
+
+def test_stages_can_be_chosen_and_the_tests_leave_out_what_needs_no_gpu(tmp_path):
+    chosen = gpu_suite.stages(["unet", "tests"], full=False, dry_run=False, folder=tmp_path)
+    assert [each.name for each in chosen] == ["tests", "unet"]
+    ignored = [word.removeprefix("--ignore=") for word in chosen[0].command if word.startswith("--ignore=")]
+    assert ignored == list(gpu_suite.NOT_FOR_GPUS)
+    assert all((ROOT / path).exists() for path in ignored)
+    assert "--full" in gpu_suite.stages(["kernels"], full=True, dry_run=False, folder=tmp_path)[0].command
+
+
+def test_file_names_of_devices():
+    assert gpu_suite.environment.slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
