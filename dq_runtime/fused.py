@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -94,6 +95,36 @@ class LinearGroup:
         self._read, self._results = None, []
 
 
+class ForwardState:
+    """What the fused blocks of one UNet tell each other within a forward pass.
+
+    ``groups`` are the linears that read one tensor: time projections, cross-attention keys and values. ``statistics``
+    travel beside an activation from the convolution that made it to the norms that read it.
+    """
+
+    def __init__(self, groups: dict[str, LinearGroup]) -> None:
+        self.groups = groups
+        self._statistics: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(self, image: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+        """Keeps an image's statistics, if it has any, for whoever gets the same image; returns the image."""
+        if statistics.numel() and not torch.compiler.is_compiling():
+            self._statistics[id(image)] = (image, statistics)
+        return image
+
+    def recall(self, image: torch.Tensor | None) -> torch.Tensor | None:
+        """The statistics of an image, where they are known."""
+        if image is None or torch.compiler.is_compiling():
+            return None
+        return self._statistics.get(id(image), (None, None))[1]
+
+    def forget(self, *_: Any) -> None:
+        """Drops everything, at the end of a forward pass."""
+        self._statistics.clear()
+        for group in self.groups.values():
+            group.forget()
+
+
 def same_quantizer(layers: Iterable[Any]) -> bool:
     """Whether all are quantized linears, and quantize their input alike."""
     members = list(layers)
@@ -141,11 +172,20 @@ def layer_norm(norm: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def convolve(layer: Any, q: torch.Tensor, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, Any]:
-    """The convolution of a padded int8 image: NHWC, and the next norm's statistics if wanted."""
+def convolve(layer: Any, q: torch.Tensor, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution of a padded int8 image: NHWC, and the next norm's statistics (see ``ops.int4_conv2d``).
+
+    A linear layer is a 1x1 convolution.
+    """
+    weight = layer.weight
+    if isinstance(layer, QuantConv2d):
+        options |= {"stride": layer.stride, "dilation": layer.dilation}
+    else:
+        weight = weight[:, None, None]
+    act_scale, act_zero_point, index = tables(layer)
     return ops.int4_conv2d(
-        q, layer.weight, layer.weight_scale, layer.weight_sum, *tables(layer), layer.bias,
-        stride=layer.stride, dilation=layer.dilation, out_dtype=dtype, **options,
+        q, weight, layer.weight_scale, layer.weight_sum, act_scale, act_zero_point, index, layer.bias,
+        out_dtype=dtype, with_statistics=True, **options,
     )  # fmt: skip
 
 
@@ -158,7 +198,7 @@ def multiply(layer: Any, q: torch.Tensor, dtype: torch.dtype, residual: Any = No
 class FusedResnetBlock2D(ResnetBlock2D):
     """Group norm + SiLU + quantize, conv + time embedding + statistics, norm again, conv + residual."""
 
-    shared_inputs: dict[str, LinearGroup]
+    state: ForwardState
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
@@ -180,40 +220,44 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return all(type(conv) is QuantConv2d for conv in convolutions) and not self.training
 
     def forward(
-        self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, skip: Any = None, **kwargs: Any
+        self, input_tensor: torch.Tensor, temb: Any, *args: Any, skip: Any = None, **kwargs: Any
     ) -> torch.Tensor:
         """As ``ResnetBlock2D.forward``; ``skip`` stands for a concat behind ``input_tensor``."""
         if not self._fused_now():
             joined = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
             return super().forward(joined, temb, *args, **kwargs)
         dtype = input_tensor.dtype
+        statistics, skip_statistics = self.state.recall(input_tensor), self.state.recall(skip)
         x = input_tensor.permute(0, 2, 3, 1)
         skip = None if skip is None else skip.permute(0, 2, 3, 1)
         channel_add = None
         if temb is not None and self.time_emb_proj is not None:
-            group = self.shared_inputs.get("time_emb_proj")
+            group = self.state.groups.get("time_emb_proj")
             if group is not None and type(self.time_emb_proj) is QuantLinear:
                 channel_add = group.result(self.time_emb_proj, temb)
             else:
                 channel_add = self.time_emb_proj(self.nonlinearity(temb))
-        with_statistics = x.shape[1] * x.shape[2] % ops.STATISTICS_ROWS == 0
-        q = group_norm(self.norm1, self.conv1, x, skip=skip, padding=self.conv1.padding)
-        h, statistics = convolve(self.conv1, q, dtype, channel_add=channel_add, with_statistics=with_statistics)
         q = group_norm(
-            self.norm2, self.conv2, h, statistics=statistics if with_statistics else None, padding=self.conv2.padding
-        )
+            self.norm1, self.conv1, x, skip=skip, padding=self.conv1.padding, statistics=statistics,
+            skip_statistics=skip_statistics,
+        )  # fmt: skip
+        h, statistics = convolve(self.conv1, q, dtype, channel_add=channel_add)
+        q = group_norm(
+            self.norm2, self.conv2, h, padding=self.conv2.padding,
+            statistics=statistics if statistics.numel() else None,
+        )  # fmt: skip
         if self.conv_shortcut is not None:
             residual = multiply(self.conv_shortcut, quantize(self.conv_shortcut, x, skip=skip), dtype)
         else:
             residual = x
-        y, _ = convolve(self.conv2, q, dtype, residual=residual)
-        return y.permute(0, 3, 1, 2)
+        y, statistics = convolve(self.conv2, q, dtype, residual=residual)
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
     """Layer norm + quantize, one GEMM for q, k, v, residuals in the epilogues, GEGLU down to the next layer's int8."""
 
-    shared_inputs: dict[str, LinearGroup]
+    state: ForwardState
     self_attention: LinearGroup
 
     @staticmethod
@@ -254,7 +298,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         timestep: Any = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
+        cross_attention_kwargs: Any = None,
         class_labels: Any = None,
         added_cond_kwargs: Any = None,
     ) -> torch.Tensor:
@@ -271,7 +315,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             )  # fmt: skip
         x, dtype = hidden_states, hidden_states.dtype
         q = layer_norm(self.norm1, self.attn1.to_q, x)
-        x = _attend(self.attn1, *self.self_attention.multiply(q, dtype).chunk(3, dim=-1), residual=x)
+        query, key, value = self.self_attention.multiply(q, dtype).chunk(3, dim=-1)
+        x = _attend(self.attn1, query, key, value, residual=x)
         if self.attn2 is not None:
             query = multiply(self.attn2.to_q, layer_norm(self.norm2, self.attn2.to_q, x), dtype)
             if encoder_hidden_states is None:
@@ -291,7 +336,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         return multiply(down, q, dtype, residual=x)
 
     def _of_encoder(self, layer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        group = self.shared_inputs.get("encoder_hidden_states")
+        group = self.state.groups.get("encoder_hidden_states")
         return layer(encoder_hidden_states) if group is None else group.result(layer, encoder_hidden_states)
 
 
@@ -324,6 +369,8 @@ def _attend(
 class FusedTransformer2DModel(Transformer2DModel):
     """Group norm + quantize + projection to tokens; projection back with the residual, all channels last."""
 
+    state: ForwardState
+
     @staticmethod
     def can_fuse(block: Any) -> bool:
         """Whether the block is built the way that this forward knows."""
@@ -335,7 +382,8 @@ class FusedTransformer2DModel(Transformer2DModel):
     def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
         if not self._fused_now():
             return super()._operate_on_continuous_inputs(hidden_states)
-        q = group_norm(self.norm, self.proj_in, hidden_states.permute(0, 2, 3, 1), silu=False)
+        statistics = self.state.recall(hidden_states)
+        q = group_norm(self.norm, self.proj_in, hidden_states.permute(0, 2, 3, 1), silu=False, statistics=statistics)
         tokens = multiply(self.proj_in, q.flatten(1, 2), hidden_states.dtype)
         return tokens, tokens.shape[-1]
 
@@ -352,14 +400,15 @@ class FusedTransformer2DModel(Transformer2DModel):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
-        q = quantize(self.proj_out, hidden_states)
-        pixels = residual.permute(0, 2, 3, 1).flatten(1, 2)
-        y = multiply(self.proj_out, q, hidden_states.dtype, residual=pixels)
-        return y.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        q = quantize(self.proj_out, hidden_states).unflatten(1, (height, width))
+        y, statistics = convolve(self.proj_out, q, hidden_states.dtype, residual=residual.permute(0, 2, 3, 1))
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
 class FusedUpsample2D(Upsample2D):
     """Nearest doubling folded into the addressing of the convolution."""
+
+    state: ForwardState
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
@@ -379,8 +428,27 @@ class FusedUpsample2D(Upsample2D):
         if (output_size is not None and list(output_size) != doubled) or type(self.conv) is not QuantConv2d:
             return super().forward(hidden_states, output_size, *args, **kwargs)
         q = quantize(self.conv, hidden_states.permute(0, 2, 3, 1), padding=(1, 1))
-        y, _ = convolve(self.conv, q, hidden_states.dtype, upsample=True)
-        return y.permute(0, 3, 1, 2)
+        y, statistics = convolve(self.conv, q, hidden_states.dtype, upsample=True)
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+class FusedDownsample2D(Downsample2D):
+    """The strided convolution, with the next norm's statistics."""
+
+    state: ForwardState
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """Whether the block is built the way that this forward knows."""
+        return bool(block.use_conv) and block.norm is None and block.padding > 0 and type(block.conv) is QuantConv2d
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As ``Downsample2D.forward``."""
+        if type(self.conv) is not QuantConv2d:
+            return super().forward(hidden_states, *args, **kwargs)
+        q = quantize(self.conv, hidden_states.permute(0, 2, 3, 1), padding=self.conv.padding)
+        y, statistics = convolve(self.conv, q, hidden_states.dtype)
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
 class FusedUpBlock2D(UpBlock2D):
@@ -445,6 +513,7 @@ FUSED = {
     BasicTransformerBlock: FusedBasicTransformerBlock,
     Transformer2DModel: FusedTransformer2DModel,
     Upsample2D: FusedUpsample2D,
+    Downsample2D: FusedDownsample2D,
     UpBlock2D: FusedUpBlock2D,
     CrossAttnUpBlock2D: FusedCrossAttnUpBlock2D,
 }
@@ -463,23 +532,18 @@ def fuse(unet: Any) -> dict[str, str]:
         raise ValueError("The UNet is not quantized: calibrate it, or load a quantized one, before fuse()")
     if any(type(module) in FUSED.values() for module in unet.modules()):
         raise ValueError("The UNet is fused already")
-    shared = _shared_inputs(unet)
+    state = ForwardState(_shared_inputs(unet))
     fused = {}
     for stock, fast in FUSED.items():
         for name, module in unet.named_modules():
             if type(module) is stock and fast.can_fuse(module):
                 module.__class__ = fast
-                module.shared_inputs = shared
+                module.state = state
                 if isinstance(module, FusedBasicTransformerBlock):
-                    attention = module.attn1
+                    attention: Any = module.attn1
                     module.self_attention = LinearGroup([attention.to_q, attention.to_k, attention.to_v])
                 fused[name] = stock.__name__
-
-    def forget(*_: Any) -> None:
-        for group in shared.values():
-            group.forget()
-
-    unet.register_forward_hook(forget)
+    unet.register_forward_hook(state.forget)
     return fused
 
 
@@ -489,9 +553,8 @@ def _shared_inputs(unet: nn.Module) -> dict[str, LinearGroup]:
     projections = [block.time_emb_proj for block in unet.modules() if type(block) is ResnetBlock2D]
     if projections and same_quantizer(projections):
         shared["time_emb_proj"] = LinearGroup(projections, F.silu)
-    cross = [
-        block.attn2 for block in unet.modules() if type(block) is BasicTransformerBlock and block.attn2 is not None
-    ]
+    blocks: list[Any] = [block for block in unet.modules() if type(block) is BasicTransformerBlock]
+    cross = [block.attn2 for block in blocks if block.attn2 is not None]
     of_encoder = [layer for attention in cross for layer in (attention.to_k, attention.to_v)]
     if of_encoder and same_quantizer(of_encoder):
         shared["encoder_hidden_states"] = LinearGroup(of_encoder)

@@ -43,6 +43,8 @@ class CudaGraphRunner:
         graph.replay()
         return pytree.tree_map_only(torch.Tensor, torch.clone, result)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _capture(self, leaves: list[Any], structure: Any) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, structure)
@@ -71,12 +73,8 @@ def enable_cuda_graphs(unet: Any) -> None:
     Weights and adapters must not change afterwards: call ``disable_cuda_graphs`` first.
 
     Raises:
-        ValueError: if the UNet is not quantized, not on a CUDA device, or replays graphs already.
+        ValueError: if the UNet is not on a CUDA device, or replays graphs already.
     """
-    if not hasattr(unet, "timestep_grid"):
-        raise ValueError(
-            "The UNet is not quantized: calibrate it, or load a quantized one, before enable_cuda_graphs()"
-        )
     if unet.device.type != "cuda":
         raise ValueError(f"CUDA graphs need the UNet on a CUDA device, it is on {unet.device}: move it first")
     if isinstance(unet.__dict__.get("forward"), CudaGraphRunner):

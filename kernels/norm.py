@@ -22,7 +22,7 @@ from dq_kernels.tuning import launch_options, use_pdl, use_ptx
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 STATISTICS_CHANNELS = 64
-LAYER_NORM_TILE, LAYER_NORM_WARPS = 8192, 8  # elements, and who shares them
+LAYER_NORM_TILE, LAYER_NORM_WARPS = 8192, 4  # elements, and who shares them
 
 
 @triton.jit

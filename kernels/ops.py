@@ -504,11 +504,11 @@ def int4_conv2d(
         stride, dilation: (vertical, horizontal), as in ``torch.nn.Conv2d``.
         upsample: double the image first (nearest), inside its border of 1; for a 3x3 kernel and stride 1.
         out_dtype: float16, bfloat16 or float32.
-        with_statistics: whether the next group norm's statistics are wanted; for whole runs of STATISTICS_ROWS pixels.
+        with_statistics: whether the next group norm's statistics are wanted.
 
     Returns:
         [B, OH, OW, N] ``out_dtype``, contiguous, and the sum and centred sum of squares of each channel over each run
-        of pixels, [B, OH OW / STATISTICS_ROWS, 2, N] fp32 (empty unless wanted).
+        of pixels, [B, OH OW / STATISTICS_ROWS, 2, N] fp32; empty unless wanted, and where the runs would not be whole.
 
     Raises:
         ValueError: on any other dtype, shape or layout.
@@ -556,13 +556,8 @@ def int4_conv2d(
         }.items():
             if part is not None:
                 raise ValueError(f"{op}: {name} came without a skip")
-    if with_statistics and size[0] * size[1] % STATISTICS_ROWS:
-        raise ValueError(
-            f"{op}: statistics come for whole runs of {STATISTICS_ROWS} pixels, the result has {size[0]} x {size[1]}; "
-            "leave them to group_norm_quantize"
-        )
     return torch.ops.dq_kernels.int4_conv2d.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, channel_add, residual,
         skip, skip_weight, skip_weight_sum, skip_act_scale, skip_act_zero_point, stride, dilation, upsample, out_dtype,
-        with_statistics,
+        with_statistics and size[0] * size[1] % STATISTICS_ROWS == 0,
     )  # fmt: skip
