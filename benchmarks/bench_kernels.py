@@ -31,9 +31,9 @@ import torch
 from kernel_cases import Case, cases, prepare
 from kernel_sides import BASELINE, CHAINS, CUDA, OURS, Side, layer_error, relative_error
 from peers import PEERS
+from timing import captured, copies_to_rotate
 
 ROUNDS, WARMUP = (9, 2) if CUDA else (3, 1)
-MIN_CALLS, MAX_CALLS = 8, 256  # of a CUDA graph
 LAYER_TOLERANCE = 2e-3  # one rounding of the result to fp16
 CHAIN_TOLERANCE = 0.05  # 8-bit activations: a step of 0.03 to 0.1 against values of about 1, once or twice
 
@@ -59,7 +59,8 @@ def test_time(benchmark: Any, record_row: Callable[[dict[str, Any]], None], case
             pytest.skip(f"{case.implementation} does not run here: {error!r}"[:300])
         raise
     if CUDA:
-        round_us, calls = graph_round([side, *(prepare(case) for _ in range(copies(side.bytes) - 1))])
+        sides = [side, *(prepare(case) for _ in range(copies_to_rotate(side.bytes) - 1))]
+        round_us, calls = captured([side.run for side in sides]), len(sides)
     else:
         round_us, calls = host_round(side), 1
     times: list[float] = []
@@ -77,35 +78,6 @@ def check(case: Case) -> None:
     else:
         ours, baseline = CHAINS[case.chain](case.shapes)
         assert relative_error(ours.to_floats(ours.run()), baseline.to_floats(baseline.run())) < CHAIN_TOLERANCE
-
-
-def copies(size: int) -> int:
-    """How many sets of ``size`` bytes a round reads, so that none of them is still in the L2 cache the next time."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(MAX_CALLS, max(MIN_CALLS, math.ceil(2 * cache / size)))
-
-
-def graph_round(sides: list[Side]) -> tuple[Callable[[], float], int]:
-    """Replays one call of each side as a CUDA graph; returns the function, which gives us per call, and the calls."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # compiles and autotunes before the capture
-        for _ in range(2):
-            sides[0].run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for side in sides:
-            side.run()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def replay() -> float:
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return 1e3 * begin.elapsed_time(end) / len(sides)
-
-    return replay, len(sides)
 
 
 def host_round(side: Side) -> Callable[[], float]:

@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--row", action="append", default=[], help="only this row; may be repeated")
-    parser.add_argument("--compile-mode", default="max-autotune", help="of torch.compile (default: %(default)s)")
+    parser.add_argument("--compile-mode", default="reduce-overhead", help="of torch.compile (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="where the JSON goes; written after each UNet")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True

@@ -9,14 +9,16 @@ came, so an interruption (Ctrl-C, SIGTERM) loses nothing that was finished. A fa
 the exit code is 1 if any stage did not pass.
 
   tests    the test suite on the GPU, without what needs none and takes minutes: tests/kernels/test_static.py (compiles
-           for other GPUs), tests/test_package.py (builds wheels) and tests/examples (trains, samples on the CPU)
+           for other GPUs), tests/test_package.py (builds wheels), tests/examples (trains, samples on the CPU) and
+           tests/benchmarks (runs benchmarks on the CPU); side by side where pytest-xdist is installed
   kernels  benchmarks/bench_kernels.py; --full for every shape
-  unet     benchmarks/bench_unet.py for SD1.5
+  unet     benchmarks/bench_unet.py for SD1.5 and SDXL
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -33,7 +35,8 @@ from typing import Any
 import environment
 
 ROOT = Path(__file__).parents[1]
-NOT_FOR_GPUS = ("tests/kernels/test_static.py", "tests/test_package.py", "tests/examples")
+NOT_FOR_GPUS = ("tests/kernels/test_static.py", "tests/test_package.py", "tests/examples", "tests/benchmarks")
+TEST_PROCESSES = 8
 GRACE = 5.0  # seconds between asking a stage to stop and killing it
 POLL = 0.1  # seconds between looks at a stage
 
@@ -66,7 +69,9 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
     """The stages by name; what they write goes to ``folder``."""
     rows, unets = folder / "rows.jsonl", folder / "unets.json"
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    tests = [*pytest, "-x", "tests", *(f"--ignore={path}" for path in NOT_FOR_GPUS)]
+    tests = [*pytest, "--maxfail=20", "tests", *(f"--ignore={path}" for path in NOT_FOR_GPUS)]
+    if importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", str(TEST_PROCESSES)]
     kernels = [*pytest, "benchmarks/bench_kernels.py", f"--rows={rows}", "--benchmark-columns=median,iqr,rounds"]
     unet = [sys.executable, "benchmarks/bench_unet.py", "--output", str(unets)]
     if dry_run:
@@ -75,7 +80,7 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
         unet += ["--device", "cpu", "--unet", "ddpm_cifar", "--batch", "1", "--rounds", "1"]
     else:
         kernels += ["--full"] if full else []
-        unet += ["--unet", "sd15"]
+        unet += ["--unet", "sd15", "--unet", "sdxl"]
     every = (
         Stage("tests", tests, 3),
         Stage("kernels", kernels, 3, lambda: read_rows(rows)),

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from dq_kernels import norm, quantize
 from dq_kernels.gemm import STATISTICS_ROWS, int4_gemm_kernel
-from dq_kernels.tuning import NVIDIA_ARCHITECTURES, LaunchConfig, tuned_shapes
+from dq_kernels.tuning import AMD_FILE, FILES, LaunchConfig, tuned_shapes
 
 TARGETS = {
     **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100)},
@@ -65,6 +65,7 @@ class Use:
     odd: tuple[str, ...] = ("num_timesteps",)
     types: Mapping[str, str] = field(default_factory=dict)
     fp_fusion: bool = True
+    num_warps: int = 4
 
     def configs(self, target: str) -> list[LaunchConfig | None]:
         """The configurations that are shipped for the target, as far as the compiler can tell them apart."""
@@ -74,17 +75,18 @@ class Use:
         return list(dict.fromkeys(self._compiled(shape.config) for shape in shapes))
 
     def _compiled(self, config: LaunchConfig) -> LaunchConfig:
-        """As the operators pass it on, with one number for all of ``group_m``, and of ``split_k`` beyond 1."""
-        splits = "skip_ptr" in self.constants and self.constants["ACTIVATION"] != "geglu"
+        """As ``gemm.launch`` passes it on, with one number for all of ``group_m``, and of ``split_k`` beyond 1."""
+        has_skip = "skip_ptr" not in self.constants
+        splits = not has_skip and self.constants["ACTIVATION"] != "geglu"
         config = replace(config, group_m=1, split_k=min(config.split_k, 2) if splits else 1)
-        return config.with_whole_runs(STATISTICS_ROWS) if "statistics_ptr" not in self.constants else config
+        if "statistics_ptr" not in self.constants:
+            config = config.with_whole_runs(STATISTICS_ROWS)
+        return config.with_fewer_registers() if has_skip or not self.constants["TILE_IN_SAMPLE"] else config
 
 
 def tuning_file(target: str) -> str:
-    """The tuning file that serves a target, by the rule of ``tuning.architecture``."""
-    if TARGETS[target].backend == "hip":
-        return target
-    return f"sm_{max(number for number in NVIDIA_ARCHITECTURES if number <= TARGETS[target].arch)}"
+    """The tuning file that serves a target."""
+    return AMD_FILE if TARGETS[target].backend == "hip" else FILES[TARGETS[target].arch]
 
 
 def _gemm(
@@ -98,20 +100,29 @@ def _gemm(
     return Use(int4_gemm_kernel, name, constants, op, types=types or {})
 
 
-# Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels, and then also tiles with rows of two samples.
-RAGGED = {"EVEN_K": False, "TILE_IN_SAMPLE": False}
+# Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels. Across samples: a tile has rows of two.
+RAGGED, ACROSS = {"EVEN_K": False}, {"TILE_IN_SAMPLE": False}
 TO_INT8 = {"out_ptr": INT8}
 GEMM_USES = (
     _gemm("linear, even K", "linear", "bias_ptr"),
     _gemm("linear, ragged K, residual", "linear", "bias_ptr", "residual_ptr", **RAGGED),
+    _gemm("linear, ragged K, residual, across samples", "linear", "bias_ptr", "residual_ptr", **RAGGED, **ACROSS),
     _gemm("linear, GELU, quantized", "linear", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="gelu"),
-    _gemm("linear, GEGLU, quantized", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="geglu"),
-    _gemm("conv 3x3, even K", "conv2d", "bias_ptr", size=3),
-    _gemm("conv 3x3, ragged K, addends", "conv2d", "bias_ptr", "channel_add_ptr", "residual_ptr", size=3, **RAGGED),
-    _gemm("conv 3x3, upsampled", "conv2d", "bias_ptr", size=3, UPSAMPLE=True),
-    _gemm("conv 3x3, statistics", "conv2d", "bias_ptr", "channel_add_ptr", "statistics_ptr", size=3),
-    _gemm("conv 1x1, skip", "conv2d", "bias_ptr", *SKIP),
-)
+    _gemm("linear, GEGLU, quantized", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="geglu", **RAGGED),
+    _gemm("conv 1x1, residual, statistics", "linear", "bias_ptr", "residual_ptr", "statistics_ptr"),
+    _gemm("conv 1x1, skip", "linear", "bias_ptr", *SKIP),
+    _gemm("conv 3x3, even K, addend, statistics", "conv2d", "bias_ptr", "channel_add_ptr", "statistics_ptr", size=3),
+    _gemm(
+        "conv 3x3, ragged K, residual, statistics", "conv2d", "bias_ptr", "residual_ptr", "statistics_ptr", size=3,
+        **RAGGED,
+    ),
+    _gemm(
+        "conv 3x3, ragged K, addend, across samples", "conv2d", "bias_ptr", "channel_add_ptr", size=3,
+        **RAGGED, **ACROSS,
+    ),
+    _gemm("conv 3x3, stride 2", "conv2d", "bias_ptr", size=3, STRIDE_H=2, STRIDE_W=2),
+    _gemm("conv 3x3, upsampled, statistics", "conv2d", "bias_ptr", "statistics_ptr", size=3, UPSAMPLE=True),
+)  # fmt: skip
 _TO_INT8 = {"x_ptr": FP16, "skip_ptr": FP16, "weight_ptr": FP16, "out_ptr": INT8}
 _TO_STATISTICS = {"x_ptr": FP16, "out_ptr": FP32}
 _QUANTIZE = partial(Use, quantize.quantize_kernel, types=_TO_INT8, fp_fusion=False)
@@ -119,12 +130,14 @@ _QUANTIZE_TILE = {"BITS": 8, "BLOCK_L": quantize.BLOCK_LENGTH, "BLOCK_K": quanti
 _UNPADDED, _PADDED = {"PAD_H": 0, "PAD_W": 0}, {"PAD_H": 1, "PAD_W": 1}
 _CHANNELS_LAST, _CHANNELS_FIRST = {"stride_k": 1}, {"stride_l": 1}
 _CHANNEL_STATISTICS = partial(Use, norm.channel_statistics_kernel, types=_TO_STATISTICS)
-_STATISTICS_TILE = {"ROWS": STATISTICS_ROWS, "BLOCK_K": norm.BLOCK_CHANNELS}
+_STATISTICS_TILE = {"ROWS": STATISTICS_ROWS, "BLOCK_K": norm.STATISTICS_CHANNELS}
 _GROUP_STATISTICS = partial(Use, norm.group_statistics_kernel, types={"out_ptr": FP32}, odd=())
 _GROUPS = {"NUM_GROUPS": 32, "ROWS": STATISTICS_ROWS, "BLOCK_R": 32}
 _GROUP_NORM = partial(Use, norm.group_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False)
 _NORM_TILE = {"NUM_GROUPS": 32, "SILU": True, "BITS": 8, "BLOCK_L": norm.BLOCK_LENGTH, "BLOCK_K": norm.BLOCK_CHANNELS}
-_LAYER_NORM = partial(Use, norm.layer_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False)
+_LAYER_NORM = partial(
+    Use, norm.layer_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False, num_warps=norm.LAYER_NORM_WARPS
+)
 OTHER_USES = (
     _QUANTIZE("channels last", _QUANTIZE_TILE | _UNPADDED | _CHANNELS_LAST),
     _QUANTIZE("channels last, padded", _QUANTIZE_TILE | _PADDED | _CHANNELS_LAST),
@@ -136,8 +149,10 @@ OTHER_USES = (
     _GROUP_STATISTICS("2560 channels, skip", _GROUPS | {"BLOCK_K": 128}),
     _GROUP_NORM("padded", _NORM_TILE | _PADDED | {"stride_k": 1, "skip_stride_k": 1, "skip_ptr": None}),
     _GROUP_NORM("padded, skip", _NORM_TILE | _PADDED | {"stride_k": 1, "skip_stride_k": 1}),
-    _LAYER_NORM("320 channels", {"BITS": 8, "BLOCK_M": 4, "BLOCK_K": 512}),
-    _LAYER_NORM("1280 channels", {"BITS": 8, "BLOCK_M": 1, "BLOCK_K": 2048}),
+    *(
+        _LAYER_NORM(f"{channels} channels", {"BITS": 8, "BLOCK_M": norm.LAYER_NORM_TILE // block, "BLOCK_K": block})
+        for channels, block in ((320, 512), (640, 1024), (1280, 2048))
+    ),
 )
 USES = {(use.kernel.__name__.removesuffix("_kernel"), use.name): use for use in (*GEMM_USES, *OTHER_USES)}
 
@@ -146,12 +161,16 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
     """Compiles as the JIT does at a launch."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile kernels")
-    constants = dict(use.constants) | {"PTX": TARGETS[target].backend == "cuda"}
-    options: dict[str, Any] = {"num_warps": 4} if use.fp_fusion else {"num_warps": 4, "enable_fp_fusion": False}
+    is_nvidia = TARGETS[target].backend == "cuda"
+    is_dependent = is_nvidia and TARGETS[target].arch >= 90
+    constants = dict(use.constants) | {"PTX": is_nvidia, "PDL": is_dependent}
+    options: dict[str, Any] = {"num_warps": use.num_warps}
+    options |= {} if use.fp_fusion else {"enable_fp_fusion": False}
+    options |= {"launch_pdl": True} if is_dependent else {}
     if config is not None:
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
         constants |= {"IS_SPLIT": config.split_k > 1}
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
         if config.split_k > 1:
             constants = {name: value for name, value in constants.items() if name not in PARTIAL}
     return _compile(use.kernel, target, constants, use.odd, TYPES | dict(use.types), options)

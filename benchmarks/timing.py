@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-# Weights come from memory in a real forward pass: rotating copies of more than the L2 cache keep it so here.
-ROTATED_BYTES = 100_000_000
-MAX_COPIES = 16
+MIN_CALLS, MAX_CALLS = 8, 256  # of a graph
 
 
 def copies_to_rotate(tensor_bytes: int) -> int:
-    """How many copies of a tensor exceed the L2 cache, within reason."""
-    return min(MAX_COPIES, max(2, -(-ROTATED_BYTES // max(tensor_bytes, 1))))
+    """How many copies of tensors, of so many bytes together, a graph reads to find none in the L2 cache again."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(MAX_CALLS, max(MIN_CALLS, -(-2 * cache // max(tensor_bytes, 1))))
 
 
-def graph_microseconds(call: Callable[[int], Any], copies: int, replays: int = 5) -> float:
-    """Median time of one call in microseconds; ``call(i)`` works on copy i. The first call compiles."""
-    call(0)
+def captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
+    """The calls as one CUDA graph: a function that replays it and gives the microseconds of one call."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiles and autotunes before the capture
+        for _ in range(2):
+            calls[0]()
     torch.cuda.synchronize()
-    calls = max(copies, 8)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(calls):
-            call(index % copies)
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for call in calls:
+            call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay() -> float:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / calls)
-    return statistics.median(times)
+        return 1e3 * begin.elapsed_time(end) / len(calls)
+
+    return replay
+
+
+def graph_microseconds(call: Callable[[int], Any], copies: int, replays: int = 5) -> float:
+    """Median time of one call in microseconds; ``call(i)`` works on copy i."""
+    replay = captured([partial(call, index % copies) for index in range(max(copies, MIN_CALLS))])
+    replay()
+    return statistics.median(replay() for _ in range(replays))

@@ -75,9 +75,8 @@ class Problem:
 
     def __init__(self, launch: Launch, device: str, copies: int | None = None) -> None:
         self.launch = launch
-        if copies is None:
-            copies = copies_to_rotate(torch.Size(launch.weight).numel())
-        self.copies = copies
+        # Weights come from memory in a real forward pass, activations from the layer before.
+        self.copies = copies or copies_to_rotate(torch.Size(launch.weight).numel())
         self.weights = [
             torch.randint(0, 256, launch.weight, dtype=torch.uint8, device=device) for _ in range(self.copies)
         ]

@@ -1,7 +1,7 @@
 """dq_runtime: packed-INT4 diffusion UNets for diffusers, by DilateQuant, on Triton kernels.
 
 Importing it registers the quantization method with diffusers, so that stock ``from_pretrained`` loads packed
-checkpoints. Calibration loads on first use: inference does not need it.
+checkpoints. Calibration, fused blocks and CUDA graphs load on first use.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from dq_runtime.layers import QuantConv2d, QuantLinear
 if TYPE_CHECKING:
     from dq_runtime.calibration.calibrate import calibrate
     from dq_runtime.calibration.collect import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
+    from dq_runtime.fused import fuse
+    from dq_runtime.graphs import disable_cuda_graphs, enable_cuda_graphs
 
-_CALIBRATION = {
-    "calibrate": "calibrate",
-    "CalibrationSet": "collect",
-    "collect_from_pipeline": "collect",
-    "collect_from_scheduler": "collect",
-    "record": "collect",
+_ON_FIRST_USE = {
+    "calibrate": "calibration.calibrate",
+    "CalibrationSet": "calibration.collect",
+    "collect_from_pipeline": "calibration.collect",
+    "collect_from_scheduler": "calibration.collect",
+    "record": "calibration.collect",
+    "fuse": "fused",
+    "enable_cuda_graphs": "graphs",
+    "disable_cuda_graphs": "graphs",
 }
 
 __all__ = [
@@ -34,6 +39,9 @@ __all__ = [
     "collect_from_pipeline",
     "collect_from_scheduler",
     "dequantize",
+    "disable_cuda_graphs",
+    "enable_cuda_graphs",
+    "fuse",
     "record",
 ]
 __version__ = "0.1.0"
@@ -42,8 +50,8 @@ register()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CALIBRATION:
+    if name in _ON_FIRST_USE:
         from importlib import import_module
 
-        return getattr(import_module(f"dq_runtime.calibration.{_CALIBRATION[name]}"), name)
+        return getattr(import_module(f"dq_runtime.{_ON_FIRST_USE[name]}"), name)
     raise AttributeError(f"module 'dq_runtime' has no attribute {name!r}")

@@ -28,7 +28,12 @@ class CudaGraphRunner:
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
 
     def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the UNet's forward; the result is a copy that later calls leave alone."""
+        """As the UNet's forward; the result is a copy that later calls leave alone.
+
+        With an adapter loaded the forward runs without a graph: the adapter and its scale may change at any call.
+        """
+        if getattr(self.unet, "_hf_peft_config_loaded", False):
+            return self.eager_forward(sample, timestep, *args, **kwargs)
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.tensor(timestep, device=sample.device)
         leaves, structure = pytree.tree_flatten(((sample, timestep.to(sample.device), *args), kwargs))
@@ -70,7 +75,8 @@ class CudaGraphRunner:
 def enable_cuda_graphs(unet: Any) -> None:
     """Makes a UNet replay CUDA graphs, in place; the first call with new shapes captures one.
 
-    Weights and adapters must not change afterwards: call ``disable_cuda_graphs`` first.
+    Afterwards weights may change in place alone (``load_state_dict``). Before the UNet is moved, quantized or turned
+    back, call ``disable_cuda_graphs``.
 
     Raises:
         ValueError: if the UNet is not on a CUDA device, or replays graphs already.

@@ -326,7 +326,6 @@ BAD_ARGUMENTS = {
     "stride-0": of("int4_conv2d", "stride", "at least 1", lambda _: (0, 1)),
     "dilation-0": of("int4_conv2d", "dilation", "at least 1", lambda _: (1, 0)),
     "upsample-of-stride-2": of("int4_conv2d", "upsample", "upsampling takes .* stride", lambda _: True),
-    "with_statistics-of-cut-runs": of("int4_conv2d", "with_statistics", "runs of 64 pixels", lambda _: True),
 }
 
 
@@ -486,3 +485,12 @@ def test_gpu_takes_a_residual_of_any_strides(make, to_device, relative_rms):
         arguments[name] = arguments[name].transpose(0, -1).contiguous().transpose(0, -1)
 
     assert relative_rms(ops.int4_conv2d(**arguments)[0].cpu(), expected) < 1e-6
+
+
+def test_statistics_of_runs_that_would_not_be_whole_are_empty(conv2d_arguments):
+    arguments, _ = conv2d_arguments((2, 6, 7, 8), 16)
+
+    y, statistics = ops.int4_conv2d(**arguments | {"with_statistics": True})
+
+    assert y.shape[1] * y.shape[2] % ops.STATISTICS_ROWS
+    assert statistics.shape == (0, 0, 2, 16)

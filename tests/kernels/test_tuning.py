@@ -33,9 +33,7 @@ def lookup(monkeypatch):
 
 
 def test_there_is_a_file_for_every_architecture_that_we_serve():
-    served = [*(f"sm_{number}" for number in tuning.NVIDIA_ARCHITECTURES), tuning.AMD_ARCHITECTURE]
-
-    assert [path.stem for path in FILES] == sorted(served)
+    assert [path.stem for path in FILES] == sorted({*tuning.FILES.values(), tuning.AMD_FILE})
 
 
 def test_file_says_for_what_and_whence_it_is(file):
@@ -69,7 +67,7 @@ def test_configurations_fit_the_architecture(file):
         # Two blocks of activations meet one of packed weights, for GEGLU two. AMD's pipeline has one buffer fewer.
         weight_tiles = 2 if shape.op == "linear_geglu" else 1
         step = weight_tiles * config.block_n * config.block_k + 2 * config.block_m * config.block_k
-        buffers = max(1, config.num_stages - 1) if file.stem == tuning.AMD_ARCHITECTURE else config.num_stages
+        buffers = max(1, config.num_stages - 1) if file.stem == tuning.AMD_FILE else config.num_stages
         assert buffers * step <= SHARED_MEMORY[file.stem], f"{shape}: more shared memory than there is"
 
 
@@ -162,15 +160,17 @@ def test_tiles_of_whole_runs_keep_all_else(block_m, expected):
         ((7, 0), "sm_80"),
         ((7, 5), "sm_80"),
         ((8, 0), "sm_80"),
-        ((8, 6), "sm_80"),
+        ((8, 6), "sm_89"),
         ((8, 9), "sm_89"),
         ((9, 0), "sm_90"),
         ((10, 0), "sm_90"),
-        ((12, 1), "sm_90"),
+        ((10, 3), "sm_90"),
+        ((12, 0), "sm_89"),
+        ((12, 1), "sm_89"),
     ],
     ids=str,
 )
-def test_nvidia_gpu_takes_the_newest_file_that_is_not_newer_than_itself(monkeypatch, capability, expected):
+def test_nvidia_gpu_takes_the_file_of_what_it_resembles(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -199,3 +199,27 @@ def test_ptx_is_for_nvidia_gpus_alone(monkeypatch, hip, interpret, expected):
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
 
     assert tuning.use_ptx.__wrapped__() is expected
+
+
+@pytest.mark.parametrize(
+    ("tile", "expected"),
+    [
+        ((128, 128, 64, 8, 3), (128, 128, 64, 8, 3)),  # 64 accumulators a thread
+        ((64, 128, 64, 4, 4), (64, 128, 64, 4, 4)),
+        ((256, 64, 64, 4, 3), (128, 64, 64, 4, 3)),
+        ((256, 128, 64, 8, 3), (128, 64, 64, 4, 3)),
+    ],
+    ids=str,
+)
+def test_tiles_with_fewer_registers_hold_64_accumulators_a_thread(tile, expected):
+    config = LaunchConfig(*tile, group_m=4, split_k=2)
+
+    assert config.with_fewer_registers() == LaunchConfig(*expected, group_m=4, split_k=2)
+
+
+def test_programs_follow_each_other_early_since_hopper_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "use_ptx", lambda: True)
+    for capability, expected in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert tuning.use_pdl.__wrapped__() is expected

@@ -1,0 +1,63 @@
+"""What a GPU reaches at best: the ceilings under which measured times are read.
+
+    python benchmarks/ceilings.py [--output benchmarks/results/ceilings_<device>.json]
+
+Random data, medians over CUDA graphs: a product of 8192 x 8192 x 8192 in fp16 (cuBLAS) and int8 (cuBLASLt, through
+``torch._int_mm``), the same with our INT4 weights in the fastest of a few tiles, and a copy of 1 GiB, counting bytes
+read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import environment
+import torch
+from launches import Launch
+from timing import graph_microseconds
+from tune import Problem
+
+from dq_kernels.tuning import LaunchConfig
+
+SIZE = 8192
+COPIED_BYTES = 2**30
+TILES = ((128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 16), (64, 128, 128, 4, 3, 16), (256, 128, 64, 8, 3, 8))
+
+
+def measure() -> dict[str, float]:
+    """TFLOP/s, TOP/s and TB/s."""
+    operations = 2 * SIZE**3
+    a, b = (torch.randn(SIZE, SIZE, device="cuda", dtype=torch.float16) for _ in range(2))
+    q, w = (torch.randint(-128, 128, (SIZE, SIZE), device="cuda", dtype=torch.int8) for _ in range(2))
+    problem = Problem(Launch("linear", SIZE, SIZE, SIZE, (1, SIZE, SIZE), (SIZE, SIZE // 2)), "cuda", copies=1)
+    source = torch.empty(COPIED_BYTES, device="cuda", dtype=torch.int8)
+    target = torch.empty_like(source)
+
+    def int4_microseconds(tile: tuple[int, ...]) -> float:
+        return graph_microseconds(lambda _: problem.run(LaunchConfig(*tile)), 1)
+
+    return {
+        "fp16_tflops": operations / graph_microseconds(lambda _: torch.mm(a, b), 1) / 1e6,
+        "int8_tops": operations / graph_microseconds(lambda _: torch._int_mm(q, w.t()), 1) / 1e6,
+        "int4_tops": operations / min(map(int4_microseconds, TILES)) / 1e6,
+        "copy_tbps": 2 * COPIED_BYTES / graph_microseconds(lambda _: target.copy_(source), 1) / 1e6,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="where the JSON goes (default: by the device's name)")
+    arguments = parser.parse_args()
+    about = environment.describe()
+    name = f"ceilings_{environment.slug(about['device'])}.json"
+    output = arguments.output or Path(__file__).parent / "results" / name
+    ceilings = measure()
+    output.write_text(json.dumps({**about, **ceilings}, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(ceilings, indent=1))
+
+
+if __name__ == "__main__":
+    main()
