@@ -76,12 +76,14 @@ class Use:
 
     def _compiled(self, config: LaunchConfig) -> LaunchConfig:
         """As ``gemm.launch`` passes it on, with one number for all of ``group_m``, and of ``split_k`` beyond 1."""
-        has_skip = "skip_ptr" not in self.constants
-        splits = not has_skip and self.constants["ACTIVATION"] != "geglu"
-        config = replace(config, group_m=1, split_k=min(config.split_k, 2) if splits else 1)
+        has_skip, is_split = "skip_ptr" not in self.constants, config.split_k > 1
+        is_geglu, is_quantized = self.constants["ACTIVATION"] == "geglu", "next_scale_ptr" not in self.constants
+        config = replace(config, group_m=1, split_k=2 if is_split and not has_skip and not is_geglu else 1)
         if "statistics_ptr" not in self.constants:
             config = config.with_whole_runs(STATISTICS_ROWS)
-        return config.with_fewer_registers() if has_skip or not self.constants["TILE_IN_SAMPLE"] else config
+        if has_skip or (is_quantized and not is_geglu) or not self.constants["TILE_IN_SAMPLE"]:
+            config = config.with_fewer_registers()
+        return config
 
 
 def tuning_file(target: str) -> str:
@@ -109,6 +111,10 @@ GEMM_USES = (
     _gemm("linear, ragged K, residual, across samples", "linear", "bias_ptr", "residual_ptr", **RAGGED, **ACROSS),
     _gemm("linear, GELU, quantized", "linear", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="gelu"),
     _gemm("linear, GEGLU, quantized", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="geglu", **RAGGED),
+    _gemm(
+        "linear, GEGLU, quantized, across samples", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8,
+        ACTIVATION="geglu", **RAGGED, **ACROSS,
+    ),
     _gemm("conv 1x1, residual, statistics", "linear", "bias_ptr", "residual_ptr", "statistics_ptr"),
     _gemm("conv 1x1, skip", "linear", "bias_ptr", *SKIP),
     _gemm("conv 3x3, even K, addend, statistics", "conv2d", "bias_ptr", "channel_add_ptr", "statistics_ptr", size=3),

@@ -3,7 +3,8 @@
     python benchmarks/static_kernels.py [--target sm_90]... [--sample] [--jobs 2] [--output FILE]
 
 Each use of each kernel is compiled in each launch configuration that ``kernels/tuning`` lists for the architecture (or
-for the older one whose file serves it). Instructions are counted here, not timed. A row of the JSON has:
+for the one whose file serves it). Instructions are counted here, not timed. The JSON has the names of its columns, then
+rows:
 
 - ``registers`` of a thread, ``spills`` (instructions that go to local memory), ``stack_bytes``, ``shared_bytes``;
   ``blocks`` of a multiprocessor at a time and ``occupancy``, their share of its warps, as those three permit;
@@ -181,11 +182,22 @@ def table(rows: list[Row]) -> str:
 
 
 def write(rows: list[Row], output: Path) -> None:
-    """The JSON, one row a line."""
-    about = json.dumps({"triton": triton.__version__, "date": datetime.date.today().isoformat()})
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    """The JSON: names of columns, then one row a line, null where a row has no such column."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    about = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "columns": columns}
+    lines = ",\n  ".join(json.dumps([row.get(name) for name in columns]) for row in rows)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(f'{about[:-1]}, "rows": [\n  {lines}\n]}}\n', encoding="utf-8")
+    output.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n  {lines}\n]}}\n', encoding="utf-8")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What ``write`` wrote, with each row as it was before."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    columns = report.pop("columns")
+    report["rows"] = [
+        {name: value for name, value in zip(columns, row, strict=True) if value is not None} for row in report["rows"]
+    ]
+    return report
 
 
 def main() -> None:

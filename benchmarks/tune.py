@@ -28,8 +28,9 @@ from timing import copies_to_rotate, graph_microseconds
 from dq_kernels import gemm
 from dq_kernels.conv2d import conv2d_output_size
 from dq_kernels.packing import unpack_int4
-from dq_kernels.tuning import FOLDER, LaunchConfig, architecture
+from dq_kernels.tuning import LaunchConfig, architecture
 
+TUNING = Path(__file__).parents[1] / "kernels" / "tuning"
 FIELDS = ["block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "split_k"]
 # block_m, block_n, block_k, num_warps, num_stages
 TILES = (
@@ -132,6 +133,8 @@ def tiles(launch: Launch, candidates: tuple[tuple[int, ...], ...] = TILES) -> li
         too_small = block_m <= 32 and launch.rows > 256
         if launch.op == "linear_geglu" and rest[1] == 8 and block_n < 128:
             continue  # two groups of four warps would exchange their halves through shared memory
+        if launch.op == "linear_geglu" and rest[0] > 64 and accumulators > 64 * 32 * rest[1]:
+            continue  # spills with some versions of Triton
         if accumulators <= 64 * 32 * rest[1] * 2 and not too_large and not too_small:
             chosen.append(LaunchConfig(block_m, block_n, *rest))
     return chosen
@@ -237,7 +240,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("Tuning times kernels on a GPU, and there is none; --dry-run needs none")
     deadline = time.monotonic() + 60 * arguments.minutes
-    output = arguments.output or FOLDER / f"{architecture()}.json"
+    output = arguments.output or TUNING / f"{architecture()}.json"
     progress_file = output.with_suffix(".progress.json")
     progress: dict[str, Any] = {"environment": environment.describe(), "shapes": {}}
     if progress_file.exists():

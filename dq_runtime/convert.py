@@ -175,6 +175,9 @@ def dequantize(unet: Any) -> Any:
     """
     if not is_quantized(unet):
         raise ValueError("The UNet is not quantized")
+    from dq_runtime.fused import unfuse  # loads diffusers' blocks, which few need
+
+    unfuse(unet)
     restored = {id(layer): _dequantized_layer(layer, unet.dtype) for layer in quantized_layers(unet).values()}
     _replace_children(unet, lambda child: restored.get(id(child)))
     unet.timestep_grid.hook.remove()

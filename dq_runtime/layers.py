@@ -58,27 +58,42 @@ class QuantizedLayer(TableModule):
         ):
             self.register_buffer(table, torch.empty(shape, dtype=dtype, device="meta"))
 
-    def _quantize_input(
-        self, x: torch.Tensor, channels: int, padding: tuple[int, int] = (0, 0)
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B, ..., K] -> (int8 [B, ..., K'], an image with its borders; timestep index [B])."""
+    def timestep_index(self, batch: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
+        """The current timestep's row of the tables for each sample, [batch] int32.
+
+        Raises:
+            ValueError: if an input of so many samples and channels, or of that dtype, cannot be this layer's.
+            RuntimeError: if no timestep is known.
+        """
         index = self.timestep_grid.index
-        if x.shape[-1] != channels:
-            raise ValueError(f"{self.name}: expected an input of {channels} channels, got {x.shape[-1]}")
-        if x.dtype not in ops.COMPUTE_DTYPES:
-            raise ValueError(f"{self.name}: expected float16, bfloat16 or float32, got {x.dtype}; cast the UNet to one")
-        if x.shape[0] != index.shape[0]:
+        if channels != self.weight_dilation.shape[0]:
+            raise ValueError(
+                f"{self.name}: expected an input of {self.weight_dilation.shape[0]} channels, got {channels}"
+            )
+        if dtype not in ops.COMPUTE_DTYPES:
+            raise ValueError(f"{self.name}: expected float16, bfloat16 or float32, got {dtype}; cast the UNet to one")
+        if batch != index.shape[0]:
             if index.numel() == 0:
                 raise RuntimeError(
                     f"{self.name}: no timestep is known. Call the UNet rather than the layer: it maps its `timestep` "
                     "argument to the activation scales of all layers"
                 )
             raise ValueError(
-                f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}"
+                f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {batch}"
             )
-        index = index.to(x.device)
+        return index
+
+    def quantize(
+        self, x: torch.Tensor, padding: tuple[int, int] = (0, 0), skip: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [B, ..., K] -> (int8 [B, ..., K'], an image with its borders; timestep index [B]).
+
+        ``skip`` are the channels that a concat would put behind x's.
+        """
+        channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+        index = self.timestep_index(x.shape[0], channels, x.dtype).to(x.device)
         tables = self.act_scale, self.act_zero_point, index
-        return ops.quantize(x, self.weight_dilation, *tables, self.activation_bits, padding), index
+        return ops.quantize(x, self.weight_dilation, *tables, self.activation_bits, padding, skip), index
 
     def check_tensors(self) -> None:
         """Raises ValueError, naming the layer, if a tensor holds values that no calibration writes."""
@@ -116,7 +131,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, index = self._quantize_input(x, self.in_features)
+        q, index = self.quantize(x)
         return ops.int4_linear(
             q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
             out_dtype=x.dtype,
@@ -153,7 +168,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     dilation: tuple[int, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, index = self._quantize_input(x.permute(0, 2, 3, 1), self.in_channels, self.padding)
+        q, index = self.quantize(x.permute(0, 2, 3, 1), self.padding)
         y, _ = ops.int4_conv2d(
             q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
             stride=self.stride, dilation=self.dilation, out_dtype=x.dtype,

@@ -327,7 +327,8 @@ def launch(
     rows_per_sample = num_rows // x.shape[0]
     half_channels = x.shape[-1] // 2
     skip_half_channels = 0 if skip is None else skip.shape[-1] // 2
-    if skip is not None or rows_per_sample % config.block_m:
+    needs_registers = next_scale is not None and activation != "geglu"  # GEGLU has configurations of its own
+    if skip is not None or needs_registers or rows_per_sample % config.block_m:
         config = config.with_fewer_registers()
     num_tiles = triton.cdiv(out_channels, config.block_n) * triton.cdiv(num_rows, config.block_m)
     # The sources of a tile are added up in floating point, the halves of GEGLU multiplied: neither can be split.

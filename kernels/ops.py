@@ -27,6 +27,7 @@ __all__ = [
     "COMPUTE_DTYPES",
     "INT4_MAX",
     "INT4_MIN",
+    "MAX_LAYER_NORM_CHANNELS",
     "STATISTICS_ROWS",
     "group_norm_quantize",
     "int4_conv2d",

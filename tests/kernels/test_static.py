@@ -7,7 +7,6 @@ compiled here and now; the sample also shows that the report is not stale.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -43,7 +42,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, Any]:
-    return json.loads(static_kernels.OUTPUT.read_text(encoding="utf-8"))
+    return static_kernels.read_report(static_kernels.OUTPUT)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def process_and_sample(
     command = [sys.executable, static_kernels.__file__, "--sample", "--jobs", "1", "--output", str(output), *targets]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    return process, json.loads(output.read_text(encoding="utf-8"))
+    return process, static_kernels.read_report(output)
 
 
 @pytest.fixture(scope="module", params=["committed", "compiled"])

@@ -66,7 +66,7 @@ def test_activations_are_rounded_to_the_bits_of_the_config(new_layer, fake_quant
     y = layer(x)
 
     assert relative_rms(y, fake_quantized(layer, x, [0, 1, 2])) < 1e-6  # fp32's error
-    q = layer._quantize_input(x, 24)[0]
+    q = layer.quantize(x)[0]
     assert (q.min(), q.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)  # this input reaches both ends
 
 

@@ -1,0 +1,132 @@
+"""What the fused blocks of a UNet share within one forward pass: linears that read one tensor, and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from dq_kernels import ops
+from dq_runtime.layers import QuantLinear
+
+QUANTIZER = ("weight_dilation", "act_scale", "act_zero_point")
+MERGED = ("weight", "weight_scale", "weight_sum", "bias")
+
+
+class LinearGroup:
+    """Quantized linears that read one tensor, as one GEMM.
+
+    The members' weights and tables become views of the group's, so nothing is held twice.
+
+    Args:
+        layers: linears whose quantizers are equal (see ``same_quantizer``).
+        activation: applied to the input before it is quantized.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_sum: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, layers: Sequence[Any], activation: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        self.layers = list(layers)
+        self.sizes = [layer.out_features for layer in layers]
+        self.activation = activation
+        self._read: torch.Tensor | None = None  # the tensor that ``_results`` were computed from
+        self._results: tuple[torch.Tensor, ...] = ()
+        self._merge()
+
+    @torch.inference_mode(False)
+    def _merge(self) -> None:
+        for name in MERGED:
+            parts = [getattr(layer, name) for layer in self.layers]
+            if all(part is None for part in parts):
+                setattr(self, name, None)
+                continue
+            merged = torch.cat(
+                [self.layers[0].weight_scale.new_zeros(size) if part is None else part.data
+                 for part, size in zip(parts, self.sizes, strict=True)]
+            )  # fmt: skip
+            setattr(self, name, merged)
+            for part, view in zip(parts, merged.split(self.sizes), strict=True):
+                if part is not None:
+                    part.data = view.to(part.dtype)
+        self._addresses = self._members_addresses()
+
+    def _members_addresses(self) -> list[int]:
+        tensors = (getattr(layer, name) for layer in self.layers for name in MERGED)
+        return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+    def multiply(self, q: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """int8 [B, ..., K] -> the members' results beside each other, [B, ..., sum of N]."""
+        if not torch.compiler.is_compiling() and self._addresses != self._members_addresses():
+            self._merge()  # the model was moved, cast or copied, or other weights were put in
+        first = self.layers[0]
+        return ops.int4_linear(
+            q, self.weight, self.weight_scale, self.weight_sum, first.act_scale, first.act_zero_point, index,
+            self.bias, out_dtype=dtype,
+        )  # fmt: skip
+
+    def result(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """A member's result for x; the first member that is asked for computes all."""
+        if self._read is not x:
+            q, index = layer.quantize(x if self.activation is None else self.activation(x))
+            self._results = self.multiply(q, index, x.dtype).split(self.sizes, dim=-1)
+            self._read = x
+        return self._results[[member is layer for member in self.layers].index(True)]
+
+    def forget(self) -> None:
+        """Drops the results, at the end of a forward pass."""
+        self._read, self._results = None, ()
+
+
+class ForwardState:
+    """What the fused blocks of one UNet tell each other within a forward pass.
+
+    ``groups`` are the linears that read one tensor: time projections, cross-attention keys and values. ``statistics``
+    travel beside an activation from the convolution that made it to the norms that read it.
+    """
+
+    def __init__(self, groups: dict[str, LinearGroup]) -> None:
+        self.groups = groups
+        self.hook: Any = None  # of the UNet's forward, which calls ``forget``
+        self._statistics: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(self, image: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
+        """Keeps an image's statistics, if it has any, for whoever gets the same image; returns the image."""
+        if statistics.numel() and not torch.compiler.is_compiling():
+            self._statistics[id(image)] = (image, statistics)
+        return image
+
+    def recall(self, image: torch.Tensor | None) -> torch.Tensor | None:
+        """The statistics of an image, where they are known."""
+        if image is None or torch.compiler.is_compiling():
+            return None
+        return self._statistics.get(id(image), (None, None))[1]
+
+    def forget(self, *_: Any) -> None:
+        """Drops everything, at the end of a forward pass."""
+        self._statistics.clear()
+        for group in self.groups.values():
+            group.forget()
+
+
+def same_quantizer(layers: Iterable[Any]) -> bool:
+    """Whether all are quantized linears, and quantize their input alike."""
+    members = list(layers)
+    first = members[0]
+    return all(
+        type(layer) is QuantLinear
+        and type(first) is QuantLinear
+        and layer.in_features == first.in_features
+        and layer.activation_bits == first.activation_bits
+        and layer.weight.device == first.weight.device
+        and all(_equal(getattr(layer, name), getattr(first, name)) for name in QUANTIZER)
+        for layer in members
+    )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tensors on the meta device have no values to differ in."""
+    return a.shape == b.shape if a.is_meta else torch.equal(a, b)

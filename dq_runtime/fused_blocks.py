@@ -1,0 +1,392 @@
+"""Fused forwards for diffusers' blocks: subclasses that change nothing but ``forward``.
+
+Each hands int8 from kernel to kernel: a norm writes the next layer's quantized input, a GEMM's epilogue adds time
+embedding and residual or applies GEGLU, an up block reads its two sources where they are. ``can_fuse`` says whether a
+block is built the way that its fused forward knows; a block that can no longer run fused (an adapter was loaded, an
+attention processor or a mask set) runs diffusers' own forward. ``fused.fuse`` puts these classes in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+from dq_kernels import ops
+from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
+from dq_runtime.layers import QuantConv2d, QuantLinear
+
+
+def tables(layer: Any, x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A layer's activation tables and the current timestep's row in them, for x of so many channels."""
+    return layer.act_scale, layer.act_zero_point, layer.timestep_index(x.shape[0], channels, x.dtype)
+
+
+def group_norm(norm: Any, layer: Any, x: torch.Tensor, skip: torch.Tensor | None = None, **options: Any) -> Any:
+    """A layer's int8 input through its group norm, channels last."""
+    channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+    return ops.group_norm_quantize(
+        x, norm.num_groups, norm.weight, norm.bias, norm.eps, layer.weight_dilation, *tables(layer, x, channels),
+        layer.activation_bits, skip=skip, **options,
+    )  # fmt: skip
+
+
+def layer_norm(norm: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """A layer's int8 input through its layer norm."""
+    return ops.layer_norm_quantize(
+        x, norm.weight, norm.bias, norm.eps, layer.weight_dilation, *tables(layer, x, x.shape[-1]),
+        layer.activation_bits,
+    )  # fmt: skip
+
+
+def convolve(layer: Any, q: torch.Tensor, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution of a padded int8 image: NHWC, and the next norm's statistics (see ``ops.int4_conv2d``).
+
+    A linear layer is a 1x1 convolution.
+    """
+    weight = layer.weight
+    if isinstance(layer, QuantConv2d):
+        options |= {"stride": layer.stride, "dilation": layer.dilation}
+    else:
+        weight = weight[:, None, None]
+    return ops.int4_conv2d(
+        q, weight, layer.weight_scale, layer.weight_sum, layer.act_scale, layer.act_zero_point,
+        layer.timestep_grid.index, layer.bias, out_dtype=dtype, with_statistics=True, **options,
+    )  # fmt: skip
+
+
+def multiply(layer: Any, q: torch.Tensor, dtype: torch.dtype, residual: Any = None) -> torch.Tensor:
+    """A linear layer, or a 1x1 convolution of pixels, on int8."""
+    return ops.int4_linear(
+        q, layer.weight.flatten(1), layer.weight_scale, layer.weight_sum, layer.act_scale, layer.act_zero_point,
+        layer.timestep_grid.index, layer.bias, residual, dtype,
+    )  # fmt: skip
+
+
+class FusedResnetBlock2D(ResnetBlock2D):
+    """Group norm + SiLU + quantize, conv + time embedding + statistics, norm again, conv + residual."""
+
+    state: ForwardState
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """Whether the block is built the way that this forward knows."""
+        return (
+            block.upsample is None
+            and block.downsample is None
+            and block.time_embedding_norm == "default"
+            and not block.skip_time_act
+            and block.output_scale_factor == 1
+            and isinstance(block.nonlinearity, nn.SiLU)
+            and isinstance(block.norm1, nn.GroupNorm)
+            and isinstance(block.norm2, nn.GroupNorm)
+            and block.norm1.num_channels % 2 == block.norm2.num_channels % 2 == 0
+            and (block.conv_shortcut is None or block.conv_shortcut.kernel_size == (1, 1))
+        )
+
+    def _fused_now(self) -> bool:
+        convolutions = (self.conv1, self.conv2, *((self.conv_shortcut,) if self.conv_shortcut is not None else ()))
+        return all(type(conv) is QuantConv2d for conv in convolutions) and not self.training
+
+    def forward(
+        self, input_tensor: torch.Tensor, temb: Any, *args: Any, skip: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """As ``ResnetBlock2D.forward``; ``skip`` stands for a concat behind ``input_tensor``."""
+        if skip is not None and skip.shape[1] % 2:
+            input_tensor, skip = torch.cat([input_tensor, skip], dim=1), None
+        if not self._fused_now():
+            joined = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
+            return super().forward(joined, temb, *args, **kwargs)
+        dtype = input_tensor.dtype
+        statistics, skip_statistics = self.state.recall(input_tensor), self.state.recall(skip)
+        x = input_tensor.permute(0, 2, 3, 1)
+        skip = None if skip is None else skip.permute(0, 2, 3, 1)
+        channel_add = None
+        if temb is not None and self.time_emb_proj is not None:
+            group = self.state.groups.get("time_emb_proj")
+            if group is not None and type(self.time_emb_proj) is QuantLinear:
+                channel_add = group.result(self.time_emb_proj, temb)
+            else:
+                channel_add = self.time_emb_proj(self.nonlinearity(temb))
+        q = group_norm(
+            self.norm1, self.conv1, x, skip=skip, padding=self.conv1.padding, statistics=statistics,
+            skip_statistics=skip_statistics,
+        )  # fmt: skip
+        h, statistics = convolve(self.conv1, q, dtype, channel_add=channel_add)
+        q = group_norm(
+            self.norm2, self.conv2, h, padding=self.conv2.padding,
+            statistics=statistics if statistics.numel() else None,
+        )  # fmt: skip
+        shortcut: Any = self.conv_shortcut
+        residual = x if shortcut is None else multiply(shortcut, shortcut.quantize(x, skip=skip)[0], dtype)
+        y, statistics = convolve(self.conv2, q, dtype, residual=residual)
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+class FusedBasicTransformerBlock(BasicTransformerBlock):
+    """Layer norm + quantize, one GEMM for q, k, v, residuals in the epilogues, GEGLU down to the next layer's int8."""
+
+    state: ForwardState
+    self_attention: LinearGroup
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """Whether the block is built the way that this forward knows."""
+        attentions = [block.attn1] + ([block.attn2] if block.attn2 is not None else [])
+        gate, _, out = block.ff.net[0], block.ff.net[1], block.ff.net[2]
+        return (
+            block.norm_type == "layer_norm"
+            and block.pos_embed is None
+            and not block.only_cross_attention
+            and block._chunk_size is None
+            and getattr(block, "fuser", None) is None
+            and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm3))
+            and all(_plain(attention) for attention in attentions)
+            and same_quantizer([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
+            and len(block.ff.net) == 3
+            and type(gate) is GEGLU
+            and type(gate.proj) is QuantLinear
+            and type(out) is QuantLinear
+            and gate.proj.in_features % 2 == 0
+            and gate.proj.in_features <= ops.MAX_LAYER_NORM_CHANNELS
+            and out.in_features % 2 == 0
+        )
+
+    def _fused_now(self) -> bool:
+        layers = [self.ff.net[0].proj, self.ff.net[2]]
+        for attention in (self.attn1, self.attn2):
+            if attention is not None:
+                layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
+                if type(attention.processor) is not AttnProcessor2_0:
+                    return False
+        return all(type(layer) is QuantLinear for layer in layers) and not self.training
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        timestep: Any = None,
+        cross_attention_kwargs: Any = None,
+        class_labels: Any = None,
+        added_cond_kwargs: Any = None,
+    ) -> torch.Tensor:
+        """As ``BasicTransformerBlock.forward``."""
+        if (
+            attention_mask is not None
+            or encoder_attention_mask is not None
+            or cross_attention_kwargs
+            or not self._fused_now()
+        ):
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+        x, dtype = hidden_states, hidden_states.dtype
+        to_q: Any = self.attn1.to_q
+        index = to_q.timestep_grid.index
+        q = layer_norm(self.norm1, to_q, x)
+        query, key, value = self.self_attention.multiply(q, index, dtype).chunk(3, dim=-1)
+        x = _attend(self.attn1, query, key, value, residual=x)
+        if self.attn2 is not None:
+            query = multiply(self.attn2.to_q, layer_norm(self.norm2, self.attn2.to_q, x), dtype)
+            if encoder_hidden_states is None:
+                normed = self.norm2(x)
+                key, value = self.attn2.to_k(normed), self.attn2.to_v(normed)
+            else:
+                key, value = (
+                    self._of_encoder(layer, encoder_hidden_states) for layer in (self.attn2.to_k, self.attn2.to_v)
+                )
+            x = _attend(self.attn2, query, key, value, residual=x)
+        net: Any = self.ff.net
+        up, down = net[0].proj, net[2]
+        q = layer_norm(self.norm3, up, x)
+        q = ops.int4_linear_quantize(
+            q, up.weight, up.weight_scale, up.weight_sum, up.act_scale, up.act_zero_point, index,
+            down.weight_dilation, down.act_scale, down.act_zero_point, down.activation_bits, up.bias, "geglu",
+        )  # fmt: skip
+        return multiply(down, q, dtype, residual=x)
+
+    def _of_encoder(self, layer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        group = self.state.groups.get("encoder_hidden_states")
+        return layer(encoder_hidden_states) if group is None else group.result(layer, encoder_hidden_states)
+
+
+def _plain(attention: Any) -> bool:
+    """Whether an attention is scaled dot products and four projections, nothing else."""
+    return (
+        attention.group_norm is None
+        and attention.spatial_norm is None
+        and attention.norm_q is None
+        and attention.norm_k is None
+        and not attention.norm_cross
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and attention.added_kv_proj_dim is None
+        and type(attention.to_out[0]) is QuantLinear
+        and type(attention.to_q) is QuantLinear
+    )
+
+
+def _attend(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    """Attention over [B, tokens, heads x d], its output projection, and the residual."""
+    q, k, v = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in (query, key, value))
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out = attention.to_out[0]
+    return multiply(out, out.quantize(mixed)[0], query.dtype, residual=residual)
+
+
+class FusedTransformer2DModel(Transformer2DModel):
+    """Group norm + quantize + projection to tokens; projection back with the residual, all channels last."""
+
+    state: ForwardState
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """Whether the block is built the way that this forward knows."""
+        norm = block.norm if block.is_input_continuous else None
+        return isinstance(norm, nn.GroupNorm) and norm.num_channels % 2 == 0
+
+    def _fused_now(self) -> bool:
+        return all(type(layer) in (QuantLinear, QuantConv2d) for layer in (self.proj_in, self.proj_out))
+
+    def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
+        if not self._fused_now():
+            return super()._operate_on_continuous_inputs(hidden_states)
+        statistics = self.state.recall(hidden_states)
+        q = group_norm(self.norm, self.proj_in, hidden_states.permute(0, 2, 3, 1), silu=False, statistics=statistics)
+        tokens = multiply(self.proj_in, q.flatten(1, 2), hidden_states.dtype)
+        return tokens, tokens.shape[-1]
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> torch.Tensor:
+        if not self._fused_now():
+            return super()._get_output_for_continuous_inputs(
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        proj_out: Any = self.proj_out
+        q = proj_out.quantize(hidden_states)[0].unflatten(1, (height, width))
+        y, statistics = convolve(proj_out, q, hidden_states.dtype, residual=residual.permute(0, 2, 3, 1))
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+class FusedUpsample2D(Upsample2D):
+    """Nearest doubling folded into the addressing of the convolution."""
+
+    state: ForwardState
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """Whether the block is built the way that this forward knows."""
+        conv = block.conv if block.use_conv and block.name == "conv" else None
+        return (
+            type(conv) is QuantConv2d
+            and block.interpolate
+            and not block.use_conv_transpose
+            and block.norm is None
+            and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        )
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As ``Upsample2D.forward``."""
+        doubled = [2 * size for size in hidden_states.shape[2:]]
+        if (output_size is not None and list(output_size) != doubled) or type(self.conv) is not QuantConv2d:
+            return super().forward(hidden_states, output_size, *args, **kwargs)
+        q, _ = self.conv.quantize(hidden_states.permute(0, 2, 3, 1), (1, 1))
+        y, statistics = convolve(self.conv, q, hidden_states.dtype, upsample=True)
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+class FusedDownsample2D(Downsample2D):
+    """The strided convolution, with the next norm's statistics."""
+
+    state: ForwardState
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """Whether the block is built the way that this forward knows."""
+        return bool(block.use_conv) and block.norm is None and block.padding > 0 and type(block.conv) is QuantConv2d
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As ``Downsample2D.forward``."""
+        if type(self.conv) is not QuantConv2d:
+            return super().forward(hidden_states, *args, **kwargs)
+        q, _ = self.conv.quantize(hidden_states.permute(0, 2, 3, 1), self.conv.padding)
+        y, statistics = convolve(self.conv, q, hidden_states.dtype)
+        return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+class FusedUpBlock2D(UpBlock2D):
+    """An up block that hands its skips to the resnets instead of joining them."""
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """Whether every resnet of the block is fused."""
+        return all(isinstance(resnet, FusedResnetBlock2D) for resnet in block.resnets)
+
+    def forward(
+        self, hidden_states: torch.Tensor, res_hidden_states_tuple: tuple[torch.Tensor, ...], temb: Any = None,
+        upsample_size: Any = None, *args: Any, **kwargs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """As ``UpBlock2D.forward``."""
+        if _freeu(self) or self.training:
+            return super().forward(hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs)
+        for resnet, skip in zip(self.resnets, reversed(res_hidden_states_tuple), strict=False):
+            hidden_states = resnet(hidden_states, temb, skip=skip)
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states, upsample_size)
+        return hidden_states
+
+
+class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
+    """An up block that hands its skips to the resnets instead of joining them."""
+
+    can_fuse = staticmethod(FusedUpBlock2D.can_fuse)
+
+    def forward(
+        self, hidden_states: torch.Tensor, res_hidden_states_tuple: tuple[torch.Tensor, ...], temb: Any = None,
+        encoder_hidden_states: Any = None, cross_attention_kwargs: Any = None, upsample_size: Any = None,
+        attention_mask: Any = None, encoder_attention_mask: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """As ``CrossAttnUpBlock2D.forward``."""
+        conditions = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "attention_mask": attention_mask,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        if _freeu(self) or self.training:
+            return super().forward(
+                hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, **conditions
+            )
+        layers = zip(self.resnets, self.attentions, reversed(res_hidden_states_tuple), strict=False)
+        for resnet, attention, skip in layers:
+            hidden_states = resnet(hidden_states, temb, skip=skip)
+            hidden_states = attention(hidden_states, return_dict=False, **conditions)[0]
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states, upsample_size)
+        return hidden_states
+
+
+def _freeu(block: nn.Module) -> bool:
+    return all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))

@@ -1,0 +1,327 @@
+"""CUDA graphs of a UNet: when one is captured, what a replay computes, and the way back.
+
+Without a GPU a fake graph stands for the real one: it keeps the function that was captured and calls it at a replay, so
+that keys, copies and structures are those of a CPU. What a capture itself may do wrong only a GPU shows.
+"""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from dq_runtime import graphs
+from dq_runtime.fused import fuse
+from dq_runtime.graphs import CudaGraphRunner, disable_cuda_graphs, enable_cuda_graphs
+
+
+class FakeGraph:
+    """Records the operators that run inside of ``torch.cuda.graph``; a replay runs them again, on the same memory."""
+
+    made = 0
+
+    def __init__(self):
+        type(self).made += 1
+        self.calls = []
+
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(_tensors(result), _tensors(again), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def _tensors(result):
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+class _Capture(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.graph.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+class FakeStream:
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.fixture
+def fake_graphs(monkeypatch):
+    """Puts ``FakeGraph`` in the place of CUDA's."""
+    FakeGraph.made = 0
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", _Capture)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return FakeGraph
+
+
+class Double(torch.nn.Module):
+    """A UNet that notes when its Python code runs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, scale=2, return_dict=True):
+        self.runs += 1
+        sample = scale * sample + timestep.reshape(-1, 1)
+        if encoder_hidden_states is not None:
+            sample = sample + encoder_hidden_states
+        return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
+
+
+@pytest.fixture
+def replayed(fake_graphs):
+    """A trivial UNet whose forward is captured."""
+    unet = Double()
+    unet.forward = CudaGraphRunner(unet)
+    return unet
+
+
+X = torch.arange(6.0).reshape(3, 2)
+
+
+def test_replay_computes_from_new_inputs_without_python(replayed, fake_graphs):
+    first = replayed(X, 7).sample
+    runs = replayed.runs
+
+    second = replayed(-X, 9).sample
+
+    assert torch.equal(first, 2 * X + 7)  # and the second call left it alone
+    assert torch.equal(second, -2 * X + 9)
+    assert replayed.runs == runs
+    assert fake_graphs.made == 1
+
+
+def test_inputs_are_left_alone(replayed):
+    x, timestep = X.clone(), torch.tensor([3, 2, 1])
+    replayed(x, timestep)
+    replayed(-X, torch.tensor([4, 4, 4]))
+
+    assert torch.equal(x, X)
+    assert timestep.tolist() == [3, 2, 1]
+
+
+DIFFERENT = {
+    "shape": lambda unet: unet(X[:2], 7),
+    "dtype": lambda unet: unet(X.double(), 7),
+    "strides": lambda unet: unet(X.t().contiguous().t(), 7),
+    "timestep of each sample": lambda unet: unet(X, torch.tensor([1, 2, 3])),
+    "further tensor": lambda unet: unet(X, 7, X),
+    "constant": lambda unet: unet(X, 7, scale=3),
+    "structure of the result": lambda unet: unet(X, 7, return_dict=False),
+}
+
+
+@pytest.mark.parametrize("call", DIFFERENT.values(), ids=DIFFERENT)
+def test_new_signature_gets_a_graph_of_its_own_and_keeps_the_others(replayed, fake_graphs, call):
+    replayed(X, 7)
+
+    actual, expected = call(replayed), call(_eager())
+    call(replayed)
+
+    assert fake_graphs.made == 2
+    assert type(actual) is type(expected)
+    assert actual[0].dtype == expected[0].dtype
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(replayed(X, 8).sample, 2 * X + 8)
+    assert fake_graphs.made == 2
+
+
+def _eager():
+    class Eager(Double):
+        def forward(self, sample, timestep, *args, **kwargs):
+            return super().forward(sample, torch.as_tensor(timestep), *args, **kwargs)
+
+    return Eager()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda unet: unet(X, torch.tensor(7)),
+        lambda unet: unet(sample=X, timestep=7),
+        lambda unet: unet(X, timestep=torch.tensor(9)),
+    ],
+    ids=["0-d tensor", "keywords", "timestep as a keyword"],
+)
+def test_one_signature_has_one_graph_however_it_is_written(replayed, fake_graphs, call):
+    replayed(X, 7)
+    call(replayed)
+
+    assert fake_graphs.made == 1
+
+
+def test_modes_of_autograd_may_alternate(replayed, fake_graphs):
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            assert torch.equal(replayed(X + 1, 7).sample, 2 * X + 9)
+
+    assert fake_graphs.made == 1
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["unfused", "fused"])
+def test_every_result_of_a_quantized_unet_is_computed_within_the_graph(
+    subject, fake_graphs, relative_rms, is_fused, monkeypatch
+):
+    """Nothing may be kept from the calls before the capture: a replay would take it for the new input's."""
+    unet = subject.copy()
+    if is_fused:
+        fuse(unet)
+    eager = copy.deepcopy(unet)
+    unet.forward = CudaGraphRunner(unet)
+    subject.call(unet, 0)
+
+    changed = copy.deepcopy(subject)
+    for value in (changed.sample, *changed.arguments.values()):
+        value.copy_(value.flip(0))
+    for timestep in (750, torch.tensor([0, 750])):
+        assert torch.equal(changed.call(unet, timestep), changed.call(eager, timestep))
+
+
+def test_unet_on_a_cpu_is_refused(unet2d):
+    with pytest.raises(ValueError, match=r"CUDA device, it is on cpu: move it first"):
+        enable_cuda_graphs(unet2d.copy())
+
+
+@pytest.fixture
+def on_fake_cuda(fake_graphs):
+    unet = Double()
+    unet.device = torch.device("cuda")
+    return unet
+
+
+def test_graphs_cannot_be_enabled_twice(on_fake_cuda):
+    enable_cuda_graphs(on_fake_cuda)
+
+    with pytest.raises(ValueError, match="already"):
+        enable_cuda_graphs(on_fake_cuda)
+
+
+def test_disabling_restores_the_forward(on_fake_cuda):
+    enable_cuda_graphs(on_fake_cuda)
+
+    disable_cuda_graphs(on_fake_cuda)
+
+    assert "forward" not in vars(on_fake_cuda)
+    disable_cuda_graphs(on_fake_cuda)  # has nothing to do
+    enable_cuda_graphs(on_fake_cuda)
+
+
+def test_disabling_restores_a_forward_that_was_replaced_before(on_fake_cuda):
+    """As ``torch.compile(unet.forward)`` and accelerate's offloading replace it."""
+    replacement = on_fake_cuda.forward = lambda *args: "replaced"
+    enable_cuda_graphs(on_fake_cuda)
+
+    disable_cuda_graphs(on_fake_cuda)
+
+    assert on_fake_cuda.forward is replacement
+
+
+def test_warm_up_runs_before_the_capture(replayed):
+    replayed(X, 7)
+
+    assert replayed.runs == graphs.WARM_UP_CALLS + 1
+
+
+# On a GPU.
+
+
+@pytest.fixture(params=["stock", "quantized", "fused"])
+def on_gpu(request, subject):
+    """A UNet on a GPU in fp16, and a function that calls it or another."""
+    unet = copy.deepcopy(subject.stock if request.param == "stock" else subject.quantized)
+    if request.param == "fused":
+        fuse(unet)
+    arguments = {name: value.cuda().half() for name, value in subject.arguments.items()}
+
+    def call(unet, timestep, sample=subject.sample, **changed):
+        return unet(sample.cuda().half(), timestep, **arguments | changed).sample
+
+    return unet.cuda().half(), call
+
+
+# The eager forward and the captured one run the same kernels.
+TIMESTEPS = [0, 750, 500.5, torch.tensor(250), torch.tensor([0, 750]), torch.tensor([750.0, 0.0])]
+
+
+@pytest.mark.cuda
+def test_replay_is_the_eager_forward(on_gpu):
+    unet, call = on_gpu
+    expected = [call(unet, timestep) for timestep in TIMESTEPS]
+
+    enable_cuda_graphs(unet)
+    captured = [call(unet, timestep) for timestep in TIMESTEPS]
+    replayed = [call(unet, timestep) for timestep in TIMESTEPS]
+
+    for results in (captured, replayed):  # all still alive: no call may write into an earlier one's result
+        for actual, wanted in zip(results, expected, strict=True):
+            assert torch.equal(actual, wanted)
+    assert len(unet.forward._captured) == 4  # integer or float, one for all samples or one for each
+
+
+@pytest.mark.cuda
+def test_replay_reads_every_input(on_gpu, subject):
+    unet, call = on_gpu
+    sample = -subject.sample
+    changed = {name: -value.cuda().half() for name, value in subject.arguments.items()}
+    expected = call(unet, 500, sample, **changed)
+
+    enable_cuda_graphs(unet)
+    call(unet, 0)
+
+    assert torch.equal(call(unet, 500, sample, **changed), expected)
+
+
+@pytest.mark.cuda
+def test_new_shapes_are_captured_and_old_ones_replayed(on_gpu, subject):
+    unet, call = on_gpu
+    wide = torch.cat([subject.sample, subject.sample], dim=-1)
+    expected = call(unet, 500), call(unet, 500, wide)
+
+    enable_cuda_graphs(unet)
+
+    for _ in range(2):
+        assert torch.equal(call(unet, 500), expected[0])
+        assert torch.equal(call(unet, 500, wide), expected[1])
+    assert len(unet.forward._captured) == 2
+
+
+@pytest.mark.cuda
+def test_inference_mode_and_no_grad_share_a_graph(on_gpu):
+    unet, call = on_gpu
+    expected = call(unet, 500)
+    enable_cuda_graphs(unet)
+
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(call(unet, 500), expected)
+    assert len(unet.forward._captured) == 1
+
+
+@pytest.mark.cuda
+def test_disabled_graphs_leave_an_eager_unet(on_gpu):
+    unet, call = on_gpu
+    expected = call(unet, 500)
+    enable_cuda_graphs(unet)
+    call(unet, 500)
+    with pytest.raises(ValueError, match="already"):
+        enable_cuda_graphs(unet)
+
+    disable_cuda_graphs(unet)
+
+    assert "forward" not in vars(unet)
+    assert torch.equal(call(unet, 500), expected)
