@@ -41,17 +41,18 @@ class LinearGroup:
     def _merge(self) -> None:
         for name in MERGED:
             parts = [getattr(layer, name) for layer in self.layers]
-            if all(part is None for part in parts):
+            present = [part for part in parts if part is not None]
+            if not present:
                 setattr(self, name, None)
                 continue
             merged = torch.cat(
-                [self.layers[0].weight_scale.new_zeros(size) if part is None else part.data
+                [present[0].new_zeros(size) if part is None else part.data
                  for part, size in zip(parts, self.sizes, strict=True)]
             )  # fmt: skip
             setattr(self, name, merged)
             for part, view in zip(parts, merged.split(self.sizes), strict=True):
                 if part is not None:
-                    part.data = view.to(part.dtype)
+                    part.data = view
         self._addresses = self._members_addresses()
 
     def _members_addresses(self) -> list[int]:
@@ -76,6 +77,10 @@ class LinearGroup:
             self._read = x
         return self._results[[member is layer for member in self.layers].index(True)]
 
+    def count_new_weights(self, *_: Any) -> None:
+        """Counts a version of the merged weight, after its members, which are views of it, were loaded in place."""
+        self.weight.add_(0)
+
     def forget(self) -> None:
         """Drops the results, at the end of a forward pass."""
         self._read, self._results = None, ()
@@ -90,12 +95,13 @@ class ForwardState:
 
     def __init__(self, groups: dict[str, LinearGroup]) -> None:
         self.groups = groups
-        self.hook: Any = None  # of the UNet's forward, which calls ``forget``
+        self.hooks: list[Any] = []  # of the UNet, which call the methods below
+        self._images_are_final = True
         self._statistics: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def remember(self, image: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
         """Keeps an image's statistics, if it has any, for whoever gets the same image; returns the image."""
-        if statistics.numel() and not torch.compiler.is_compiling():
+        if statistics.numel() and self._images_are_final and not torch.compiler.is_compiling():
             self._statistics[id(image)] = (image, statistics)
         return image
 
@@ -104,6 +110,12 @@ class ForwardState:
         if image is None or torch.compiler.is_compiling():
             return None
         return self._statistics.get(id(image), (None, None))[1]
+
+    def begin(self, unet: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Drops what a pass that failed has left; notes whether images will be changed after they were measured."""
+        self.forget()
+        # A T2I-Adapter's features are added in place.
+        self._images_are_final = kwargs.get("down_intrablock_additional_residuals") is None
 
     def forget(self, *_: Any) -> None:
         """Drops everything, at the end of a forward pass."""

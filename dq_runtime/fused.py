@@ -70,7 +70,12 @@ def fuse(unet: Any) -> dict[str, str]:
                     attention: Any = module.attn1
                     module.self_attention = LinearGroup([attention.to_q, attention.to_k, attention.to_v])
                 fused[name] = stock.__name__
-    state.hook = unet.register_forward_hook(state.forget)
+    groups = [*state.groups.values(), *(m.self_attention for m in unet.modules() if hasattr(m, "self_attention"))]
+    state.hooks = [
+        unet.register_forward_pre_hook(state.begin, with_kwargs=True),
+        unet.register_forward_hook(state.forget),
+        *(unet.register_load_state_dict_post_hook(group.count_new_weights) for group in groups),
+    ]
     return fused
 
 
@@ -80,7 +85,8 @@ def unfuse(unet: Any) -> None:
     for module in unet.modules():
         if type(module) in stock_class:
             module.__class__ = stock_class[type(module)]
-            module.__dict__.pop("state").hook.remove()
+            for hook in module.__dict__.pop("state").hooks:
+                hook.remove()
             module.__dict__.pop("self_attention", None)
 
 

@@ -24,7 +24,6 @@ class CudaGraphRunner:
     def __init__(self, unet: Any) -> None:
         self.unet = unet
         self.eager_forward = unet.forward
-        self.timestep_grid = getattr(unet, "timestep_grid", None)
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
 
     def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,21 +53,21 @@ class CudaGraphRunner:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, structure)
 
-        def run() -> Any:
-            if self.timestep_grid is not None:
-                # The mapping of the timestep belongs into the graph; the UNet's own hook ran before it.
-                self.timestep_grid.before_forward(self.unet, args, kwargs)
-            return self.eager_forward(*args, **kwargs)
-
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
+        # The UNet itself is called, so that its hooks are captured as well: they map the timestep, and let go of what
+        # one forward pass has shared, which the next has to compute again.
+        self.unet.forward = self.eager_forward
+        try:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_CALLS):
+                    self.unet(*args, **kwargs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = self.unet(*args, **kwargs)
+        finally:
+            self.unet.forward = self
         return graph, [leaf for leaf in static if isinstance(leaf, torch.Tensor)], result
 
 
@@ -93,3 +92,5 @@ def disable_cuda_graphs(unet: Any) -> None:
     runner = unet.__dict__.get("forward")
     if isinstance(runner, CudaGraphRunner):
         del unet.forward
+        if unet.forward != runner.eager_forward:  # something else had replaced it before
+            unet.forward = runner.eager_forward
