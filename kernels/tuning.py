@@ -45,10 +45,10 @@ class LaunchConfig:
         return self if self.block_m % rows == 0 else replace(self, block_m=rows)
 
     def with_fewer_registers(self) -> LaunchConfig:
-        """The same with tiles that leave a thread room for more than its accumulators."""
-        if self.block_m * self.block_n <= 64 * 32 * self.num_warps:
+        """The same with tiles that leave a thread room for more than its accumulators: fewer than 64 of them."""
+        if self.block_m * self.block_n < 64 * 32 * self.num_warps:
             return self
-        return replace(self, block_m=min(self.block_m, 128), block_n=min(self.block_n, 64), num_warps=4)
+        return replace(self, block_m=min(self.block_m, 64), block_n=min(self.block_n, 64), num_warps=4)
 
     def to_list(self) -> list[int]:
         """As it stands in the JSON, in the order of the fields."""

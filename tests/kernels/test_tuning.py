@@ -204,14 +204,16 @@ def test_ptx_is_for_nvidia_gpus_alone(monkeypatch, hip, interpret, expected):
 @pytest.mark.parametrize(
     ("tile", "expected"),
     [
-        ((128, 128, 64, 8, 3), (128, 128, 64, 8, 3)),  # 64 accumulators a thread
-        ((64, 128, 64, 4, 4), (64, 128, 64, 4, 4)),
-        ((256, 64, 64, 4, 3), (128, 64, 64, 4, 3)),
-        ((256, 128, 64, 8, 3), (128, 64, 64, 4, 3)),
+        ((64, 64, 64, 4, 4), (64, 64, 64, 4, 4)),  # 32 accumulators a thread
+        ((64, 128, 64, 8, 3), (64, 128, 64, 8, 3)),
+        ((64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),  # 64
+        ((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+        ((256, 64, 64, 4, 3), (64, 64, 64, 4, 3)),  # 128
+        ((32, 256, 64, 4, 3), (32, 64, 64, 4, 3)),
     ],
     ids=str,
 )
-def test_tiles_with_fewer_registers_hold_64_accumulators_a_thread(tile, expected):
+def test_tiles_with_fewer_registers_hold_fewer_than_64_accumulators_a_thread(tile, expected):
     config = LaunchConfig(*tile, group_m=4, split_k=2)
 
     assert config.with_fewer_registers() == LaunchConfig(*expected, group_m=4, split_k=2)
