@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dq_runtime.fused import fuse
 from dq_runtime.graphs import enable_cuda_graphs
 
 MEGABYTE = 1e6
+WARM_UP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -115,45 +116,57 @@ def tensor_megabytes(unet: nn.Module) -> float:
 
 
 @torch.inference_mode()
-def measure(name: str, device: str, batch: int, rounds: int, wanted: list[str], compile_mode: str) -> list[Result]:
-    """All rows of one UNet, interleaved."""
-    chosen = [row for row in rows(name, device, compile_mode) if not wanted or row.name in wanted]
+def prepare(row: Row, name: str, device: str, batch: int) -> tuple[Callable[[], torch.Tensor], Result]:
+    """Makes a row and calls it once, which compiles and captures; fails if the result is not finite."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    unet = row.make()
     dtype = torch.float32 if device == "cpu" else torch.float16
+    arguments = unets.inputs(name, batch, device, torch.bfloat16 if row.name.startswith("bf16") else dtype)
+    before = torch.cuda.memory_allocated() if device != "cpu" else 0
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+
+    def call() -> torch.Tensor:
+        return unet(**arguments).sample
+
+    if not call().isfinite().all():
+        raise RuntimeError(f"{row.name}: the result is not finite, so its time would mean nothing")
+    weights = tensor_megabytes(unet)
+    peak = None
+    if device != "cpu" and not row.is_compiled:
+        peak = weights + (torch.cuda.max_memory_allocated() - before) / MEGABYTE
+    result = Result(row.name, 0.0, 0.0, weights, peak, time.perf_counter() - start)
+    print(f"{name}: {row.name} is ready after {result.seconds_to_first:.1f} s", flush=True)
+    return call, result
+
+
+@torch.inference_mode()
+def measure(chosen: list[Row], name: str, device: str, batch: int, rounds: int) -> Iterator[list[Result]]:
+    """All rows of one UNet, interleaved: first those that need no compiler, then, with these again, all.
+
+    An interruption during the compilation, which can take minutes, so leaves the first list.
+    """
     calls, results = [], []
-    for row in chosen:
-        torch.manual_seed(0)
-        start = time.perf_counter()
-        unet = row.make()
-        arguments = unets.inputs(name, batch, device, torch.bfloat16 if row.name.startswith("bf16") else dtype)
-        before = torch.cuda.memory_allocated() if device != "cpu" else 0
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
+    for is_compiled in sorted({row.is_compiled for row in chosen}):
+        for row in chosen:
+            if row.is_compiled == is_compiled:
+                call, result = prepare(row, name, device, batch)
+                calls.append(call)
+                results.append(result)
+        times: list[list[float]] = [[] for _ in calls]
+        for _ in range(WARM_UP_ROUNDS + rounds):
+            for index, call in enumerate(calls):
+                times[index].append(seconds(call, device))
+        for result, measured in zip(results, times, strict=True):
+            result.median_ms = 1e3 * statistics.median(measured[WARM_UP_ROUNDS:])
+            result.fastest_ms = 1e3 * min(measured[WARM_UP_ROUNDS:])
+        yield results
 
-        def call(unet: Any = unet, arguments: dict[str, Any] = arguments) -> torch.Tensor:
-            return unet(**arguments).sample
 
-        sample = call()
-        if not sample.isfinite().all():
-            raise RuntimeError(f"{row.name}: the result is not finite, so its time would mean nothing")
-        first = time.perf_counter() - start
-        weights = tensor_megabytes(unet)
-        peak = None
-        if device != "cpu" and not row.is_compiled:
-            peak = weights + (torch.cuda.max_memory_allocated() - before) / MEGABYTE
-        calls.append(call)
-        results.append(Result(row.name, 0.0, 0.0, weights, peak, first))
-        print(f"{name}: {row.name} is ready after {first:.1f} s", flush=True)
-    for call in calls:
-        seconds(call, device)
-        seconds(call, device)
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for index, call in enumerate(calls):
-            times[index].append(seconds(call, device))
-    for result, measured in zip(results, times, strict=True):
-        result.median_ms = 1e3 * statistics.median(measured)
-        result.fastest_ms = 1e3 * min(measured)
-    return results
+def keep(row: Row, names: list[str]) -> bool:
+    """Whether a row was asked for; all are if none is named."""
+    return not names or row.name in names
 
 
 def table(name: str, results: list[Result]) -> str:
@@ -182,20 +195,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--row", action="append", default=[], help="only this row; may be repeated")
     parser.add_argument("--compile-mode", default="reduce-overhead", help="of torch.compile (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="where the JSON goes; written after each UNet")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; written whenever rows are done")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     document: dict[str, Any] = {**environment.describe(), "batch": arguments.batch, "unets": {}}
     document["compile_mode"] = arguments.compile_mode
     for name in arguments.unet or ("sd15", "sdxl"):
-        results = measure(
-            name, arguments.device, arguments.batch, arguments.rounds, arguments.row, arguments.compile_mode
-        )
-        print(table(name, results), flush=True)
-        document["unets"][name] = [asdict(result) for result in results]
-        if arguments.output is not None:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        chosen = [row for row in rows(name, arguments.device, arguments.compile_mode) if keep(row, arguments.row)]
+        for results in measure(chosen, name, arguments.device, arguments.batch, arguments.rounds):
+            print(table(name, results), flush=True)
+            document["unets"][name] = [asdict(result) for result in results]
+            if arguments.output is not None:
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,22 +37,24 @@ class LinearGroup:
         self._results: tuple[torch.Tensor, ...] = ()
         self._merge()
 
-    @torch.inference_mode(False)
     def _merge(self) -> None:
-        for name in MERGED:
-            parts = [getattr(layer, name) for layer in self.layers]
-            present = [part for part in parts if part is not None]
-            if not present:
-                setattr(self, name, None)
-                continue
-            merged = torch.cat(
-                [present[0].new_zeros(size) if part is None else part.data
-                 for part, size in zip(parts, self.sizes, strict=True)]
-            )  # fmt: skip
-            setattr(self, name, merged)
-            for part, view in zip(parts, merged.split(self.sizes), strict=True):
-                if part is not None:
-                    part.data = view
+        # Only tensors of one kind can share memory: inference tensors, if the model was made in inference mode.
+        with torch.inference_mode(self.layers[0].weight.is_inference()):
+            for name in MERGED:
+                parts = [getattr(layer, name) for layer in self.layers]
+                present = [part for part in parts if part is not None]
+                if not present:
+                    setattr(self, name, None)
+                    continue
+                filled = [
+                    present[0].new_zeros(size) if part is None else part.data
+                    for part, size in zip(parts, self.sizes, strict=True)
+                ]
+                merged = torch.cat(filled)
+                setattr(self, name, merged)
+                for part, view in zip(parts, merged.split(self.sizes), strict=True):
+                    if part is not None:
+                        part.data = view
         self._addresses = self._members_addresses()
 
     def _members_addresses(self) -> list[int]:

@@ -1,0 +1,141 @@
+"""The tuner: which launches it knows, which configurations it tries, what it keeps of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dq_kernels.tuning import LaunchConfig, read_tuning
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+launches = importlib.import_module("launches")
+tune = importlib.import_module("tune")
+unets = importlib.import_module("unets")
+
+LINEAR = launches.Launch("linear", 8192, 640, 640, (2, 4096, 640), (640, 320))
+GEGLU = launches.Launch("linear_geglu", 2048, 5120, 1280, (2, 1024, 1280), (10240, 640))
+FEW = launches.Launch("linear", 2, 1280, 1280, (2, 1280), (1280, 640))
+CONV = launches.Launch("conv2d", 128, 1280, 11520, (2, 10, 10, 1280), (1280, 3, 3, 640))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "ddpm_cifar"])
+def test_a_fused_forward_multiplies_what_the_layers_of_the_stock_unet_do(name):
+    kept = {"conv_in", "conv_out"}
+    layers = sum(shape.operations * sum(layer not in kept for layer in shape.names) for shape in unets.layers(name, 2))
+
+    assert sum(launch.operations * count for launch, count in launches.launches(name, 2).items()) == layers
+
+
+def test_fused_layers_of_sd15_are_launched_together():
+    counted = launches.launches("sd15", 2)
+
+    assert sum(counted.values()) == 196
+    assert sum(count for launch, count in counted.items() if launch.op == "linear_geglu") == 16
+    # One launch for all time projections, one for all cross-attention keys and values.
+    assert [counted[launch] for launch in counted if launch.out_channels in (20160, 24960)] == [1, 1]
+    assert sum(count for launch, count in counted.items() if launch.upsample) == 3
+
+
+def test_every_kind_of_launch_gets_tiles_that_fit_it():
+    assert all(config.block_m >= 64 for config in tune.tiles(LINEAR))
+    assert {config.block_m for config in tune.tiles(FEW)} == {16}
+    for config in tune.tiles(GEGLU):
+        assert config.num_warps == 4 or config.block_n >= 128
+        assert 2 * config.block_m * config.block_n <= 128 * 32 * config.num_warps
+
+
+def test_few_tiles_are_split_and_many_are_ordered():
+    config = LaunchConfig(64, 64, 64, 4, 4)
+
+    splits = [refined.split_k for refined in tune.refinements(CONV, config, multiprocessors=132)]
+    orders = [(refined.group_m, refined.split_k) for refined in tune.refinements(LINEAR, config, multiprocessors=132)]
+
+    assert splits == [2, 4, 8]
+    assert orders == [(4, 1), (16, 1)]
+    assert not any(refined.split_k > 1 for refined in tune.refinements(GEGLU, config, multiprocessors=10**6))
+
+
+def test_file_holds_the_fastest_configuration_of_each_shape_once(tmp_path):
+    slow, fast, other = ([64, 64, 64, 4, stages, 1, 1] for stages in (2, 3, 4))
+    progress = {
+        "environment": {"device": "a GPU"},
+        "shapes": {
+            tune.key(LINEAR): [[9.0, slow]],
+            tune.key(replace(LINEAR, residual=True)): [[8.0, fast], [8.5, slow]],
+            tune.key(CONV): [[5.0, other]],
+            tune.key(FEW): [],  # nothing ran
+        },
+    }
+
+    tune.write_tuning(tmp_path / "sm_00.json", progress)
+
+    document, shapes = read_tuning(tmp_path / "sm_00.json")
+    assert document["measured"] is True
+    assert document["source"] == {"device": "a GPU"}
+    found = {(shape.op, shape.rows): shape.config.to_list() for shape in shapes}
+    assert found == {("linear", 8192): fast, ("conv2d", 128): other}
+
+
+def test_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    searched = []
+
+    def search(launch):
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        searched.append(launch)
+        return [(1.0, [64, 64, 64, 4, 3, 1, 1])]
+
+    output = tmp_path / "sm_00.json"
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune.environment, "describe", lambda: {})
+    monkeypatch.setattr(tune, "compile_all", lambda shapes, deadline: None)
+    monkeypatch.setattr(tune, "launches", lambda name, batch: {LINEAR: 5, GEGLU: 1, CONV: 2, FEW: 1})
+    monkeypatch.setattr(tune, "search", search)
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--unet", "sd15", "--output", str(output)])
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.main()
+    assert len(read_tuning(output)[1]) == 2
+    first = list(searched)
+    searched.clear()
+    tune.main()
+
+    assert first == [GEGLU, LINEAR]  # most operations first
+    assert searched == [CONV, FEW]
+    assert len(read_tuning(output)[1]) == 4
+
+
+def test_without_a_gpu_it_says_so():
+    run = subprocess.run(
+        [sys.executable, "benchmarks/tune.py"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "--dry-run needs none" in run.stderr
+
+
+def test_dry_run_launches_every_operator():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "benchmarks/tune.py", "--dry-run"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert {line.split()[0] for line in run.stdout.splitlines()} == {"linear", "linear_geglu", "conv2d"}
+    assert "split_k=2" in run.stdout
+
+
+def test_committed_timings_are_of_the_shipped_configurations():
+    document = json.loads((ROOT / "benchmarks/results/tuning_sm_90.json").read_text())
+    _, shapes = read_tuning(ROOT / "kernels/tuning/sm_90.json")
+    timed = {(*row[:4], tuple(row[7])) for row in document["rows"]}
+
+    shipped = {(s.op, s.rows, s.out_channels, s.reduction, tuple(s.config.to_list())) for s in shapes}
+    assert shipped <= timed
