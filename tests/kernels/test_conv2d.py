@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from dq_kernels import conv2d, cpu, ops, reference
 from dq_kernels.tuning import LaunchConfig
 
-# (image, kernel, stride, padding, dilation)
 # Packed bytes a step: a GPU's int8 dot takes 32 at least, Triton's interpreter any number.
 SMALLEST_K = 32 if torch.cuda.is_available() else 16
 
+# (image, kernel, stride, padding, dilation)
 GEOMETRIES = [
     pytest.param((5, 7), (3, 3), (1, 1), (1, 1), (1, 1), id="3x3"),
     pytest.param((5, 7), (3, 3), (2, 2), (1, 1), (1, 1), id="3x3-stride2"),

@@ -9,9 +9,6 @@ from dq_kernels.tuning import LaunchConfig
 pytestmark = pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 
 # On a GPU, what that GPU would launch; in the interpreter, everything that is shipped.
-# Packed bytes a step: a GPU's int8 dot takes 32 at least, Triton's interpreter any number.
-SMALLEST_K = 32 if torch.cuda.is_available() else 16
-
 ARCHITECTURES = (
     [tuning.architecture()] if torch.cuda.is_available() else [path.stem for path in tuning.FOLDER.glob("*.json")]
 )
@@ -19,6 +16,8 @@ SHIPPED = sorted(
     {(shape.op, shape.config) for architecture in ARCHITECTURES for shape in tuning.tuned_shapes(architecture)},
     key=str,
 )
+# Packed bytes a step: a GPU's int8 dot takes 32 at least, Triton's interpreter any number.
+SMALLEST_K = 32 if torch.cuda.is_available() else 16
 SMALL = LaunchConfig(16, 16, SMALLEST_K, 4, 2)
 
 

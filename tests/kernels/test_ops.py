@@ -6,9 +6,6 @@ import torch
 from dq_kernels import ops, reference
 from dq_kernels.tuning import LaunchConfig
 
-# Packed bytes a step: a GPU's int8 dot takes 32 at least, Triton's interpreter any number.
-SMALLEST_K = 32 if torch.cuda.is_available() else 16
-
 SKIP = ("skip", "skip_weight", "skip_weight_sum", "skip_act_scale", "skip_act_zero_point")
 
 
@@ -465,7 +462,7 @@ def test_gpu_result_replays_in_a_cuda_graph_with_new_timesteps(make, to_device, 
 @pytest.mark.parametrize("split_k", [2, 5])
 def test_gpu_replays_a_split_sum_in_a_cuda_graph(make, to_device, use_config, split_k):
     """The counters of arrivals are part of the graph, and zero again at every replay."""
-    use_config(LaunchConfig(16, 16, SMALLEST_K, 4, 2, 1, split_k))
+    use_config(LaunchConfig(16, 16, 32, 4, 2, 1, split_k))
     arguments = to_device(without_optional("int4_conv2d", make("int4_conv2d")), "cuda")
     expected = ops.int4_conv2d(**arguments)
     graph = torch.cuda.CUDAGraph()
