@@ -36,7 +36,7 @@ import environment
 
 ROOT = Path(__file__).parents[1]
 NOT_FOR_GPUS = ("tests/kernels/test_static.py", "tests/test_package.py", "tests/examples", "tests/benchmarks")
-TEST_PROCESSES = 8
+TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # each compiles kernels, which is what takes the time
 GRACE = 5.0  # seconds between asking a stage to stop and killing it
 POLL = 0.1  # seconds between looks at a stage
 
@@ -82,9 +82,9 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
         kernels += ["--full"] if full else []
         unet += ["--unet", "sd15", "--unet", "sdxl"]
     every = (
-        Stage("tests", tests, 3),
-        Stage("kernels", kernels, 3, lambda: read_rows(rows)),
-        Stage("unet", unet, 4, lambda: read_unets(unets)),
+        Stage("tests", tests, 4),
+        Stage("kernels", kernels, 2, lambda: read_rows(rows)),
+        Stage("unet", unet, 3, lambda: read_unets(unets)),
     )
     return [stage for stage in every if not names or stage.name in names]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -99,19 +100,21 @@ class ForwardState:
         self.groups = groups
         self.hooks: list[Any] = []  # of the UNet, which call the methods below
         self._images_are_final = True
-        self._statistics: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # By the image's id; weak, since an image must not live longer for being known here.
+        self._statistics: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
 
     def remember(self, image: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
         """Keeps an image's statistics, if it has any, for whoever gets the same image; returns the image."""
         if statistics.numel() and self._images_are_final and not torch.compiler.is_compiling():
-            self._statistics[id(image)] = (image, statistics)
+            self._statistics[id(image)] = (weakref.ref(image), statistics)
         return image
 
     def recall(self, image: torch.Tensor | None) -> torch.Tensor | None:
         """The statistics of an image, where they are known."""
         if image is None or torch.compiler.is_compiling():
             return None
-        return self._statistics.get(id(image), (None, None))[1]
+        known, statistics = self._statistics.get(id(image), (lambda: None, None))
+        return statistics if known() is image else None
 
     def begin(self, unet: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Drops what a pass that failed has left; notes whether images will be changed after they were measured."""

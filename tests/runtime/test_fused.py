@@ -634,6 +634,22 @@ def test_nothing_of_a_forward_pass_stays_in_memory():
     assert not [ref for ref in alive if ref() is not None]
 
 
+def test_images_live_no_longer_for_being_known():
+    """What the middle block makes is read by the next block, and freed while the pass goes on."""
+    unet = fused()
+    made, alive = [], []
+    for module in modules_of(unet.mid_block, (ResnetBlock2D, Transformer2DModel)):
+        module.register_forward_hook(
+            lambda module, args, y: made.append(weakref.ref(y if torch.is_tensor(y) else y[0]))
+        )
+    unet.conv_norm_out.register_forward_hook(lambda *_: alive.extend(image for image in made if image() is not None))
+
+    call(unet, size=(16, 16))
+
+    assert made
+    assert not alive
+
+
 def test_prompt_changed_in_place_is_read_anew():
     unet = fused()
     prompt = arguments_of(unet)["encoder_hidden_states"]
