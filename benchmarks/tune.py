@@ -4,8 +4,9 @@
 
 For each launch of a fused UNet (see ``launches``): every tile that fits, then split-K and the order of the tiles for
 the best ones. Times are medians over CUDA graphs with rotated weights. ``<output>.progress.json`` keeps every finished
-shape, so an interrupted search goes on where it stopped; the tuning file is written after each shape. Candidates that
-spill registers are left out. ``--dry-run`` tries tiny shapes in Triton's interpreter, without timing them.
+shape, so an interrupted search goes on where it stopped; the tuning file is written after each shape, and with it
+``benchmarks/results/tuning_<architecture>.json``, the best configuration's time for each launch. Candidates that spill
+registers are left out. ``--dry-run`` tries tiny shapes in Triton's interpreter, without timing them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from dq_kernels.packing import unpack_int4
 from dq_kernels.tuning import LaunchConfig, architecture
 
 TUNING = Path(__file__).parents[1] / "kernels" / "tuning"
+RESULTS = Path(__file__).parent / "results"
 FIELDS = ["block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "split_k"]
+COLUMNS = ["op", "rows", "out_channels", "reduction", "stride", "upsample", "residual", "config", "us", "tops"]
 # block_m, block_n, block_k, num_warps, num_stages
 TILES = (
     (16, 64, 64, 4, 4),
@@ -201,6 +204,26 @@ def compile_all(shapes: list[Launch], deadline: float) -> None:
         process.kill()
 
 
+def write_lines(path: Path, header: dict[str, Any], name: str, rows: list[Any]) -> None:
+    """JSON with one row a line."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    text = json.dumps(header, indent=1)[:-2] + f',\n "{name}": [\n' + lines + "\n ]\n}\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def write_timings(path: Path, progress: dict[str, Any]) -> None:
+    """Every launch with its best configuration, microseconds and TOP/s."""
+    rows = []
+    for name, results in progress["shapes"].items():
+        if results:
+            launch, (microseconds, config) = Launch(*json.loads(name)), results[0]
+            shape = (launch.op, launch.rows, launch.out_channels, launch.reduction)
+            options = (launch.stride, launch.upsample, launch.residual)
+            tops = launch.operations / microseconds / 1e6
+            rows.append([*shape, *options, config, round(microseconds, 2), round(tops, 1)])
+    write_lines(path, {**progress["environment"], "columns": COLUMNS}, "rows", sorted(rows))
+
+
 def write_tuning(path: Path, progress: dict[str, Any]) -> None:
     """The shipped form: the best configuration of every shape, one a line, a shape that occurs twice once."""
     best: dict[tuple[Any, ...], tuple[float, list[int]]] = {}
@@ -210,9 +233,7 @@ def write_tuning(path: Path, progress: dict[str, Any]) -> None:
             entry = (op, rows, out_channels, reduction)
             best[entry] = min(best.get(entry, results[0]), results[0], key=lambda result: result[0])
     header = {"architecture": path.stem, "measured": True, "source": progress["environment"], "fields": FIELDS}
-    lines = ",\n".join("  " + json.dumps([*entry, config]) for entry, (_, config) in sorted(best.items()))
-    text = json.dumps(header, indent=1)[:-2] + ',\n "shapes": [\n' + lines + "\n ]\n}\n"
-    path.write_text(text, encoding="utf-8")
+    write_lines(path, header, "shapes", [[*entry, config] for entry, (_, config) in sorted(best.items())])
 
 
 def dry_run() -> None:
@@ -232,6 +253,7 @@ def main() -> None:
     parser.add_argument("--batch", action="append", type=int, help="may be repeated; 2")
     parser.add_argument("--minutes", type=float, default=8, help="time budget (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="the tuning file (default: the package's, for this device)")
+    parser.add_argument("--timings", type=Path, help="where the times go (default: benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     if arguments.dry_run:
@@ -263,6 +285,7 @@ def main() -> None:
         progress["shapes"][key(launch)] = results[:8]
         progress_file.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
         write_tuning(output, progress)
+        write_timings(arguments.timings or RESULTS / f"tuning_{output.stem}.json", progress)
         if results:
             microseconds, config = results[0]
             print(

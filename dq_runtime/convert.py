@@ -175,8 +175,11 @@ def dequantize(unet: Any) -> Any:
     """
     if not is_quantized(unet):
         raise ValueError("The UNet is not quantized")
-    from dq_runtime.fused import unfuse  # loads diffusers' blocks, which few need
+    # Here, since they load much that few need.
+    from dq_runtime.fused import unfuse
+    from dq_runtime.graphs import disable_cuda_graphs
 
+    disable_cuda_graphs(unet)
     unfuse(unet)
     restored = {id(layer): _dequantized_layer(layer, unet.dtype) for layer in quantized_layers(unet).values()}
     _replace_children(unet, lambda child: restored.get(id(child)))

@@ -74,8 +74,8 @@ class CudaGraphRunner:
 def enable_cuda_graphs(unet: Any) -> None:
     """Makes a UNet replay CUDA graphs, in place; the first call with new shapes captures one.
 
-    Afterwards weights may change in place alone (``load_state_dict``). Before the UNet is moved, quantized or turned
-    back, call ``disable_cuda_graphs``.
+    Afterwards weights may change in place alone (``load_state_dict``). Before the UNet is moved or quantized, call
+    ``disable_cuda_graphs``; ``dequantize`` does.
 
     Raises:
         ValueError: if the UNet is not on a CUDA device, or replays graphs already.

@@ -93,13 +93,13 @@ def test_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
         searched.append(launch)
         return [(1.0, [64, 64, 64, 4, 3, 1, 1])]
 
-    output = tmp_path / "sm_00.json"
+    output, timings = tmp_path / "sm_00.json", tmp_path / "timings.json"
     monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.environment, "describe", lambda: {})
     monkeypatch.setattr(tune, "compile_all", lambda shapes, deadline: None)
     monkeypatch.setattr(tune, "launches", lambda name, batch: {LINEAR: 5, GEGLU: 1, CONV: 2, FEW: 1})
     monkeypatch.setattr(tune, "search", search)
-    monkeypatch.setattr(sys, "argv", ["tune.py", "--unet", "sd15", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--unet", "sd15", "--output", str(output), "--timings", str(timings)])
 
     with pytest.raises(KeyboardInterrupt):
         tune.main()
@@ -111,6 +111,9 @@ def test_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert first == [GEGLU, LINEAR]  # most operations first
     assert searched == [CONV, FEW]
     assert len(read_tuning(output)[1]) == 4
+    rows = json.loads(timings.read_text())["rows"]
+    assert rows[0] == ["conv2d", 128, 1280, 11520, [1, 1], False, False, [64, 64, 64, 4, 3, 1, 1], 1.0, 3774.9]
+    assert len(rows) == 4
 
 
 def test_without_a_gpu_it_says_so():
