@@ -19,10 +19,10 @@ from dq_runtime.layers import QuantizedLayer
 TIMESTEPS = tuple(range(19, 1000, 49))
 
 
-def build(name: str, device: torch.device | str, dtype: torch.dtype, activation_bits: int = 8) -> Any:
+def build(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
     """A UNet of ``unets.CONFIGS``, quantized, in evaluation mode; drawn on the device."""
     unet = unets.build(name, "meta", dtype)
-    insert_empty_layers(unet, DilateQuantConfig(activation_bits=activation_bits, timesteps=list(TIMESTEPS)))
+    insert_empty_layers(unet, DilateQuantConfig(timesteps=list(TIMESTEPS)))
     for layer in quantized_layers(unet).values():
         _fill(layer, device)
     for module in unet.modules():
@@ -36,14 +36,13 @@ def build(name: str, device: torch.device | str, dtype: torch.dtype, activation_
 def _fill(layer: QuantizedLayer, device: torch.device | str) -> None:
     weight = torch.randint(0, 256, layer.weight.shape, dtype=torch.uint8, device=device)
     reduction = 2 * weight[0].numel()
-    act_scale = torch.full(layer.act_scale.shape, 0.03, device=device)
     tensors = {
         "weight": weight,
         # Values of [-8, 7] have a mean square of 21.5; inputs of unit variance give outputs of about a half.
         "weight_scale": torch.full(layer.weight_scale.shape, 0.5 / (21.5 * reduction) ** 0.5, device=device),
         "weight_sum": ops.unpack_int4(weight).flatten(1).sum(1, dtype=torch.int32),
         "weight_dilation": torch.ones(layer.weight_dilation.shape, device=device),
-        "act_scale": act_scale,
+        "act_scale": torch.full(layer.act_scale.shape, 0.03, device=device),
         "act_zero_point": torch.full(layer.act_zero_point.shape, -3, dtype=torch.int32, device=device),
     }
     if layer.bias is not None:

@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from dq_runtime.convert import is_quantized
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
 from dq_runtime.fused_blocks import (
     FusedBasicTransformerBlock,
@@ -27,7 +28,6 @@ from dq_runtime.fused_blocks import (
     FusedUpBlock2D,
     FusedUpsample2D,
 )
-from dq_runtime.layers import QuantizedLayer
 
 # In this order: whether an up block can be fused depends on its resnets.
 FUSED = {
@@ -55,7 +55,7 @@ def fuse(unet: Any) -> dict[str, str]:
     Raises:
         ValueError: if the UNet is not quantized, or fused already.
     """
-    if not any(isinstance(module, QuantizedLayer) for module in unet.modules()):
+    if not is_quantized(unet):
         raise ValueError("The UNet is not quantized: calibrate it, or load a quantized one, before fuse()")
     if is_fused(unet):
         raise ValueError("The UNet is fused already")

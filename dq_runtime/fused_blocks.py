@@ -151,6 +151,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             and block._chunk_size is None
             and getattr(block, "fuser", None) is None
             and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm3))
+            and (block.attn2 is None or isinstance(block.norm2, nn.LayerNorm))
             and all(_plain(attention) for attention in attentions)
             and same_quantizer([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
             and len(block.ff.net) == 3

@@ -25,7 +25,7 @@ import triton.language as tl
 from dq_kernels.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.packing import unpack_int4_x16
 from dq_kernels.quantize import quantize_tile, select_timestep
-from dq_kernels.tuning import LaunchConfig, launch_options, use_pdl, use_ptx
+from dq_kernels.tuning import LaunchConfig, launch_options, use_ptx
 
 # Rows (pixels) that one entry of the group norm's statistics covers; a tile holds a whole number of them.
 STATISTICS_ROWS = 64
@@ -389,7 +389,6 @@ def launch(
         EVEN_K=half_channels % config.block_k == 0 and skip_half_channels % config.block_k == 0,
         TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
         PTX=use_ptx(),
-        PDL=use_pdl(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(),

@@ -18,7 +18,7 @@ import triton.language as tl
 from dq_kernels.gemm import STATISTICS_ROWS
 from dq_kernels.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.quantize import padded_position, quantize_tile, quantized_shape, select_timestep
-from dq_kernels.tuning import launch_options, use_pdl, use_ptx
+from dq_kernels.tuning import launch_options, use_ptx
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 STATISTICS_CHANNELS = 64
@@ -260,7 +260,6 @@ def channel_statistics(x: torch.Tensor) -> torch.Tensor:
         *flat.stride(),
         ROWS=STATISTICS_ROWS,
         BLOCK_K=STATISTICS_CHANNELS,
-        PDL=use_pdl(),
         num_warps=4,
         **launch_options(),
     )
@@ -306,7 +305,6 @@ def group_norm_quantize(
         ROWS=STATISTICS_ROWS,
         BLOCK_R=32,
         BLOCK_K=triton.next_power_of_2(out_channels // num_groups),
-        PDL=use_pdl(),
         num_warps=4,
         **launch_options(),
     )
@@ -341,7 +339,6 @@ def group_norm_quantize(
         BLOCK_L=BLOCK_LENGTH,
         BLOCK_K=BLOCK_CHANNELS,
         PTX=use_ptx(),
-        PDL=use_pdl(),
         **launch_options(),
         num_warps=4,
         enable_fp_fusion=False,
@@ -383,7 +380,6 @@ def layer_norm_quantize(
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         PTX=use_ptx(),
-        PDL=use_pdl(),
         **launch_options(),
         num_warps=LAYER_NORM_WARPS,
         enable_fp_fusion=False,

@@ -346,14 +346,14 @@ def group_norm_quantize(
     op = "group_norm_quantize"
     _check_floats(op, "x", x, ("B", "H", "W", "K"))
     channels = x.shape[3]
-    pairs = [("x", x, "statistics", statistics)]
+    sources = [(x, "statistics", statistics)]
     if skip is not None:
         _check_floats(op, "skip", skip, (*x.shape[:3], "K2"))
         channels += skip.shape[3]
-        pairs.append(("skip", skip, "skip_statistics", skip_statistics))
+        sources.append((skip, "skip_statistics", skip_statistics))
     elif skip_statistics is not None:
         raise ValueError(f"{op}: skip_statistics came without a skip")
-    for _, source, name, given in pairs:
+    for source, name, given in sources:
         if given is not None:
             if source.shape[1] * source.shape[2] % STATISTICS_ROWS:
                 raise ValueError(f"{op}: {name} are given for whole runs of {STATISTICS_ROWS} pixels alone")

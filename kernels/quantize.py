@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dq_kernels.intrinsics import floor_to_int, follow_previous_kernel
-from dq_kernels.tuning import launch_options, use_pdl, use_ptx
+from dq_kernels.tuning import launch_options, use_ptx
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 
@@ -144,7 +144,6 @@ def quantize(
             BLOCK_L=BLOCK_LENGTH,
             BLOCK_K=BLOCK_CHANNELS,
             PTX=use_ptx(),
-            PDL=use_pdl(),
             **launch_options(),
             num_warps=4,
             enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the others do

@@ -123,8 +123,8 @@ def use_ptx() -> bool:
 
 @cache
 def launch_options() -> dict[str, Any]:
-    """Options of every launch: programmatic dependent launch where the GPU and Triton have it (see ``use_pdl``)."""
-    return {"launch_pdl": True} if use_pdl() else {}
+    """What every launch is given: whether it follows the kernel before it early (see ``use_pdl``)."""
+    return {"PDL": True, "launch_pdl": True} if use_pdl() else {"PDL": False}
 
 
 @cache

@@ -25,9 +25,7 @@ def fast_rows():
             return type("Output", (), {"sample": sample})
 
     def fast_rows(*names):
-        return [
-            bench_unet.Row(name, lambda: Identity(4, 4), name.startswith("int4"), "compiled" in name) for name in names
-        ]
+        return [bench_unet.Row(name, lambda: Identity(4, 4), "compiled" in name) for name in names]
 
     return fast_rows
 
@@ -44,7 +42,7 @@ def test_interruption_while_a_row_compiles_leaves_the_others_in_the_file(fast_ro
     def interrupted():
         raise KeyboardInterrupt
 
-    slow = bench_unet.Row("fp32 compiled", interrupted, False, True)
+    slow = bench_unet.Row("fp32 compiled", interrupted, is_compiled=True)
     monkeypatch.setattr(bench_unet, "rows", lambda *_: [slow, *fast_rows("fp32", "int4")])
     output = tmp_path / "rows.json"
     command = ["bench_unet.py", "--device", "cpu", "--unet", "ddpm_cifar", "--rounds", "1", "--output", str(output)]
