@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-EVALUATION = ["scikit-image"]
+EVALUATION = ["scikit-image", "matplotlib"]
 EXAMPLES = [*EVALUATION, "scikit-learn", "pillow"]
 TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "ruff", "mypy", "build", "transformers", "peft"]
 

@@ -1,0 +1,116 @@
+"""How far each quantized layer's output is from the floating-point UNet's, while both run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dq_runtime.convert import is_quantized, quantized_layers
+from dq_runtime.fused import is_fused
+from dq_runtime.graphs import CudaGraphRunner
+
+if TYPE_CHECKING:
+    from dq_runtime.calibration.collect import CalibrationSet
+
+LISTED = 10  # layers that an error names
+
+
+def layer_sqnr(unet: Any, reference: Any, calibration_set: CalibrationSet) -> dict[str, float]:
+    """Signal-to-quantization-noise ratio of every quantized layer's output, in dB.
+
+    10 log10(sum |y|^2 / sum |y' - y|^2) over all recorded calls, y of the reference and y' of the quantized UNet. Each
+    runs as a whole: a layer's error holds what earlier layers have left in its input. The reference's outputs are held
+    for one call at a time.
+
+    Args:
+        unet: quantized; not fused and without CUDA graphs, where layers do not run one by one.
+        reference: the floating-point UNet that it was made from.
+        calibration_set: the calls to run, those of the calibration or others.
+
+    Returns:
+        dB by layer name, in the order of the forward pass: infinite for an output without error, NaN for one that is
+        not finite. Layers that no call reaches are left out.
+
+    Raises:
+        ValueError: if a UNet is not as described, a layer's counterpart is missing or another, or there are no calls.
+    """
+    layers = quantized_layers(unet)
+    counterparts = _counterparts(unet, reference, layers)
+    if not calibration_set.calls:
+        raise ValueError("The calibration set is empty: record at least one call with dq_runtime.record")
+    expected: dict[str, list[torch.Tensor]] = {}  # of the call that is running; emptied by the quantized UNet
+    energies: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, layer: nn.Module, args: Any, y: torch.Tensor) -> None:
+        # Copied: a UNet may add to it in place, as it does with a T2I-Adapter's features.
+        expected.setdefault(name, []).append(y.detach().clone())
+
+    def compare(name: str, layer: nn.Module, args: Any, y: torch.Tensor) -> None:
+        signal = expected[name].pop(0)
+        if signal.shape != y.shape:
+            raise ValueError(
+                f"{name}: its output is {list(y.shape)}, the reference's is {list(signal.shape)}. Pass the "
+                "floating-point UNet that this one was made from"
+            )
+        signal = signal.to(y.device, torch.float64)
+        energy = torch.stack([signal.square().sum(), (y.detach() - signal).square().sum()])
+        energies[name] = energies.get(name, 0) + energy
+
+    with ExitStack() as stack:
+        for model in (unet, reference):
+            stack.enter_context(_eval_mode(model))
+        for name, layer in layers.items():
+            stack.callback(counterparts[name].register_forward_hook(partial(keep, name)).remove)
+            stack.callback(layer.register_forward_hook(partial(compare, name)).remove)
+        for call in calibration_set.calls:
+            call.run(reference)
+            call.run(unet)
+    return {name: _decibels(*energy.tolist()) for name, energy in energies.items()}
+
+
+def _counterparts(unet: Any, reference: Any, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The reference's layers by the quantized layers' names."""
+    if not layers:
+        raise ValueError("The UNet is not quantized: calibrate it, or load a quantized one")
+    if is_quantized(reference):
+        raise ValueError("The reference is quantized: pass the floating-point UNet that the other one was made from")
+    if is_fused(unet):
+        raise ValueError("The UNet is fused, its layers do not run one by one: measure it before fuse()")
+    for name, model in (("UNet", unet), ("reference", reference)):
+        if isinstance(model.__dict__.get("forward"), CudaGraphRunner):
+            raise ValueError(f"The {name} replays CUDA graphs, which call no layer: call disable_cuda_graphs first")
+    modules = dict(reference.named_modules())
+    missing = [name for name in layers if name not in modules]
+    if missing:
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        raise ValueError(
+            f"The reference has no layers {', '.join(missing[:LISTED])}{more}. Pass the floating-point UNet that this "
+            "one was made from"
+        )
+    return {name: modules[name] for name in layers}
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside of the ``with`` block; every module's own mode again behind it."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not math.isfinite(signal + noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
