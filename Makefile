@@ -11,7 +11,7 @@ GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 .PHONY: demo test lint train gpu tune clean
 
 demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
-	$(BIN)/python examples/digits/demo.py
+	$(BIN)/python examples/small_unets/demo.py
 
 test: $(INSTALLED) lint  ## everything: style, types, tests
 	$(BIN)/pytest
@@ -21,8 +21,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p dq_kernels -p dq_runtime
 
-train: $(INSTALLED)  ## train the digits models again
-	$(BIN)/python examples/digits/train.py
+train: $(INSTALLED)  ## train the small models again
+	$(BIN)/python examples/small_unets/train.py
 
 gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/results/gpu_<device>.json
 	$(GPU_PYTHON) benchmarks/gpu_suite.py

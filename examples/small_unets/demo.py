@@ -1,6 +1,6 @@
-"""The main job on a real trained model: quantize a digits UNet to packed INT4 and sample beside the original.
+"""The main job on a real trained model: quantize a small UNet to packed INT4 and sample beside the original.
 
-    python examples/digits/demo.py [--unet cross_attention] [--samples 500] [--output out/demo]
+    python examples/small_unets/demo.py [--unet photos] [--samples 500] [--output out/demo]
 
 Calibrates W4A8 and W4A4, saves both, loads them with stock diffusers, and draws the same noise through every model.
 Writes ``grid.png``, ``report.json`` (all numbers, with device and versions) and the packed checkpoints; prints the
@@ -23,10 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import digits
 import torch
 from diffusers import ModelMixin
 from PIL import Image, ImageDraw
+from task import Task
+from tasks import TASKS
 
 import dq_runtime
 from dq_runtime.evaluation.footprint import footprint
@@ -49,12 +50,12 @@ COLUMNS = (
 )
 
 
-def quantize(unet: ModelMixin, condition: digits.Condition, folder: Path) -> dict[str, ModelMixin]:
+def quantize(task: Task, unet: ModelMixin, folder: Path) -> dict[str, ModelMixin]:
     """Calibrates the UNet at W4A8 and W4A4, saves each, and loads it again through stock diffusers."""
-    labels = torch.arange(CALIBRATION_SAMPLES) % digits.NUM_CLASSES
-    noise = torch.randn(CALIBRATION_SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(CALIBRATION_SEED))
+    noise = task.noise(CALIBRATION_SAMPLES, CALIBRATION_SEED)
+    condition = task.condition(task.labels(CALIBRATION_SAMPLES))
     calibration_set = dq_runtime.collect_from_scheduler(
-        unet, digits.noise_scheduler(), noise, 20, condition(labels), batch_size=CALIBRATION_SAMPLES
+        unet, task.noise_scheduler(), noise, 20, condition, batch_size=CALIBRATION_SAMPLES
     )
     loaded = {}
     for bits in (8, 4):
@@ -66,26 +67,25 @@ def quantize(unet: ModelMixin, condition: digits.Condition, folder: Path) -> dic
     return loaded
 
 
-def seconds_per_image(unets: Mapping[str, ModelMixin], condition: digits.Condition) -> dict[str, float]:
+def seconds_per_image(task: Task, unets: Mapping[str, ModelMixin]) -> dict[str, float]:
     """Median time of a DDIM-20 sample, the models in turn, several rounds."""
-    labels = torch.arange(TIMING_BATCH) % digits.NUM_CLASSES
+    labels = task.labels(TIMING_BATCH)
     seconds: dict[str, list[float]] = {name: [] for name in unets}
     for _ in range(TIMING_ROUNDS):
         for name, unet in unets.items():
             start = time.perf_counter()
-            digits.sample(unet, condition, labels, seed=2, batch_size=TIMING_BATCH)
+            task.sample(unet, labels, seed=2, batch_size=TIMING_BATCH)
             seconds[name].append((time.perf_counter() - start) / TIMING_BATCH)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 @torch.no_grad()
-def evaluate(unets: Mapping[str, ModelMixin], kind: str, num_samples: int, folder: Path) -> list[dict[str, Any]]:
+def evaluate(task: Task, unets: Mapping[str, ModelMixin], num_samples: int, folder: Path) -> list[dict[str, Any]]:
     """Samples with every model from one noise and measures the images; the first model is the reference."""
-    condition, classifier = digits.load_condition(kind), digits.load_classifier()
-    labels = torch.arange(num_samples) % digits.NUM_CLASSES
-    real_features = classifier.features(digits.real_digits()[0])
-    images = {name: digits.sample(unet, condition, labels, SAMPLE_SEED) for name, unet in unets.items()}
-    seconds = seconds_per_image(unets, condition)
+    classifier, labels = task.classifier(), task.labels(num_samples)
+    real_features = classifier.features(task.real_images()[0])
+    images = {name: task.sample(unet, labels, SAMPLE_SEED) for name, unet in unets.items()}
+    seconds = seconds_per_image(task, unets)
     reference = next(iter(images.values()))
     rows = []
     for name, unet in unets.items():
@@ -119,17 +119,21 @@ def checkpoint_mb(unet: ModelMixin) -> float | None:
     return sum(file.stat().st_size for file in Path(unet.config["_name_or_path"]).glob("*.safetensors")) / 1e6
 
 
-def draw_grid(images: Mapping[str, torch.Tensor], path: Path, columns: int = 20, zoom: int = 5) -> None:
-    """One row of images a model, enlarged, with its name."""
-    cell, margin = 8 * zoom + 2, 100
-    canvas = Image.new("L", (margin + columns * cell, len(images) * cell), 255)
+def draw_grid(images: Mapping[str, torch.Tensor], path: Path, columns: int = 20, zoom: int | None = None) -> None:
+    """One row of images [B, 1 or 3, H, W] a model, enlarged, with its name; a single channel is ink on white."""
+    channels, height, width = next(iter(images.values())).shape[1:]
+    zoom = zoom or -(-40 // height)
+    cell_height, cell_width, margin = height * zoom + 2, width * zoom + 2, 100
+    size = (margin + columns * cell_width, len(images) * cell_height)
+    canvas = Image.new("L" if channels == 1 else "RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for row, (name, batch) in enumerate(images.items()):
-        draw.text((6, row * cell + cell // 2 - 6), name, fill=0)
-        pixels = ((1 - batch[:columns, 0]) * 127.5).byte().numpy()
-        for column, image in enumerate(pixels):
-            enlarged = Image.fromarray(image).resize((8 * zoom, 8 * zoom), Image.Resampling.NEAREST)
-            canvas.paste(enlarged, (margin + column * cell, row * cell))
+        top = row * cell_height
+        draw.text((6, top + cell_height // 2 - 6), name, fill="black")
+        brightness = -batch[:columns, 0] if channels == 1 else batch[:columns].permute(0, 2, 3, 1)
+        for column, pixels in enumerate(((1 + brightness) * 127.5).byte().numpy()):
+            enlarged = Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (margin + column * cell_width, top))
     canvas.save(path)
 
 
@@ -162,22 +166,23 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unet", choices=digits.UNETS, default="cross_attention")
+    parser.add_argument("--unet", choices=TASKS, default="digits/cross_attention")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--output", type=Path, default=Path("out/demo"))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    unet = digits.load_unet(arguments.unet)
-    quantized = quantize(unet, digits.load_condition(arguments.unet), arguments.output)
-    unets = {"fp32": unet, "bf16": digits.load_unet(arguments.unet, torch.bfloat16), **quantized}
-    rows = evaluate(unets, arguments.unet, arguments.samples, arguments.output)
+    task = TASKS[arguments.unet]
+    unet = task.unet()
+    quantized = quantize(task, unet, arguments.output)
+    unets = {"fp32": unet, "bf16": task.unet(torch.bfloat16), **quantized}
+    rows = evaluate(task, unets, arguments.samples, arguments.output)
     report = {
-        "unet": arguments.unet,
+        "unet": task.name,
         "samples": arguments.samples,
         "environment": environment(),
         "models": rows,
-        "notes": "psnr_db and ssim: against fp32 at equal noise; frechet: classifier features against real digits, "
+        "notes": "psnr_db and ssim: against fp32 at equal noise; frechet: classifier features against real images, "
         "fp32's own is the floor; MB = 10^6 bytes; cpu_prepacked_mb: int8 copies that only the CPU path keeps",
     }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,156 @@
+"""What a small task is: real labelled images, a UNet and a classifier trained on them, and how to sample.
+
+``digits.py`` and ``photos.py`` define the tasks, ``tasks.py`` lists them, ``train.py`` wrote their weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, ModelMixin
+from safetensors.torch import load_file
+from torch import nn
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class Classifier(nn.Module):
+    """A convolutional classifier, the judge of generated images; its features measure the Fréchet distance."""
+
+    fc2: nn.Linear
+
+    @abstractmethod
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, C, H, W] -> features [B, 64]."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, C, H, W] -> logits [B, num_classes]."""
+        return self.fc2(self.features(images))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Class-conditional image generation, small enough for a CPU.
+
+    Attributes:
+        image_shape: (C, H, W).
+        num_classes: labels are 0 to ``num_classes`` - 1; ``null_label`` stands for "no label".
+        num_train: the first so many real images train, the others are held out.
+        unet_folder: the trained UNet; its classifier and its label encoder lie beside it.
+        real_images: all real images [N, C, H, W] fp32 in [-1, 1], and their labels [N] int64.
+        untrained_unet: a ``UNet2DModel``, or a ``UNet2DConditionModel`` where there is a label encoder.
+        untrained_label_encoder: labels [B] -> tokens [B, T, D], what the UNet's cross-attention reads.
+        prediction_type: what the UNet predicts, diffusers' "epsilon" or "v_prediction".
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    num_train: int
+    unet_folder: Path
+    real_images: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    untrained_unet: Callable[[], ModelMixin]
+    untrained_classifier: Callable[[], Classifier]
+    untrained_label_encoder: Callable[[], nn.Module] | None = None
+    prediction_type: str = "epsilon"
+
+    @property
+    def null_label(self) -> int:
+        return self.num_classes
+
+    @property
+    def classifier_file(self) -> Path:
+        return self.unet_folder.parent / "classifier.safetensors"
+
+    @property
+    def label_encoder_file(self) -> Path:
+        return self.unet_folder.parent / "label_encoder.safetensors"
+
+    def unet(self, dtype: torch.dtype = torch.float32) -> ModelMixin:
+        """The trained UNet, from its fp16 weights."""
+        unet_class = type(self.untrained_unet())
+        return unet_class.from_pretrained(self.unet_folder, variant="fp16", torch_dtype=dtype).eval()
+
+    def classifier(self) -> Classifier:
+        """The trained classifier, in fp32."""
+        classifier = self.untrained_classifier()
+        classifier.load_state_dict(load_file(self.classifier_file))
+        return classifier.eval()
+
+    @functools.cached_property
+    def label_encoder(self) -> nn.Module | None:
+        """The trained label encoder, in fp32; None where the UNet takes the labels themselves."""
+        if self.untrained_label_encoder is None:
+            return None
+        encoder = self.untrained_label_encoder()
+        encoder.load_state_dict(load_file(self.label_encoder_file))
+        return encoder.eval().requires_grad_(False)
+
+    def condition(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """labels [B] int64 -> the keyword arguments with which the UNet is called."""
+        return condition(labels, self.label_encoder)
+
+    def noise_scheduler(self) -> DDIMScheduler:
+        """The noise schedule that the UNet was trained with."""
+        return DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True, prediction_type=self.prediction_type)
+
+    def labels(self, count: int) -> torch.Tensor:
+        """The classes in turn: [count] int64."""
+        return torch.arange(count) % self.num_classes
+
+    def noise(self, count: int, seed: int) -> torch.Tensor:
+        """Standard normal [count, C, H, W], fp32."""
+        return torch.randn(count, *self.image_shape, generator=torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        unet: ModelMixin,
+        labels: torch.Tensor,
+        seed: int,
+        num_inference_steps: int = 20,
+        scheduler: Any = None,
+        batch_size: int = 100,
+    ) -> torch.Tensor:
+        """Draws one image per label; the same seed gives every model the same noise.
+
+        Args:
+            labels: [B] int64.
+            scheduler: ``noise_scheduler()`` by default; another of diffusers' schedulers comes from its ``config`` with
+                ``timestep_spacing="leading"`` (at timestep 999 nothing is left of the image, and a scheduler without
+                ``clip_sample`` divides by that). The noise that a stochastic one adds depends on ``batch_size`` too.
+
+        Returns:
+            images [B, C, H, W] fp32 in [-1, 1].
+        """
+        scheduler = scheduler or self.noise_scheduler()
+        options = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            options["generator"] = torch.Generator().manual_seed(seed + 1)  # not the noise that sampling starts from
+        images = []
+        noise = self.noise(len(labels), seed)
+        for batch, batch_labels in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
+            arguments = {name: value.to(unet.dtype) if value.is_floating_point() else value
+                         for name, value in self.condition(batch_labels).items()}  # fmt: skip
+            scheduler.set_timesteps(num_inference_steps)
+            batch = batch * scheduler.init_noise_sigma
+            for timestep in scheduler.timesteps:
+                scaled = scheduler.scale_model_input(batch, timestep).to(unet.dtype)
+                prediction = unet(scaled, timestep, **arguments).sample.float()
+                batch = scheduler.step(prediction, timestep, batch, **options).prev_sample
+            images.append(batch.clamp(-1, 1))
+        return torch.cat(images)
+
+
+def condition(labels: torch.Tensor, label_encoder: nn.Module | None) -> dict[str, torch.Tensor]:
+    """labels [B] int64 -> the keyword arguments of a UNet with this label encoder, or of one without."""
+    if label_encoder is None:
+        return {"class_labels": labels}
+    return {"encoder_hidden_states": label_encoder(labels)}

@@ -1,0 +1,306 @@
+"""The small UNets: what ships beside them works, and the demo reports what it measured."""
+
+import datetime
+import importlib
+import json
+import re
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL_UNETS = REPOSITORY / "examples" / "small_unets"
+NAMES = ("digits/class_conditional", "digits/cross_attention", "photos")
+SHAPES = {"digits/class_conditional": (1, 8, 8), "digits/cross_attention": (1, 8, 8), "photos": (3, 24, 24)}
+UNET_LIMIT, WEIGHTS_LIMIT = 6_000_000, 14 * 2**20  # bytes
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SMALL_UNETS)
+        yield importlib.import_module("demo")
+
+
+@pytest.fixture(scope="module")
+def tasks(demo):
+    return demo.TASKS
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def test_every_task_is_tested_here(tasks):
+    assert {name: task.image_shape for name, task in tasks.items()} == SHAPES
+    assert all(task.name == name for name, task in tasks.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_unet_loads_in_fp32_with_finite_weights_of_the_right_shapes(tasks, name):
+    unet = tasks[name].unet()
+    shipped, untrained = unet.state_dict(), tasks[name].untrained_unet().state_dict()
+
+    assert {name: tensor.shape for name, tensor in shipped.items()} == {n: t.shape for n, t in untrained.items()}
+    assert {tensor.dtype for tensor in shipped.values()} == {torch.float32}
+    assert all(bool(tensor.isfinite().all()) for tensor in shipped.values())
+    assert not unet.training
+    assert tasks[name].unet(torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_unet_is_configured_as_an_untrained_one(tasks, name):
+    shipped, untrained = (
+        json.loads(unet.to_json_string()) for unet in (tasks[name].unet(), tasks[name].untrained_unet())
+    )
+    del shipped["_name_or_path"]
+
+    assert shipped == untrained
+
+
+@pytest.mark.parametrize(("name", "count"), [("digits/cross_attention", 1797), ("photos", 10_000)])
+def test_the_real_images_are_all_there(tasks, name, count):
+    images, labels = tasks[name].real_images()
+
+    assert images.shape == (count, *SHAPES[name])
+    assert images.dtype == torch.float32
+    assert (images.min(), images.max()) == (-1, 1)
+    assert labels.shape == (count,)
+    assert labels.dtype == torch.int64
+    assert labels.unique().tolist() == list(range(tasks[name].num_classes))
+
+
+def test_the_photos_are_cropped_the_same_way_each_time_and_never_downloaded(tasks, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a connection was opened")
+
+    images, labels = tasks["photos"].real_images()
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    again, labels_again = tasks["photos"].real_images.__wrapped__()  # past the cache
+
+    assert again is not images
+    assert torch.equal(again, images)
+    assert torch.equal(labels_again, labels)
+
+
+@pytest.mark.parametrize(("name", "count", "accuracy"), [("digits/cross_attention", 360, 0.98), ("photos", 1000, 0.99)])
+def test_a_classifier_reads_held_out_images(tasks, name, count, accuracy):
+    task = tasks[name]
+    images, labels = (tensor[task.num_train :] for tensor in task.real_images())
+
+    predicted = task.classifier()(images).argmax(1)
+
+    assert len(predicted) == count
+    assert (predicted == labels).float().mean() >= accuracy
+    assert task.classifier().features(images[:2]).shape == (2, 64)
+
+
+def test_the_photo_classifier_bears_some_noise(tasks):
+    task = tasks["photos"]
+    images, labels = (tensor[task.num_train :] for tensor in task.real_images())
+    noise = 0.1 * task.noise(len(images), seed=0)
+
+    assert (task.classifier()(images + noise).argmax(1) == labels).float().mean() >= 0.98
+
+
+def test_the_weights_are_small_enough_to_ship(tasks):
+    files = [path for path in SMALL_UNETS.joinpath("weights").rglob("*") if path.is_file()]
+
+    assert len(files) == 9
+    assert sum(path.stat().st_size for path in files) < WEIGHTS_LIMIT
+    for task in tasks.values():
+        (unet_file,) = task.unet_folder.glob("*.safetensors")
+        assert unet_file.stat().st_size <= UNET_LIMIT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trained_unet_draws_what_is_asked_for(tasks, name):
+    task, labels = tasks[name], tasks[name].labels(60)
+    images = task.sample(task.unet(), labels, seed=5, num_inference_steps=10)
+
+    assert images.shape == (60, *SHAPES[name])
+    assert images.dtype == torch.float32
+    assert images.min() >= -1
+    assert images.max() <= 1
+    assert (task.classifier()(images).argmax(1) == labels).float().mean() > 0.9
+    assert images[:10].std(0).mean() > 0.2  # ten classes, not ten times one
+    assert images[:: task.num_classes].std(0).mean() > 0.1  # and no two alike in a class
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
+def test_other_schedulers_draw_what_is_asked_for(tasks, scheduler_class):
+    task = tasks["digits/class_conditional"]
+    scheduler = scheduler_class.from_config(task.noise_scheduler().config, timestep_spacing="leading")
+    labels = task.labels(20)
+
+    images = task.sample(task.unet(), labels, seed=3, num_inference_steps=15, scheduler=scheduler)
+
+    assert (task.classifier()(images).argmax(1) == labels).float().mean() > 0.8
+
+
+def test_a_seed_fixes_the_noise_that_a_scheduler_adds(tasks):
+    task, labels = tasks["digits/class_conditional"], torch.tensor([3, 1, 4])
+    unet, scheduler = task.unet(), DDPMScheduler.from_config(task.noise_scheduler().config)
+
+    first, again, other = (
+        task.sample(unet, labels, seed, num_inference_steps=2, scheduler=scheduler, batch_size=2) for seed in (0, 0, 1)
+    )
+
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 0.1
+
+
+def test_a_seed_fixes_the_noise_whatever_the_batch_size(tasks):
+    task, labels = tasks[NAMES[0]], torch.tensor([3, 1, 4])
+    unet = task.unet()
+
+    def draw(seed, batch_size):
+        return task.sample(unet, labels, seed, num_inference_steps=2, batch_size=batch_size)
+
+    torch.testing.assert_close(draw(0, batch_size=2), draw(0, batch_size=3), rtol=0, atol=1e-4)  # sums in another order
+    assert (draw(0, batch_size=3) - draw(1, batch_size=3)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_bf16_unet_draws_nearly_the_same(tasks, name):
+    task, labels = tasks[name], torch.tensor([3, 1, 4])
+    fp32, bf16 = (
+        task.sample(task.unet(dtype), labels, seed=0, num_inference_steps=2)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+
+    assert bf16.dtype == torch.float32
+    assert 0 < (bf16 - fp32).square().mean().sqrt() < 0.05
+
+
+def test_draw_grid_puts_one_row_of_enlarged_images_a_model(demo, tmp_path):
+    black_left = torch.full((2, 1, 8, 8), -1.0)
+    black_left[..., :4] = 1.0  # ink is +1 and drawn black
+    images = {"fp32": torch.full((5, 1, 8, 8), -1.0), "INT4": black_left}
+
+    demo.draw_grid(images, tmp_path / "grid.png", columns=3, zoom=2)
+
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "L"
+        assert picture.size == (100 + 3 * 18, 2 * 18)
+        pixels = torch.from_numpy(np.array(picture))
+    fp32, int4 = pixels[:18, 100:], pixels[18:, 100:]
+    assert bool((fp32 == 255).all())
+    expected = torch.full((18, 3 * 18), 255, dtype=torch.uint8)
+    expected[:16, 0:8] = expected[:16, 18:26] = 0  # two images, the third column stays empty
+    assert torch.equal(int4, expected)
+    assert max(pixels[:18, :100].min(), pixels[18:, :100].min()) < 64  # the names
+
+
+def test_draw_grid_keeps_colours(demo, tmp_path):
+    orange = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 24, 24)
+
+    demo.draw_grid({"fp32": orange}, tmp_path / "grid.png", columns=2)
+
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.size == (100 + 2 * 50, 50)  # 24 pixels are drawn as 48
+        assert {picture.getpixel((x, y)) for x in (100, 147, 150, 197) for y in (0, 47)} == {(255, 127, 0)}
+        assert picture.getpixel((148, 48)) == (255, 255, 255)
+
+
+def test_draw_grid_shades_linearly(demo, tmp_path):
+    values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
+    demo.draw_grid({"": values.view(5, 1, 1, 1).expand(5, 1, 8, 8)}, tmp_path / "grid.png", columns=5, zoom=1)
+
+    with Image.open(tmp_path / "grid.png") as picture:
+        shades = [picture.getpixel((100 + 10 * column, 0)) for column in range(5)]
+    assert shades == [255, 191, 127, 63, 0]
+
+
+def report_row(**values):
+    row = {
+        "model": "fp32",
+        "label_accuracy": 0.9875,
+        "psnr_db": None,
+        "ssim": None,
+        "frechet": 12.3456,
+        "unet_mb_fp16": 4.25,
+        "unet_mb": 8.5,
+        "checkpoint_mb": 4.26,
+        "cpu_prepacked_mb": 2.0,
+        "seconds_per_image": 0.01234,
+        "not in the table": 1,
+    }
+    return row | values
+
+
+def test_print_table_aligns_its_columns(demo, capsys):
+    demo.print_table([report_row(), report_row(model="INT4 W4A8", psnr_db=31.45, ssim=0.98765, unet_mb=1.5)])
+
+    header, *lines = capsys.readouterr().out.splitlines()
+    titles = re.split(r" {2,}", header.strip())
+    assert titles == [name for name, _ in demo.COLUMNS]
+    starts = [re.search(rf"\b{title}\b", header).start() for title in titles]
+    table = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+    assert table == [
+        ["fp32", "98.8%", "-", "-", "12.35", "4.25", "8.50", "4.26", "2.00", "0.0123"],
+        ["INT4 W4A8", "98.8%", "31.4", "0.988", "12.35", "4.25", "1.50", "4.26", "2.00", "0.0123"],
+    ]
+
+
+def test_the_report_says_where_its_numbers_come_from(demo):
+    environment = demo.environment()
+
+    assert json.loads(json.dumps(environment)) == environment
+    assert datetime.date.fromisoformat(environment["date"])
+    assert environment["torch"] == torch.__version__
+    assert {"cores", "device", "python", "torch", "triton", "diffusers", "dq-runtime"} <= environment.keys()
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_evaluate_measures_every_model_against_the_first(demo, tasks, monkeypatch, tmp_path):
+    def sample(self, unet, labels, seed, batch_size=100):
+        return full_sample(self, unet, labels, seed, num_inference_steps=4)
+
+    task, full_sample = tasks["digits/class_conditional"], demo.Task.sample
+    monkeypatch.setattr(demo.Task, "sample", sample)
+    monkeypatch.setattr(demo, "TIMING_BATCH", 1)
+    monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
+    unets = {"fp32": task.unet(), "the same": task.unet(), "untrained": task.untrained_unet().eval()}
+    rows = demo.evaluate(task, unets, 30, tmp_path)
+
+    first, same, untrained = rows
+    assert [row["model"] for row in rows] == list(unets)
+    assert all({name for name, _ in demo.COLUMNS} <= row.keys() for row in rows)
+    assert (first["psnr_db"], first["ssim"]) == (None, None)
+    assert same["psnr_db"] == float("inf")
+    assert same["ssim"] == pytest.approx(1)
+    assert untrained["psnr_db"] < 15
+    assert untrained["ssim"] < 0.5
+    assert first["label_accuracy"] == same["label_accuracy"] > 0.8
+    assert untrained["label_accuracy"] < 0.5
+    assert first["frechet"] == same["frechet"] < untrained["frechet"] / 2
+    parameters = sum(parameter.numel() for parameter in unets["fp32"].parameters())
+    assert first["unet_mb_fp16"] == pytest.approx(2 * parameters / 1e6)
+    assert first["unet_mb"] == pytest.approx(4 * parameters / 1e6)
+    assert first["quantized_weights_over_fp16"] is None
+    assert all(row["seconds_per_image"] > 0 for row in rows)
+    assert tmp_path.joinpath("grid.png").is_file()
+
+
+def test_the_documented_commands_exist():
+    documents = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run")]
+    text = "\n".join(path.read_text() for path in documents)
+    makefile = (REPOSITORY / "Makefile").read_text()
+    commands = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    phony = set(re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split())
+
+    assert {"demo", "test"} <= commands <= targets
+    assert phony <= targets
+    for script in set(re.findall(r"\b(?:examples|benchmarks)/[\w/]+\.py\b", text + makefile)):
+        assert (REPOSITORY / script).is_file(), script
