@@ -16,6 +16,7 @@ from dq_runtime.layers import QuantConv2d, QuantLinear
 if TYPE_CHECKING:
     from dq_runtime.calibration.calibrate import calibrate
     from dq_runtime.calibration.collect import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
+    from dq_runtime.calibration.distillation import Distillation
     from dq_runtime.fused import fuse
     from dq_runtime.graphs import disable_cuda_graphs, enable_cuda_graphs
 
@@ -25,6 +26,7 @@ _ON_FIRST_USE = {
     "collect_from_pipeline": "calibration.collect",
     "collect_from_scheduler": "calibration.collect",
     "record": "calibration.collect",
+    "Distillation": "calibration.distillation",
     "fuse": "fused",
     "enable_cuda_graphs": "graphs",
     "disable_cuda_graphs": "graphs",
@@ -33,6 +35,7 @@ _ON_FIRST_USE = {
 __all__ = [
     "CalibrationSet",
     "DilateQuantConfig",
+    "Distillation",
     "QuantConv2d",
     "QuantLinear",
     "calibrate",

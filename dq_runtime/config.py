@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
-DILATIONS = ("weight", "none")
+DILATIONS = ("joint", "weight", "none")
 
 
 class DilateQuantMethod(str, Enum):
@@ -25,8 +25,11 @@ class DilateQuantConfig(QuantizationConfigMixin):
         weight_bits: 4; weights are packed two to a byte.
         activation_bits: 8, 6 or 4; activations are stored as int8 whatever the number.
         dilation: "weight", the paper's rule, stretches unsaturated input channels of the weights as far as no weight
-            range grows; "none" turns it off.
+            range grows; "joint" chooses, layer by layer, among that and rules that look at the activations too, by the
+            layer's error on the calibration data; "none" turns it off.
         max_dilation: the largest factor by which a channel is stretched.
+        timestep_groups: how many activation scales each layer has, neighbouring timesteps sharing one; by default one
+            for each calibrated timestep.
         modules_to_not_convert: layers that stay in floating point, by dotted name or part of one: "conv_in",
             "mid_block", "to_out.0".
         timesteps: the sorted timesteps that the activation tables hold; filled in by calibration.
@@ -37,8 +40,9 @@ class DilateQuantConfig(QuantizationConfigMixin):
 
     weight_bits: int = 4
     activation_bits: int = 8
-    dilation: str = "weight"
+    dilation: str = "joint"
     max_dilation: float = 8.0
+    timestep_groups: int | None = None
     modules_to_not_convert: list[str] | None = field(default_factory=lambda: ["conv_in", "conv_out"])
     timesteps: list[float] | None = None
     quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT  # type: ignore[assignment]
@@ -53,6 +57,8 @@ class DilateQuantConfig(QuantizationConfigMixin):
             raise ValueError(f"dilation must be one of {DILATIONS}, got {self.dilation!r}")
         if not self.max_dilation >= 1:
             raise ValueError(f"max_dilation must be at least 1, got {self.max_dilation}")
+        if self.timestep_groups is not None and not self.timestep_groups >= 1:
+            raise ValueError(f"timestep_groups must be at least 1, or None, got {self.timestep_groups}")
         if self.modules_to_not_convert is None:
             self.modules_to_not_convert = []
         if isinstance(self.modules_to_not_convert, str):

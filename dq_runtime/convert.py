@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,18 +152,17 @@ def _empty_layers(plan: ConversionPlan, config: DilateQuantConfig) -> tuple[dict
 def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLayer], grid: TimestepGrid) -> None:
     """Puts the layers in place, wherever the old ones are registered, and makes the UNet map its timestep."""
     plan.log()
-    replacement = {id(plan.layers[name]): layer for name, layer in layers.items()}
-    _replace_children(unet, lambda child: replacement.get(id(child)))
+    replace_layers(unet, {plan.layers[name]: layer for name, layer in layers.items()})
     unet.add_module(GRID_NAME, grid.train(unet.training))
     grid.hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
 
 
-def _replace_children(unet: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> None:
+def replace_layers(unet: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts modules in the places of others, wherever those are registered; in place."""
     for parent in list(unet.modules()):
         for name, child in list(parent._modules.items()):
-            new = None if child is None else replacement(child)
-            if new is not None:
-                parent._modules[name] = new
+            if child is not None and child in replacement:
+                parent._modules[name] = replacement[child]
 
 
 @torch.no_grad()
@@ -181,8 +180,8 @@ def dequantize(unet: Any) -> Any:
 
     disable_cuda_graphs(unet)
     unfuse(unet)
-    restored = {id(layer): _dequantized_layer(layer, unet.dtype) for layer in quantized_layers(unet).values()}
-    _replace_children(unet, lambda child: restored.get(id(child)))
+    dtype = unet.dtype
+    replace_layers(unet, {layer: _dequantized_layer(layer, dtype) for layer in quantized_layers(unet).values()})
     unet.timestep_grid.hook.remove()
     del unet.timestep_grid
     if getattr(unet, "hf_quantizer", None) is not None:

@@ -6,6 +6,7 @@ sample. There is no step counter: a call may repeat a timestep, skip some, start
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -14,6 +15,14 @@ import torch
 from torch import nn
 
 from dq_runtime.tables import TableModule
+
+
+def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
+    """The middles of so many groups of neighbours, as equal in number as can be; all timesteps by default."""
+    if groups is None or groups >= len(timesteps):
+        return list(timesteps)
+    ends = [round(i * len(timesteps) / groups) for i in range(groups + 1)]
+    return [(timesteps[start] + timesteps[end - 1]) / 2 for start, end in itertools.pairwise(ends)]
 
 
 class TimestepGrid(TableModule):

@@ -11,21 +11,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq_kernels.ops import pack_int4
 from dq_runtime.calibration.collect import CalibrationSet
-from dq_runtime.calibration.dilation import weight_dilation
+from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation
+from dq_runtime.calibration.distillation import Distillation, distil
 from dq_runtime.calibration.temporal import Samples, layers_by_input, sample_inputs, temporal_quantizer
-from dq_runtime.calibration.weights import quantize_weight
+from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
-from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.timesteps import TimestepGrid, grouped
 
 logger = logging.getLogger("dq_runtime")
 
 
-@torch.no_grad()
-def calibrate(unet: Any, calibration_set: CalibrationSet, config: DilateQuantConfig | None = None) -> Any:
+def calibrate(
+    unet: Any,
+    calibration_set: CalibrationSet,
+    config: DilateQuantConfig | None = None,
+    distillation: Distillation | None = None,
+) -> Any:
     """Quantizes a UNet in place: Weight Dilation, one activation quantizer per layer and timestep, packed weights.
 
     Args:
@@ -33,14 +37,18 @@ def calibrate(unet: Any, calibration_set: CalibrationSet, config: DilateQuantCon
         calibration_set: calls recorded from its real sampling trajectory (``record``, ``collect_from_pipeline``,
             ``collect_from_scheduler``). Its timesteps become the grid of the activation tables.
         config: W4A8 by default.
+        distillation: how to train the quantized UNet towards the floating-point one, block by block; None rounds
+            to nearest and is done in seconds.
 
     Returns:
         the same UNet, quantized.
 
     Raises:
-        ValueError: if there is no calibration data, or weights or activations are not finite. The UNet is unchanged.
+        ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
+            belongs to another calibration. The UNet is unchanged.
     """
-    config = replace(config or DilateQuantConfig(), timesteps=calibration_set.timesteps)
+    config = config or DilateQuantConfig()
+    config = replace(config, timesteps=grouped(calibration_set.timesteps, config.timestep_groups))
     assert config.timesteps is not None
     layers = plan_conversion(unet, config).layers
     for name, layer in layers.items():
@@ -54,40 +62,38 @@ def calibrate(unet: Any, calibration_set: CalibrationSet, config: DilateQuantCon
         config.modules_to_not_convert = [*(config.modules_to_not_convert or ()), *unreached]
 
     tensors: dict[str, dict[str, torch.Tensor]] = {}
+    sharing = layers_by_input(samples)
     with tqdm(total=len(samples), desc="Quantizing layers") as progress:
-        for names in layers_by_input(samples):
+        for names in sharing:
             tensors |= _quantize_group({name: layers[name] for name in names}, samples, config)
             for name in names:
                 del samples[name]
             progress.update(len(names))
+    if distillation is not None:
+        tensors = distil(unet, layers, tensors, sharing, calibration_set, config, distillation)
     convert(unet, config, tensors)
     attach_quantizer(unet, config)
     return unet
 
 
+@torch.no_grad()
 def _quantize_group(
     layers: Mapping[str, nn.Linear | nn.Conv2d], samples: Samples, config: DilateQuantConfig
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The state dicts of layers that see one tensor: they share one dilation and one activation quantizer."""
-    channels = next(iter(layers.values())).weight.shape[1]
-    dilation = torch.ones(channels, device=next(iter(layers.values())).weight.device)
-    if config.dilation == "weight":
-        per_layer = [weight_dilation(layer.weight, config.max_dilation) for layer in layers.values()]
-        dilation = torch.stack(per_layer).amin(0)
-    act_scale, act_zero_point = temporal_quantizer(samples[next(iter(layers))], dilation, config.activation_bits)
+    weights = [layer.weight for layer in layers.values()]
+    seen = samples[next(iter(layers))]
+    if config.dilation == "joint":
+        dilation = joint_dilation(weights, seen, config.activation_bits, config.max_dilation)
+    elif config.dilation == "weight":
+        dilation = shared_weight_dilation(weights, config.max_dilation)
+    else:
+        dilation = torch.ones(weights[0].shape[1], device=weights[0].device)
+    act_scale, act_zero_point = temporal_quantizer(seen, dilation, config.activation_bits)
 
     tensors = {}
     for name, layer in layers.items():
         weight = layer.weight.detach().float().movedim(1, -1) * dilation  # [N, K] or [N, KH, KW, K]
         values, weight_scale = quantize_weight(weight)
-        tensors[name] = {
-            "weight": pack_int4(values),
-            "weight_scale": weight_scale,
-            "weight_sum": values.flatten(1).sum(1, dtype=torch.int32),
-            "weight_dilation": dilation.clone(),
-            "act_scale": act_scale.clone(),
-            "act_zero_point": act_zero_point.clone(),
-        }
-        if layer.bias is not None:
-            tensors[name]["bias"] = layer.bias.detach()
+        tensors[name] = layer_tensors(layer, values, weight_scale, dilation, act_scale, act_zero_point, layer.bias)
     return tensors

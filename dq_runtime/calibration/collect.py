@@ -31,9 +31,13 @@ class UNetCall:
     timestep: torch.Tensor
     arguments: dict[str, Any]
 
-    @torch.no_grad()
     def run(self, unet: Any) -> Any:
-        """Calls a UNet with these inputs, on its device and in its dtype."""
+        """Calls a UNet with these inputs, on its device and in its dtype, without gradients."""
+        with torch.no_grad():
+            return self.run_with_gradients(unet)
+
+    def run_with_gradients(self, unet: Any) -> Any:
+        """The same, such that the UNet's parameters get gradients."""
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(unet.device, unet.dtype if tensor.is_floating_point() else None)

@@ -1,13 +1,28 @@
-"""Weight Dilation (DilateQuant, arXiv 2409.14307): stretch unsaturated input channels of the weights.
+"""Dilation: a factor for each input channel, by which weights are multiplied and activations divided.
 
-An input channel is unsaturated if none of its weights is the largest of its output channel. Multiplying it by s > 1
-and dividing its activations by s leaves the layer's result and every weight range as they were, while the activations'
-range can only shrink.
+The layer's result stays as it was; what changes is how much of their quantizers' ranges the channels use. Two rules:
+
+- ``weight_dilation``, DilateQuant's (arXiv 2409.14307): stretch unsaturated input channels of the weights, those in
+  which no weight is the largest of its output channel. No weight range grows, and the activations' can only shrink.
+- ``joint_dilation``: among factors that follow the size of weights and activations, that rule and none at all, the one
+  with which the quantized layer errs least on calibration data. A weight range may grow where activations gain more,
+  and the other way round. Its candidates include the exponents of SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from dq_runtime.calibration.temporal import temporal_quantizer
+from dq_runtime.calibration.weights import quantize_weight
+
+# (a, b): s_k = (size of x_k)^a / (size of w_k)^b
+EXPONENTS = ((0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
+
+# How thoroughly a candidate is judged
+VALUES_PER_TIMESTEP, LEAST_ROWS, WEIGHT_SCALES = 2048, 8, 16
 
 
 def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
@@ -25,3 +40,66 @@ def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
     ratio = torch.where(magnitude > 0, largest[:, None, None] / magnitude, torch.inf)
     dilation = ratio.amin((0, 2))
     return torch.where(dilation.isfinite(), dilation, 1.0).clamp(1.0, max_dilation)
+
+
+def shared_weight_dilation(weights: Sequence[torch.Tensor], max_dilation: float) -> torch.Tensor:
+    """The paper's rule for layers that see one tensor."""
+    return torch.stack([weight_dilation(weight, max_dilation) for weight in weights]).amin(0)
+
+
+def joint_dilation(
+    weights: Sequence[torch.Tensor], per_timestep: list[torch.Tensor], bits: int, max_dilation: float
+) -> torch.Tensor:
+    """The candidate with the least squared error of the layers' outputs, weights and activations quantized.
+
+    Args:
+        weights: [N, K, ...] float, of layers that see one tensor.
+        per_timestep: T tensors [rows, K], samples of that tensor. For a convolution each tap is taken by itself.
+        bits: of the activations.
+        max_dilation: s lies between its inverse and itself.
+
+    Returns:
+        [K] fp32.
+    """
+    rows = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
+    per_timestep = [part[:rows] for part in per_timestep]
+    flat = [weight.detach().float().movedim(1, -1).flatten(0, -2) for weight in weights]  # [N x taps, K]
+    size_x = torch.cat(per_timestep).square().mean(0).sqrt()
+    size_w = torch.stack([weight.abs().amax(0) for weight in flat]).amax(0)
+    candidates = [torch.ones_like(size_x), shared_weight_dilation(weights, max_dilation)]
+    candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
+    errors = torch.stack([_output_error(weights, flat, per_timestep, bits, s) for s in candidates])
+    return candidates[int(errors.argmin())]
+
+
+def _from_sizes(size_x: torch.Tensor, size_w: torch.Tensor, a: float, b: float, max_dilation: float) -> torch.Tensor:
+    """Around 1: only how the channels compare matters."""
+    usable = (size_x > 0) & (size_w > 0)
+    logarithm = torch.where(usable, a * size_x.log() - b * size_w.log(), 0.0)
+    if not bool(usable.any()):
+        return torch.ones_like(size_x)
+    centred = torch.where(usable, logarithm - logarithm[usable].median(), 0.0)
+    return centred.exp().clamp(1 / max_dilation, max_dilation)
+
+
+def _output_error(
+    weights: Sequence[torch.Tensor],
+    flat: Sequence[torch.Tensor],
+    per_timestep: list[torch.Tensor],
+    bits: int,
+    dilation: torch.Tensor,
+) -> torch.Tensor:
+    scale, zero_point = temporal_quantizer(per_timestep, dilation, bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    x = torch.cat(per_timestep)
+    rows = torch.tensor([len(part) for part in per_timestep], device=x.device)
+    per_row, zero = scale.repeat_interleave(rows)[:, None], zero_point.repeat_interleave(rows)[:, None]
+    steps = (x / (dilation * per_row) + 0.5).floor_()
+    rounded = torch.minimum(torch.maximum(steps, low - zero), high - zero) * per_row
+    error = torch.zeros((), device=x.device)
+    for weight, matrix in zip(weights, flat, strict=True):
+        per_channel = dilation.view(1, -1, *[1] * (weight.ndim - 2))
+        values, weight_scale = quantize_weight(weight.detach().float() * per_channel, WEIGHT_SCALES)
+        restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))
+        error += (rounded @ restored.movedim(1, -1).flatten(0, -2).T - x @ matrix.T).square().sum()
+    return error

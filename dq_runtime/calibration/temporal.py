@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -100,7 +101,9 @@ def layers_by_input(samples: Samples) -> list[list[str]]:
 def temporal_quantizer(
     per_timestep: list[torch.Tensor], weight_dilation: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Searches, timestep by timestep, the scale and zero point of least squared error.
+    """Searches, for each timestep, the asymmetric quantizer of least squared error.
+
+    Starts from the values' range, widened to hold zero, and shrinks its upper and its lower end in turn.
 
     Args:
         per_timestep: T tensors [rows, K], a layer's inputs.
@@ -110,47 +113,45 @@ def temporal_quantizer(
     Returns:
         act_scale [T] fp32 and act_zero_point [T] int32.
     """
-    pairs = [search_range((rows / weight_dilation).flatten(), bits) for rows in per_timestep]
-    scales, zero_points = zip(*pairs, strict=True)
-    return torch.stack(scales), torch.stack(zero_points)
+    most = max(len(rows) for rows in per_timestep)
+    # Rows of zeros make up for those that a timestep lacks: zero is exact in every quantizer.
+    padded = [F.pad(rows / weight_dilation, (0, 0, 0, most - len(rows))).flatten() for rows in per_timestep]
+    return search_range(torch.stack(padded), bits)
 
 
 def search_range(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The asymmetric quantizer of least squared error for ``values`` [n] fp32.
-
-    Starts from the values' range, widened to hold zero, and shrinks its upper and its lower end in turn.
+    """The asymmetric quantizers of least squared error for the rows of ``values`` [T, n] fp32.
 
     Returns:
-        scale, 0-d fp32, and zero point, 0-d int32.
+        scale [T] fp32 and zero point [T] int32.
     """
-    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
-    if low == high:  # all zeros: any scale is exact
-        return torch.ones_like(low), torch.zeros_like(low, dtype=torch.int32)
-    fractions = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES, device=values.device)
+    low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
     lowest, highest = low, high
+    fractions = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES).tolist()
     for _ in range(ROUNDS):
-        high = _best_end(values, bits, low.expand(CANDIDATES), highest * fractions)[1]
-        low = _best_end(values, bits, lowest * fractions, high.expand(CANDIDATES))[0]
+        high = _best_end(values, bits, [(low, highest * fraction) for fraction in fractions])[1]
+        low = _best_end(values, bits, [(lowest * fraction, high) for fraction in fractions])[0]
     return _scale_and_zero_point(low, high, bits)
 
 
 def _best_end(
-    values: torch.Tensor, bits: int, lows: torch.Tensor, highs: torch.Tensor
+    values: torch.Tensor, bits: int, ranges: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row the range of least error, of several that hold zero."""
     errors = []
-    for low, high in zip(lows, highs, strict=True):
-        if low == high:
-            errors.append(values.square().sum())
-            continue
-        scale, zero_point = _scale_and_zero_point(low, high, bits)
-        q = torch.floor(values / scale + 0.5).add_(zero_point).clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        errors.append(q.sub_(zero_point).mul_(scale).sub_(values).square_().sum())
-    best = torch.stack(errors).argmin()
-    return lows[best], highs[best]
+    for low, high in ranges:
+        scale, zero_point = (table[:, None] for table in _scale_and_zero_point(low, high, bits))
+        steps = (values / scale).add_(0.5).floor_()
+        ends = -(2 ** (bits - 1)) - zero_point, 2 ** (bits - 1) - 1 - zero_point
+        errors.append(steps.clamp_(*ends).mul_(scale).sub_(values).square_().sum(1))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    lows, highs = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+    return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 
 def _scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps [low, high] (which holds zero) onto the 2^bits integers; the zero point is exact."""
+    """Maps [low, high] (which holds zero) onto the 2^bits integers; the zero point is exact. All zeros: scale 1."""
     scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)  # its inverse stays finite
-    zero_point = torch.floor(-(2 ** (bits - 1)) - low / scale + 0.5)
-    return scale, zero_point.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int32)
+    zero_point = torch.floor(-(2 ** (bits - 1)) - low / scale + 0.5).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    empty = low == high
+    return scale.masked_fill(empty, 1.0), zero_point.masked_fill(empty, 0.0).to(torch.int32)

@@ -3,8 +3,8 @@
     python examples/small_unets/demo.py [--unet photos] [--samples 500] [--output out/demo]
 
 Calibrates W4A8 and W4A4, saves both, loads them with stock diffusers, and draws the same noise through every model.
-Writes ``grid.png``, ``report.json`` (all numbers, with device and versions) and the packed checkpoints; prints the
-numbers as a table.
+Writes ``grid.png``, ``report.json`` (all numbers, with device and versions), the packed checkpoints and, in each one's
+``report`` folder, plots of its layers; prints the numbers as a table.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from tasks import TASKS
 import dq_runtime
 from dq_runtime.evaluation.footprint import footprint
 from dq_runtime.evaluation.metrics import frechet_distance, psnr, ssim
+from dq_runtime.evaluation.plots import write_report
 
-CALIBRATION_SAMPLES = 100
+CALIBRATION_SAMPLES = 200
+POLISH_ITERATIONS = 200
 CALIBRATION_SEED, SAMPLE_SEED = 1, 0
 TIMING_BATCH, TIMING_ROUNDS = 100, 3
 COLUMNS = (
@@ -47,24 +49,31 @@ COLUMNS = (
     ("checkpoint_mb", "{:.2f}"),
     ("cpu_prepacked_mb", "{:.2f}"),
     ("seconds_per_image", "{:.4f}"),
+    ("calibration_seconds", "{:.0f}"),
 )
 
 
-def quantize(task: Task, unet: ModelMixin, folder: Path) -> dict[str, ModelMixin]:
-    """Calibrates the UNet at W4A8 and W4A4, saves each, and loads it again through stock diffusers."""
+def collect(task: Task, unet: ModelMixin) -> dq_runtime.CalibrationSet:
+    """Records the UNet's calls over DDIM-20 trajectories."""
     noise = task.noise(CALIBRATION_SAMPLES, CALIBRATION_SEED)
     condition = task.condition(task.labels(CALIBRATION_SAMPLES))
-    calibration_set = dq_runtime.collect_from_scheduler(
-        unet, task.noise_scheduler(), noise, 20, condition, batch_size=CALIBRATION_SAMPLES
+    return dq_runtime.collect_from_scheduler(unet, task.noise_scheduler(), noise, 20, condition, batch_size=100)
+
+
+def quantize(
+    unet: ModelMixin, calibration_set: dq_runtime.CalibrationSet, bits: int, folder: Path
+) -> tuple[ModelMixin, float]:
+    """Calibrates a copy of the UNet, saves it and loads it again through stock diffusers; and the seconds it took."""
+    start = time.perf_counter()
+    quantized = dq_runtime.calibrate(
+        deepcopy(unet),
+        calibration_set,
+        dq_runtime.DilateQuantConfig(activation_bits=bits),
+        dq_runtime.Distillation(polish_iterations=POLISH_ITERATIONS),
     )
-    loaded = {}
-    for bits in (8, 4):
-        quantized = deepcopy(unet)
-        dq_runtime.calibrate(quantized, calibration_set, dq_runtime.DilateQuantConfig(activation_bits=bits))
-        path = folder / f"w4a{bits}"
-        quantized.save_pretrained(path)
-        loaded[f"INT4 W4A{bits}"] = type(unet).from_pretrained(path)
-    return loaded
+    seconds = time.perf_counter() - start
+    quantized.save_pretrained(folder)
+    return type(unet).from_pretrained(folder), seconds
 
 
 def seconds_per_image(task: Task, unets: Mapping[str, ModelMixin]) -> dict[str, float]:
@@ -174,9 +183,16 @@ def main() -> None:
 
     task = TASKS[arguments.unet]
     unet = task.unet()
-    quantized = quantize(task, unet, arguments.output)
-    unets = {"fp32": unet, "bf16": task.unet(torch.bfloat16), **quantized}
+    unets = {"fp32": unet, "bf16": task.unet(torch.bfloat16)}
+    calibration_set, calibration_seconds = collect(task, unet), {}
+    for bits in (8, 4):
+        name, path = f"INT4 W4A{bits}", arguments.output / f"w4a{bits}"
+        unets[name], calibration_seconds[name] = quantize(unet, calibration_set, bits, path)
+        one_trajectory = dq_runtime.CalibrationSet(calibration_set.calls[:20])
+        write_report(unets[name], unet, one_trajectory, path / "report")
     rows = evaluate(task, unets, arguments.samples, arguments.output)
+    for row in rows:
+        row["calibration_seconds"] = calibration_seconds.get(row["model"])
     report = {
         "unet": task.name,
         "samples": arguments.samples,

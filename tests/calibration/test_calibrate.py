@@ -20,7 +20,7 @@ from dq_kernels import reference
 from dq_runtime import CalibrationSet, DilateQuantConfig, QuantConv2d, QuantLinear, calibrate, record
 from dq_runtime.calibration.temporal import VALUES_PER_TIMESTEP
 
-DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+SMALL_UNETS = Path(__file__).parents[2] / "examples" / "small_unets"
 KEPT = {"conv_in", "conv_out"}
 TIMESTEPS = [10.5, 250.0, 900.0]
 SAMPLE_SIZES = (1, 5, 20)  # how large the samples are at each of them
@@ -429,13 +429,12 @@ def test_a_layer_reached_at_some_timesteps_only_is_named_and_the_unet_unchanged(
 
 
 def test_more_activation_bits_come_closer_to_a_trained_unet(monkeypatch):
-    monkeypatch.syspath_prepend(DIGITS)
-    digits = importlib.import_module("digits")
-    kind = "class_conditional"
-    unet, condition = digits.load_unet(kind), digits.load_condition(kind)(torch.arange(10))
-    noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    calibration_set = dq_runtime.collect_from_scheduler(unet, digits.noise_scheduler(), noise, 2, condition)
-    fresh = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    monkeypatch.syspath_prepend(SMALL_UNETS)
+    digits = importlib.import_module("digits").CLASS_CONDITIONAL
+    unet, condition = digits.unet(), digits.condition(digits.labels(10))
+    scheduler, noise = digits.noise_scheduler(), digits.noise(10, seed=1)
+    calibration_set = dq_runtime.collect_from_scheduler(unet, scheduler, noise, 2, condition)
+    fresh = digits.noise(10, seed=2)
 
     errors = {}
     for bits in (8, 4):

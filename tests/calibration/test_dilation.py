@@ -1,11 +1,13 @@
-"""Weight Dilation against the paper's rule written out as loops, and what it promises about every range."""
+"""Dilation: the paper's rule against loops, what it promises about every range, and the joint rule's error."""
 
 import math
 
 import pytest
 import torch
 
-from dq_runtime.calibration.dilation import weight_dilation
+from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation, weight_dilation
+from dq_runtime.calibration.temporal import temporal_quantizer
+from dq_runtime.calibration.weights import quantize_weight
 
 UNCAPPED = math.inf
 SHAPES = [(6, 10), (12, 5), (1, 4), (5, 6, 3, 3), (4, 8, 1, 1), (3, 4, 1, 5)]
@@ -125,3 +127,157 @@ def test_half_precision_weights_dilate_in_fp32(dtype):
 
 def test_all_zero_weights_are_left_alone():
     assert weight_dilation(torch.zeros(3, 4), 8.0).tolist() == [1.0] * 4
+
+
+def activations(timesteps=3, rows=60, channels=12, seed=0, spread=1.5):
+    """[rows, K] for each timestep: channels of very different sizes, timesteps too, not centred."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 10 ** (spread * torch.randn(channels, generator=generator)).clamp(-2, 2)
+    offset = torch.randn(channels, generator=generator)
+    return [
+        (torch.randn(rows + t, channels, generator=generator) + offset) * size * (t + 1) / timesteps
+        for t in range(timesteps)
+    ]
+
+
+def quantized_output_error(weights, per_timestep, bits, dilation):
+    """Of all layers, from the rounding's definition in float64; a convolution's taps each by themselves."""
+    act_scale, zero_point = temporal_quantizer(per_timestep, dilation, bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    error = 0.0
+    for weight in weights:
+        taps = weight.flatten(2).unbind(2) if weight.ndim > 2 else (weight,)
+        values, weight_scale = quantize_weight(torch.stack(taps, 1) * dilation)  # [N, taps, K]
+        restored = (values.double() * weight_scale.double()[:, None, None]).unbind(1)
+        for t, x in enumerate(per_timestep):
+            scale, zero = act_scale[t].double(), zero_point[t].double()
+            q = (torch.floor(x.double() / (dilation.double() * scale) + 0.5) + zero).clamp(low, high)
+            for tap, exact in zip(restored, taps, strict=True):
+                difference = (q - zero) * scale @ tap.T - x.double() @ exact.double().T
+                error += difference.square().sum().item()
+    return error
+
+
+GROUPS = {
+    "linear": [(16, 12)],
+    "q, k, v": [(8, 12), (8, 12), (24, 12)],
+    "conv": [(6, 12, 3, 3)],
+    "conv and its shortcut": [(6, 12, 3, 3), (5, 12, 1, 1)],
+}
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+@pytest.mark.parametrize("group", GROUPS)
+def test_joint_dilation_never_errs_more_than_the_papers_rule_or_none(group, bits):
+    gained = 0
+    for seed in range(3):
+        weights = [random_weight(shape, seed=seed + 10 * i) for i, shape in enumerate(GROUPS[group])]
+        x = activations(seed=seed)
+
+        error = quantized_output_error(weights, x, bits, joint_dilation(weights, x, bits, 8.0))
+
+        # The search tries fewer weight scales than quantization does in the end.
+        for other in (torch.ones(12), shared_weight_dilation(weights, 8.0)):
+            assert error <= 1.03 * quantized_output_error(weights, x, bits, other)
+        gained += error < 0.9 * quantized_output_error(weights, x, bits, shared_weight_dilation(weights, 8.0))
+    assert gained
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_joint_dilation_leaves_alone_what_is_even_already(bits):
+    generator = torch.Generator().manual_seed(0)
+    size = 4 ** torch.linspace(-2, 2, 12)
+    x = [torch.randn(200, 12, generator=generator)]
+
+    for weight in (torch.randn(16, 12, generator=generator), torch.randn(16, 12, generator=generator) * size):
+        error = quantized_output_error([weight], x, bits, joint_dilation([weight], x, bits, 8.0))
+        for other in (torch.ones(12), shared_weight_dilation([weight], 8.0)):
+            assert error <= 1.03 * quantized_output_error([weight], x, bits, other)
+
+
+@pytest.mark.parametrize("max_dilation", [1.0, 2.0, 8.0])
+@pytest.mark.parametrize("group", GROUPS)
+def test_joint_dilation_is_one_vector_within_its_limits(group, max_dilation):
+    differing = 0
+    for seed in range(3):
+        weights = [random_weight(shape, seed=seed + 10 * i) for i, shape in enumerate(GROUPS[group])]
+
+        dilation = joint_dilation(weights, activations(seed=seed), 8, max_dilation)
+
+        assert dilation.shape == (12,)
+        assert dilation.dtype == torch.float32
+        assert dilation.min() >= 1 / max_dilation
+        assert dilation.max() <= max_dilation
+        differing += len(dilation.unique()) > 1
+    assert differing == 0 if max_dilation == 1 else differing > 0
+
+
+def test_joint_dilation_may_shrink_channels_whose_weights_are_large_and_inputs_small():
+    generator = torch.Generator().manual_seed(0)
+    size = 4 ** torch.linspace(-2, 2, 12)
+    weight = torch.randn(16, 12, generator=generator) / size
+    x = [torch.randn(200, 12, generator=generator) * size]
+
+    dilation = joint_dilation([weight], x, 8, 8.0)
+
+    assert dilation.min() < 0.5
+    assert dilation.max() > 2
+    assert torch.corrcoef(torch.stack([dilation.log(), size.log()]))[0, 1] > 0.9
+
+
+def test_all_layers_of_a_group_count_in_the_joint_dilation():
+    first, second, x = random_weight((8, 12), seed=1), 100 * random_weight((8, 12), seed=2), activations()
+
+    alone, other = joint_dilation([first], x, 4, 8.0), joint_dilation([second], x, 4, 8.0)
+    together = joint_dilation([first, second], x, 4, 8.0)
+    error = quantized_output_error([first, second], x, 4, together)
+    assert error <= 1.03 * quantized_output_error([first, second], x, 4, torch.ones(12))
+    assert not torch.equal(alone, other)
+    # The second's error is 10 000 times the first's.
+    assert error <= 1.03 * quantized_output_error([first, second], x, 4, other)
+
+
+def test_scaling_all_weights_or_all_inputs_changes_no_factor():
+    weights, x = [random_weight((8, 12))], activations()
+    expected = joint_dilation(weights, x, 8, 8.0)
+
+    for scale in (2.0**-12, 2.0**12):
+        torch.testing.assert_close(joint_dilation([scale * weights[0]], x, 8, 8.0), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(joint_dilation(weights, [scale * r for r in x], 8, 8.0), expected, rtol=1e-5, atol=0)
+
+
+def test_channels_that_are_off_get_finite_factors():
+    weight, x = random_weight((8, 12)), activations()
+    for rows in x:
+        rows[:, [3, 7]] = 0
+    weight[:, [1, 5, 7]] = 0
+
+    for weights, inputs in (
+        ([weight], x),
+        ([torch.zeros(8, 12)], x),
+        ([weight], [torch.zeros(5, 12)] * 2),
+        ([torch.zeros(8, 12), weight], x),
+        ([torch.zeros(8, 12)], [torch.zeros(5, 12)]),
+    ):
+        dilation = joint_dilation(weights, inputs, 8, 8.0)
+        assert bool(dilation.isfinite().all())
+        assert dilation.min() >= 1 / 8
+        assert dilation.max() <= 8
+
+
+def test_the_shared_rule_is_the_smallest_of_the_layers():
+    weights = [random_weight((6, 10), seed=1), random_weight((9, 10), seed=2), random_weight((4, 10, 3, 3), seed=3)]
+
+    expected = torch.stack([rule_by_hand(weight, 8.0) for weight in weights]).amin(0)
+    torch.testing.assert_close(shared_weight_dilation(weights, 8.0), expected, rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_find_their_joint_dilation_in_fp32(dtype):
+    weight, x = random_weight((6, 12)).to(dtype).requires_grad_(), activations()
+
+    with torch.no_grad():
+        dilation = joint_dilation([weight], x, 8, 8.0)
+
+    assert dilation.dtype == torch.float32
+    assert torch.equal(dilation, joint_dilation([weight.detach().float()], x, 8, 8.0))

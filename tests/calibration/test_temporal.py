@@ -22,6 +22,12 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def search(values, bits):
+    """The range search on one row."""
+    scale, zero_point = search_range(values[None], bits)
+    return scale[0], zero_point[0]
+
+
 def quantized(values, scale, zero_point, bits):
     """The formula of the kernels, in float64."""
     limit, zero_point = 2 ** (bits - 1), int(zero_point)
@@ -65,7 +71,7 @@ DISTRIBUTIONS = {
 def test_the_search_is_never_worse_than_the_full_range(name, bits):
     values = DISTRIBUTIONS[name]
 
-    error = squared_error(values, *search_range(values, bits), bits)
+    error = squared_error(values, *search(values, bits), bits)
 
     # fp32 against float64: a value on a tie may round the other way, and a constant is off by its last bit.
     assert error <= squared_error(values, *min_max(values, bits), bits) * (1 + 1e-3) + 1e-13 * values.square().sum()
@@ -74,7 +80,7 @@ def test_the_search_is_never_worse_than_the_full_range(name, bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_zero_is_exact_and_the_zero_point_is_one_of_the_integers(name, bits):
-    scale, zero_point = search_range(DISTRIBUTIONS[name], bits)
+    scale, zero_point = search(DISTRIBUTIONS[name], bits)
 
     assert scale.dtype == torch.float32
     assert zero_point.dtype == torch.int32
@@ -89,7 +95,7 @@ def test_zero_is_exact_and_the_zero_point_is_one_of_the_integers(name, bits):
 @pytest.mark.parametrize("end", ["upper", "lower"])
 def test_either_end_is_clipped_when_that_pays(end, bits):
     values = torch.cat([normal(8191), torch.tensor([30.0])]) * (1 if end == "upper" else -1)
-    scale, zero_point = search_range(values, bits)
+    scale, zero_point = search(values, bits)
 
     limit = 2 ** (bits - 1)
     high, low = (limit - 1 - zero_point) * scale, (-limit - zero_point) * scale
@@ -101,7 +107,7 @@ def test_either_end_is_clipped_when_that_pays(end, bits):
 
 def test_one_sided_values_use_all_integers():
     for values, expected in ((DISTRIBUTIONS["all positive"], -128), (DISTRIBUTIONS["all negative"], 127)):
-        _, zero_point = search_range(values, 8)
+        _, zero_point = search(values, 8)
         assert zero_point == expected
 
 
@@ -110,12 +116,12 @@ def test_one_sided_values_use_all_integers():
 def test_constants_are_kept(name, bits):
     values = DISTRIBUTIONS[name]
 
-    torch.testing.assert_close(quantized(values, *search_range(values, bits), bits), values.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(quantized(values, *search(values, bits), bits), values.double(), rtol=1e-6, atol=0)
 
 
 def test_more_bits_mean_less_error():
     values = DISTRIBUTIONS["silu"]
-    errors = [squared_error(values, *search_range(values, bits), bits) for bits in BITS]
+    errors = [squared_error(values, *search(values, bits), bits) for bits in BITS]
 
     assert errors[0] < errors[1] / 4
     assert errors[1] < errors[2] / 4
@@ -124,7 +130,7 @@ def test_more_bits_mean_less_error():
 @pytest.mark.parametrize("magnitude", [2.0**-149, 1e-44, 1e-40, 1e-37, 1e37])
 def test_the_scale_and_its_inverse_are_finite_down_to_subnormal_inputs(magnitude):
     values = torch.tensor([magnitude, -magnitude, 0.0])
-    scale, zero_point = search_range(values, 8)
+    scale, zero_point = search(values, 8)
 
     assert bool(scale.isfinite())
     assert scale > 0
@@ -159,7 +165,7 @@ def test_the_quantizer_sees_the_dilated_inputs():
     act_scale, act_zero_point = temporal_quantizer([rows, rows * 4], dilation, 8)
 
     undilated = normal(200, 16)
-    torch.testing.assert_close(act_scale[0], search_range(undilated.flatten(), 8)[0], rtol=0, atol=0)
+    torch.testing.assert_close(act_scale[0], search(undilated.flatten(), 8)[0], rtol=0, atol=0)
     assert act_scale[1] == 4 * act_scale[0]
     assert act_zero_point[1] == act_zero_point[0]
 

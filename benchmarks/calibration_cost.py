@@ -1,0 +1,177 @@
+"""What block-wise distillation costs beside end-to-end training of the same quantized UNet.
+
+    python benchmarks/calibration_cost.py [--task digits/cross_attention] [--budgets 64 ... 1024] [--output FILE]
+
+Both start from the same post-training quantization (W4A4) and are told apart by nothing but what they train at a time;
+each runs in a process of its own, on one thread, and alone. End-to-end training (quantization-aware training towards
+the floating-point UNet's noise prediction, the baseline of DilateQuant's paper) gets as many seconds as block-wise
+distillation took. Reports seconds, peak memory on top of what the process held before training, and PSNR to fp32 over
+the images of ``quality.py``'s first seed; then block-wise distillation with fewer and with more samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import environment
+import peak_memory
+import torch
+import torch.nn.functional as F
+from quality import BATCH, CALIBRATION_SAMPLES, FIRST_IMAGE_SEED, ROOT, STEPS
+from tasks import TASKS
+from torch import nn
+
+import dq_runtime
+from dq_runtime.calibration import calibrate as calibration
+from dq_runtime.calibration.replay import mixed_batches, result_tensor
+from dq_runtime.calibration.simulated import simulated
+from dq_runtime.evaluation.metrics import psnr
+from dq_runtime.timesteps import TimestepGrid
+
+IMAGES = 300
+BITS = 4
+QAT_SAMPLES, LEARNING_RATE, SCALE_LEARNING_RATE = 2048, 5e-3, 1e-3
+
+
+def train_end_to_end(
+    unet: Any, layers: Any, tensors: Any, sharing: Any, calibration_set: Any, config: Any, seconds: float
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Trains all layers at once for some seconds: the baseline."""
+    grid = TimestepGrid(config.timesteps)
+    batches = mixed_batches(calibration_set, QAT_SAMPLES, 32, seed=0)
+    teacher = [result_tensor(batch.run(unet)) for batch in batches]
+    with simulated(unet, layers, tensors, sharing, config.activation_bits, grid) as stand_ins:
+        in_steps: list[nn.Parameter] = []
+        logarithms: list[nn.Parameter] = []
+        for layer in stand_ins.values():
+            layer.quantized = True
+            first, second = layer.thaw()
+            in_steps += first
+            logarithms += second
+        for quantizer in {layer.input_quantizer: None for layer in stand_ins.values()}:
+            in_steps.append(quantizer.zero_point.requires_grad_(True))
+            logarithms.append(quantizer.log_ratio.requires_grad_(True))
+        optimizer = torch.optim.Adam(
+            [{"params": in_steps, "lr": LEARNING_RATE}, {"params": logarithms, "lr": SCALE_LEARNING_RATE}], fused=True
+        )
+        # Errors differ by orders of magnitude between timesteps: each counts by its error at the start.
+        with torch.no_grad():
+            total, count = torch.zeros(grid.num_timesteps), torch.zeros(grid.num_timesteps)
+            for batch, target in zip(batches[:16], teacher, strict=False):
+                index = grid.nearest(batch.timestep, len(batch.sample), batch.sample.device)
+                errors = F.mse_loss(result_tensor(batch.run(unet)), target, reduction="none").flatten(1).mean(1)
+                total.index_add_(0, index, errors)
+                count.index_add_(0, index, torch.ones_like(errors))
+        weights = (count / total).nan_to_num(0.0, 0.0, 0.0)
+        weights /= weights.mean()
+        rates = [group["lr"] for group in optimizer.param_groups]
+        generator, start, done = torch.Generator().manual_seed(0), time.perf_counter(), 0.0
+        while done < 1:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done))))
+            i = int(torch.randint(len(batches), (), generator=generator))
+            output = result_tensor(batches[i].run_with_gradients(unet))
+            errors = (output - teacher[i]).square().flatten(1).mean(1)
+            optimizer.zero_grad()
+            (errors * weights[grid.index]).mean().backward()
+            optimizer.step()
+            done = (time.perf_counter() - start) / seconds
+        for layer in stand_ins.values():
+            layer.freeze()
+        return {name: layer.tensors() for name, layer in stand_ins.items()}
+
+
+@contextmanager
+def training_by(train: Any, record: dict[str, float]) -> Iterator[None]:
+    """Has ``calibrate`` train in another way, and notes seconds and peak memory of that part alone."""
+    original = calibration.distil
+
+    def measured(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        with peak_memory.above_now() as peak:
+            tensors = train(original, *arguments)
+        record.update(seconds=time.perf_counter() - start, peak_mb=peak["mb"])
+        return tensors
+
+    calibration.distil = measured
+    try:
+        yield
+    finally:
+        calibration.distil = original
+
+
+def measure(task_name: str, way: str, samples: int, seconds: float) -> dict[str, Any]:
+    """Trains in one way and draws images."""
+    task = TASKS[task_name]
+    unet, stock = task.unet(), task.unet()
+    calibration_set = dq_runtime.collect_from_scheduler(
+        unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, 0), STEPS,
+        task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
+    )  # fmt: skip
+
+    def train(distil: Any, *arguments: Any) -> Any:
+        if way == "end to end":
+            return train_end_to_end(*arguments[:-1], seconds)
+        return distil(*arguments)
+
+    record: dict[str, Any] = {"way": way, "samples": samples}
+    with training_by(train, record):
+        dq_runtime.calibrate(
+            unet, calibration_set, dq_runtime.DilateQuantConfig(activation_bits=BITS),
+            replace(dq_runtime.Distillation(), samples=samples),
+        )  # fmt: skip
+    drawn, reference = (task.sample(model, task.labels(IMAGES), FIRST_IMAGE_SEED, STEPS) for model in (unet, stock))
+    return record | {"psnr_db": psnr(drawn, reference)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser.add_argument("--budgets", type=int, nargs="*", default=[64, 128, 256, 1024])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # what a measurement's own process gets
+    arguments = parser.parse_args()
+    if arguments.measure:
+        way, samples, seconds = arguments.measure
+        torch.set_num_threads(1)
+        print(json.dumps(measure(arguments.task, way, int(samples), float(seconds))))
+        return
+
+    def in_own_process(way: str, samples: int, seconds: float = 0.0) -> dict[str, Any]:
+        command = [sys.executable, __file__, "--task", arguments.task, "--measure", way, str(samples), str(seconds)]
+        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        print({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        return row
+
+    block_wise = in_own_process("block-wise", dq_runtime.Distillation().samples)
+    end_to_end = in_own_process("end to end", QAT_SAMPLES, block_wise["seconds"])
+    budgets = [in_own_process("block-wise", samples) for samples in arguments.budgets]
+    report = {
+        "command": f"python benchmarks/calibration_cost.py --task {arguments.task}",
+        "environment": environment.describe() | {"threads": 1},
+        "task": arguments.task,
+        "activation_bits": BITS,
+        "memory_over_end_to_end": block_wise["peak_mb"] / end_to_end["peak_mb"],
+        "rows": [block_wise, end_to_end],
+        "budgets": budgets,
+    }
+    slug = arguments.task.replace("/", "_")
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"calibration_cost_{slug}.json"
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"block-wise training takes {report['memory_over_end_to_end']:.0%} of the memory of end-to-end training")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""What quantization costs in image quality: DilateQuant part by part, what came before it, and other libraries.
+
+    python benchmarks/quality.py [--task digits/cross_attention] [--quick] [--row NAME]... [--jobs 2] [--output FILE]
+
+Trained small UNets (``examples/small_unets``) draw the same noise in fp32 and quantized. Each row of each seed runs in
+a process of its own, on one thread, ``--jobs`` at a time; a seed decides about calibration data, training and the noise
+of the images. Prints a table of means and standard deviations and writes it, with every single number, to
+``benchmarks/results/quality_<task>.json`` and, as a plot of quality against size, ``.png`` beside it. Rows that are
+there already (from an interrupted run) are not measured again; delete the file to begin anew.
+
+Columns: label accuracy; PSNR in dB and SSIM against fp32 at equal noise; Fréchet distance to real images in the
+classifier's features, and what it is more than fp32's; MB (10^6 bytes) of the whole UNet; seconds of calibration, and
+the memory that it took at its peak on top of what the process held before (Linux: anonymous pages).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import environment
+import peak_memory
+import quality_peers
+import torch
+from quality_methods import METHODS
+
+import dq_runtime
+from dq_runtime.evaluation.metrics import frechet_distance, psnr, ssim
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "small_unets"))
+from tasks import TASKS  # noqa: E402
+
+STEPS, BATCH = 20, 100
+CALIBRATION_SAMPLES = 100
+IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
+FIRST_IMAGE_SEED = 1000  # calibration uses the seeds below
+ACTIVATION_BITS = (8, 4)
+FP32 = "fp32"
+COLUMNS = {
+    "label_accuracy": ("accuracy", "{:.1%}"),
+    "psnr_db": ("PSNR, dB", "{:.1f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "frechet": ("Fréchet", "{:.2f}"),
+    "frechet_increase": ("over fp32", "{:+.2f}"),
+    "unet_mb": ("MB", "{:.2f}"),
+    "calibration_seconds": ("s", "{:.0f}"),
+    "calibration_peak_mb": ("peak MB", "{:.0f}"),
+}
+
+
+def row_names(quick: bool) -> list[str]:
+    """fp32; every method at each number of activation bits; the libraries that are installed."""
+    ours = [f"{name}, W4A{bits}" for bits in ACTIVATION_BITS for name in METHODS]
+    peers = [] if quick else [peer.name for peer in quality_peers.PEERS.values() if not quality_peers.missing(peer)]
+    return [FP32, *ours, *peers]
+
+
+def quantized(name: str, unet: Any, calibration_set: Any, seed: int) -> tuple[Any, int, int]:
+    """The row's UNet, its weight bits and its activation bits."""
+    if name == FP32:
+        return unet, 32, 32
+    if name in quality_peers.PEERS:
+        peer = quality_peers.PEERS[name]
+        return peer.quantize(unet, calibration_set), peer.weight_bits, peer.activation_bits
+    method, bits = name.rsplit(", W4A", 1)
+    return METHODS[method].quantize(unet, calibration_set, int(bits), seed), 4, int(bits)
+
+
+def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> dict[str, Any]:
+    """Quantizes and samples; the fp32 row of a seed has to have been measured before the others."""
+    task = TASKS[task_name]
+    unet = task.unet()
+    calibration_set = dq_runtime.collect_from_scheduler(
+        unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, seed), STEPS,
+        task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
+    )  # fmt: skip
+    start = time.perf_counter()
+    with peak_memory.above_now() as peak:
+        model, weight_bits, activation_bits = quantized(name, unet, calibration_set, seed)
+    seconds = time.perf_counter() - start
+    labels, classifier = task.labels(images), task.classifier()
+    drawn = task.sample(model, labels, FIRST_IMAGE_SEED + seed, STEPS)
+    reference_file = folder / f"fp32_{seed}.pt"
+    if name == FP32:
+        torch.save(drawn, reference_file)
+    reference = torch.load(reference_file)
+    with torch.no_grad():
+        real = classifier.features(task.real_images()[0])
+        distances = [frechet_distance(classifier.features(batch), real) for batch in (drawn, reference)]
+        accuracy = (classifier(drawn).argmax(1) == labels).float().mean().item()
+    return {
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "label_accuracy": accuracy,
+        "psnr_db": None if name == FP32 else psnr(drawn, reference),
+        "ssim": None if name == FP32 else ssim(drawn, reference),
+        "frechet": distances[0],
+        "frechet_increase": distances[0] - distances[1],
+        "unet_mb": quality_peers.size_mb(model),
+        "quantized_weight_share": None if name == FP32 else quality_peers.coverage(model, task.unet()).weight_share,
+        "calibration_seconds": None if name == FP32 else seconds,
+        "calibration_peak_mb": None if name == FP32 else peak["mb"],
+    }
+
+
+def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any], save: Any) -> None:
+    """Measures what is missing, each row of each seed in its own process; fp32 first."""
+    seeds, images = range(arguments.seeds), arguments.images
+    wanted = arguments.row or row_names(arguments.quick)
+
+    def one(job: tuple[str, int]) -> None:
+        name, seed = job
+        command = [
+            sys.executable,
+            __file__,
+            "--task",
+            arguments.task,
+            "--measure",
+            name,
+            str(seed),
+            str(images),
+            str(folder),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            print(f"{name}, seed {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return
+        results.setdefault(name, {})[str(seed)] = json.loads(done.stdout.splitlines()[-1])
+        save()
+        print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}", flush=True)
+
+    for names in ([FP32], [name for name in wanted if name != FP32]):
+        # Seed by seed: an interrupted run has whole tables of fewer seeds.
+        jobs = [(name, seed) for seed in seeds for name in names if str(seed) not in results.get(name, {})]
+        if names == [FP32]:
+            jobs = [(FP32, seed) for seed in seeds if not (folder / f"fp32_{seed}.pt").exists() or FP32 not in results]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(one, jobs))
+
+
+def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the seeds, a row for each method."""
+    rows = []
+    for name, by_seed in results.items():
+        row: dict[str, Any] = {"name": name, "seeds": len(by_seed)}
+        first = next(iter(by_seed.values()))
+        row |= {key: first[key] for key in ("weight_bits", "activation_bits", "quantized_weight_share")}
+        for column in COLUMNS:
+            values = [measured[column] for measured in by_seed.values() if measured[column] is not None]
+            row[column] = statistics.mean(values) if values else None
+            row[f"{column}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The summary in Markdown."""
+    lines = ["| method | W/A | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * 10 + "|"]
+    for row in rows:
+        cells = []
+        for column, (_, form) in COLUMNS.items():
+            spread = row[f"{column}_std"]
+            cell = "-" if row[column] is None else form.format(row[column])
+            if spread is not None and column not in ("unet_mb", "calibration_seconds", "calibration_peak_mb"):
+                cell += " ± " + form.replace("+", "").format(spread)
+            cells.append(cell)
+        lines.append(f"| {row['name']} | {row['weight_bits']}/{row['activation_bits']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """PSNR against the size of the UNet, a point for each row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    ours = {f"{name}, W4A{bits}" for name in METHODS for bits in ACTIVATION_BITS}
+    groups = (
+        ("DilateQuant's parts, W4A8", "#0072b2", lambda r: r["name"] in ours and r["activation_bits"] == 8),
+        ("DilateQuant's parts, W4A4", "#d55e00", lambda r: r["name"] in ours and r["activation_bits"] == 4),
+        ("other libraries", "#777777", lambda r: r["name"] in quality_peers.PEERS),
+    )
+    for label, colour, belongs in groups:
+        chosen = [row for row in rows if belongs(row)]
+        axes.errorbar(
+            [row["unet_mb"] for row in chosen], [row["psnr_db"] for row in chosen],
+            [row["psnr_db_std"] or 0 for row in chosen], fmt="o", ms=4, lw=1, color=colour, label=label,
+        )  # fmt: skip
+        for row in chosen:
+            if row["name"] in quality_peers.PEERS:
+                axes.annotate(
+                    row["name"], (row["unet_mb"], row["psnr_db"]), (4, 3), textcoords="offset points", fontsize=6
+                )
+    axes.set_xlabel("UNet, MB")
+    axes.set_ylabel("PSNR to fp32 at equal noise, dB")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 images, no other libraries")
+    parser.add_argument("--images", type=int, default=IMAGES, help="that each row of each seed draws")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--row", action="append", help="only this row; may be given several times")
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)  # what a row's own process is started with
+    arguments = parser.parse_args()
+    if arguments.measure:
+        name, seed, images, folder = arguments.measure
+        torch.set_num_threads(1)
+        print(json.dumps(measure(arguments.task, name, int(seed), int(images), Path(folder))))
+        return
+
+    if arguments.quick:
+        arguments.images, arguments.seeds = QUICK_IMAGES, 1
+    slug = arguments.task.replace("/", "_") + ("_quick" if arguments.quick else "")
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"quality_{slug}.json"
+    folder = ROOT / "out" / f"quality_{slug}"
+    folder.mkdir(parents=True, exist_ok=True)
+    results = json.loads(output.read_text())["results"] if output.exists() else {}
+
+    def save() -> None:
+        ordered = {name: results[name] for name in row_names(False) if name in results}
+        report = {
+            "command": f"python benchmarks/quality.py --task {arguments.task}"
+            + (" --quick" if arguments.quick else ""),
+            "environment": environment.describe() | {"threads": 1, "jobs": arguments.jobs},
+            "task": arguments.task,
+            "steps": STEPS,
+            "images": arguments.images,
+            "calibration_samples": CALIBRATION_SAMPLES,
+            "summary": summary(ordered),
+            "results": ordered,
+        }
+        output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+    run_rows(arguments, folder, results, save)
+    save()
+    rows = json.loads(output.read_text())["summary"]
+    plot([row for row in rows if row["psnr_db"] is not None], output.with_suffix(".png"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,492 @@
+"""Block-wise Knowledge Distillation (DilateQuant, arXiv 2409.14307): training a quantized UNet one block at a time.
+
+Blocks go in forward order. A block's inputs are those that the quantized blocks before it produce, its target is what
+the floating-point UNet computes in its place. First its weights are rounded anew with error feedback, then weights,
+scales and zero points learn together; a batch mixes timesteps, and each sample learns its own timestep's scale. Every
+timestep counts the same, measured by its error before: late timesteps err most and matter least to the image. Of all
+states that a block went through it keeps the one that does best on samples that it was not trained on, so that no
+block ends up worse than rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from tqdm import tqdm
+
+from dq_runtime.calibration.collect import CalibrationSet, UNetCall
+from dq_runtime.calibration.replay import (
+    TensorStore,
+    blocks_in_order,
+    inputs_of,
+    mixed_batches,
+    output_of,
+    result_tensor,
+)
+from dq_runtime.calibration.simulated import SimulatedLayer, simulated
+from dq_runtime.calibration.weights import MAX_COLUMNS, round_with_feedback
+from dq_runtime.config import DilateQuantConfig
+from dq_runtime.timesteps import TimestepGrid
+
+logger = logging.getLogger("dq_runtime")
+
+HELD_OUT, MAX_HELD_OUT = 8, 8  # one batch in eight is not trained on, eight batches at most
+WEIGHING = 16  # batches that tell each timestep's error
+PATCH_ELEMENTS = 2**24  # of a convolution's unfolded input, at a time
+FEW_SAMPLES = 4  # for one timestep
+
+Lesson = Callable[[int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How to train a quantized UNet towards its floating-point self.
+
+    Args:
+        samples: drawn from the calibration set, as many of each timestep as of any other.
+        batch_size: samples of a step.
+        iterations: steps of each block; 0 leaves it at error feedback.
+        error_feedback: whether to round weights anew, in closed form, before a block's first step.
+        learning_rate: of weights, biases and zero points, in steps of their quantizers; it falls along a cosine.
+        scale_learning_rate: of the logarithms of scales.
+        polish_iterations: steps of training the whole UNet on its predicted noise, after the last block.
+        polish_learning_rate: ``learning_rate`` of that.
+        gradient_checkpointing: whether polishing computes activations twice instead of keeping them.
+        autocast: whether training computes in bfloat16 where torch's autocast does.
+        folder: where finished blocks are written, so that an interrupted calibration goes on behind the last one; the
+            activations that a block is trained on lie there too. By default a temporary folder.
+        seed: of the samples drawn and their order.
+
+    Raises:
+        ValueError: for a number that cannot be.
+    """
+
+    samples: int = 512
+    batch_size: int = 32
+    iterations: int = 100
+    error_feedback: bool = True
+    learning_rate: float = 1e-2
+    scale_learning_rate: float = 3e-4
+    polish_iterations: int = 0
+    polish_learning_rate: float = 5e-3
+    gradient_checkpointing: bool = False
+    autocast: bool = False
+    folder: str | Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("batch_size", 1), ("iterations", 0), ("polish_iterations", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "scale_learning_rate", "polish_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+
+
+def distil(
+    unet: Any,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    sharing: Sequence[Sequence[str]],
+    calibration_set: CalibrationSet,
+    config: DilateQuantConfig,
+    settings: Distillation,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Trains the quantized form of a floating-point UNet's layers; the UNet itself stays as it is.
+
+    Args:
+        layers: those to be quantized.
+        tensors: for each its state dict after post-training quantization (see ``QuantizedLayer``).
+        sharing: names of layers, each group seeing one tensor and sharing one input quantizer.
+        config: with ``timesteps``.
+
+    Returns:
+        the trained state dicts.
+
+    Raises:
+        ValueError: if ``settings.folder`` holds the blocks of another calibration.
+    """
+    assert config.timesteps is not None
+    grid = TimestepGrid(config.timesteps).to(unet.device)
+    batches = mixed_batches(calibration_set, settings.samples, settings.batch_size, settings.seed)
+    _warn_of_few_samples(batches, grid)
+    with (
+        _work_folder(settings.folder) as folder,
+        simulated(unet, layers, tensors, sharing, config.activation_bits, grid) as stand_ins,
+        torch.backends.cudnn.flags(deterministic=True),
+    ):
+        finished = FinishedBlocks(folder, _fingerprint(layers, tensors, batches, config, settings))
+        trainer = _Trainer(unet, stand_ins, batches, TensorStore(folder / "activations"), grid, settings)
+        for name, block in blocks_in_order(unet, stand_ins.values(), batches[0]).items():
+            inside = set(block.modules())
+            block_layers = {n: layer for n, layer in stand_ins.items() if layer in inside}
+            if not finished.restore(name, block_layers):
+                trainer.distil(name, block, block_layers)
+                finished.save(name, block_layers)
+            for layer in block_layers.values():
+                layer.quantized = True
+                trainer.free_quantizers.discard(layer.input_quantizer)
+        if settings.polish_iterations:
+            wanted = settings.polish_iterations * settings.batch_size
+            batches = mixed_batches(calibration_set, wanted, settings.batch_size, settings.seed + 1)
+            _Trainer(unet, stand_ins, batches, trainer.store, grid, settings).polish()
+        return {name: layer.tensors() for name, layer in stand_ins.items()}
+
+
+class _Trainer:
+    """A UNet with stand-in layers, and the batches that they are trained on.
+
+    A lesson is a function from a batch's number to the squared error of each of its samples, [B].
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        stand_ins: Mapping[str, SimulatedLayer],
+        batches: Sequence[UNetCall],
+        store: TensorStore,
+        grid: TimestepGrid,
+        settings: Distillation,
+    ) -> None:
+        self.unet, self.stand_ins, self.batches, self.store, self.grid = unet, stand_ins, batches, store, grid
+        self.settings = settings
+        self.indices = [grid.nearest(b.timestep.to(unet.device), b.sample.shape[0], unet.device) for b in batches]
+        held_out = min(len(batches) // HELD_OUT, MAX_HELD_OUT)
+        self.training = range(len(batches) - held_out)
+        self.judging = range(len(batches) - held_out, len(batches)) if held_out else self.training
+        self.weighing = range(max(0, len(batches) - WEIGHING), len(batches))
+        # Who shares an input quantizer with an earlier block finds it fixed.
+        self.free_quantizers = {layer.input_quantizer for layer in stand_ins.values()}
+
+    def distil(self, name: str, block: nn.Module, layers: Mapping[str, SimulatedLayer]) -> None:
+        """Trains one block's layers; the blocks before it are quantized already."""
+        for i, batch in enumerate(self.batches):
+            self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
+        with self._in_floating_point():
+            for i, batch in enumerate(self.batches):
+                self.store[f"target_{i}"] = output_of(self.unet, block, batch)
+
+        def lesson(i: int) -> torch.Tensor:
+            return _squared_error(self._run_block(block, i), self.store[f"target_{i}"])
+
+        try:
+            steps = self._feedback(block, layers) if self.settings.error_feedback else {}
+            for layer in layers.values():
+                layer.quantized = True
+            self._train(name, lesson, layers, steps, self.settings.iterations, self.settings.learning_rate)
+        finally:
+            self.store.clear()
+
+    def polish(self) -> None:
+        """Trains all layers together on the noise that the UNet predicts."""
+
+        def lesson(i: int) -> torch.Tensor:
+            with self._in_floating_point(), torch.autocast(self.unet.device.type, enabled=False):
+                target = result_tensor(self.batches[i].run(self.unet))
+            return _squared_error(result_tensor(self.batches[i].run_with_gradients(self.unet)), target)
+
+        settings = self.settings
+        checkpointed = settings.gradient_checkpointing and not self.unet.is_gradient_checkpointing
+        if checkpointed:
+            self.unet.enable_gradient_checkpointing()
+        try:
+            self._train(
+                "whole UNet", lesson, self.stand_ins, {}, settings.polish_iterations, settings.polish_learning_rate
+            )
+        finally:
+            if checkpointed:
+                self.unet.disable_gradient_checkpointing()
+
+    def _train(
+        self,
+        name: str,
+        lesson: Lesson,
+        layers: Mapping[str, SimulatedLayer],
+        steps: Mapping[str, torch.Tensor],
+        iterations: int,
+        learning_rate: float,
+    ) -> None:
+        """Takes layers from their present state through error feedback and training, and keeps the best of the three.
+
+        Args:
+            steps: weights in steps, after error feedback; where training starts. Empty: from the present weights.
+        """
+        weights = self._timestep_weights(lesson)
+        states = [_state(layers)]
+        errors = [self._judge(lesson, weights)]
+        with tqdm(total=iterations, desc=name) as progress:
+            if steps:
+                for layer_name, layer in layers.items():
+                    layer.thaw(steps[layer_name])
+                    layer.freeze()
+                states.append(_state(layers))
+                errors.append(self._judge(lesson, weights))
+            if iterations:
+                self._descend(lesson, weights, layers, steps, iterations, learning_rate, progress)
+                states.append(_state(layers))
+                errors.append(self._judge(lesson, weights))
+            best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
+            _set_state(layers, states[best])
+            progress.set_postfix_str(f"squared error {errors[0]:.1e} -> {errors[best]:.1e}")
+        if not errors[-1] <= errors[0]:
+            logger.warning(
+                "%s: training took the squared error on unseen samples from %.1e to %.1e; undone, it stays at %.1e",
+                name, errors[0], errors[-1], errors[best],
+            )  # fmt: skip
+
+    def _descend(
+        self,
+        lesson: Lesson,
+        weights: torch.Tensor,
+        layers: Mapping[str, SimulatedLayer],
+        steps: Mapping[str, torch.Tensor],
+        iterations: int,
+        learning_rate: float,
+        progress: Any,
+    ) -> None:
+        quantizers = {
+            layer.input_quantizer: None for layer in layers.values() if layer.input_quantizer in self.free_quantizers
+        }
+        in_steps = [quantizer.zero_point for quantizer in quantizers]
+        logarithms = [quantizer.log_ratio for quantizer in quantizers]
+        for name, layer in layers.items():
+            layer_in_steps, layer_logarithms = layer.thaw(steps.get(name))
+            in_steps += layer_in_steps
+            logarithms += layer_logarithms
+        groups = [
+            {"params": in_steps, "lr": learning_rate},
+            {"params": logarithms, "lr": self.settings.scale_learning_rate},
+        ]
+        optimizer = torch.optim.Adam(groups, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        for parameter in (*in_steps, *logarithms):
+            parameter.requires_grad_(True)
+        for batch in _shuffled(self.training, iterations, generator):
+            with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=self.settings.autocast):
+                errors = lesson(batch)
+            loss = (errors * weights[self.indices[batch]]).mean()
+            if not bool(loss.isfinite()):
+                break  # the judge will see to it
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
+        for quantizer in quantizers:
+            quantizer.requires_grad_(False)
+        for layer in layers.values():
+            layer.freeze()
+
+    @torch.no_grad()
+    def _timestep_weights(self, lesson: Lesson) -> torch.Tensor:
+        """1 / mean error of each timestep in the present state, [T], on average 1; 0 where there is no sample."""
+        total, count = (torch.zeros(self.grid.num_timesteps, device=self.unet.device) for _ in range(2))
+        for i in self.weighing:
+            errors = lesson(i)
+            total.index_add_(0, self.indices[i], errors)
+            count.index_add_(0, self.indices[i], torch.ones_like(errors))
+        error = total / count  # NaN where there is no sample
+        weights = (1 / error.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(0.0, 0.0, 0.0)
+        return weights / weights[weights > 0].mean() if bool((weights > 0).any()) else torch.ones_like(weights)
+
+    @torch.no_grad()
+    def _judge(self, lesson: Lesson, weights: torch.Tensor) -> float:
+        """The weighted error over the samples that are not trained on."""
+        errors = [lesson(i) * weights[self.indices[i]] for i in self.judging]
+        return torch.cat(errors).mean().item()
+
+    @torch.no_grad()
+    def _feedback(self, block: nn.Module, layers: Mapping[str, SimulatedLayer]) -> dict[str, torch.Tensor]:
+        """Each layer's weights in steps, moved by error feedback on what it sees in training."""
+        moments = {name: _SecondMoments(layer) for name, layer in layers.items()}
+        handles = [layers[name].register_forward_pre_hook(moments[name].add) for name in layers]
+        try:
+            for i in self.training:
+                self._run_block(block, i)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: moments[name].rounded() for name in layers}
+
+    def _run_block(self, block: nn.Module, i: int) -> torch.Tensor:
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.unet.device), self.store[f"inputs_{i}"])
+        self.grid.index = self.indices[i]
+        return result_tensor(block(*args, **kwargs))
+
+    @contextmanager
+    def _in_floating_point(self) -> Iterator[None]:
+        quantized = [layer for layer in self.stand_ins.values() if layer.quantized]
+        for layer in quantized:
+            layer.quantized = False
+        try:
+            yield
+        finally:
+            for layer in quantized:
+                layer.quantized = True
+
+
+class _SecondMoments:
+    """The sum of x x^T over what a layer's weights are multiplied with, in parts of at most ``MAX_COLUMNS`` columns."""
+
+    def __init__(self, layer: SimulatedLayer) -> None:
+        self.layer = layer
+        taps = layer.values[0, 0].numel()
+        channels = max(1, MAX_COLUMNS // taps)
+        self.parts = [slice(start, start + channels) for start in range(0, layer.values.shape[1], channels)]
+        self.sums: list[Any] = [0.0 for _ in self.parts]
+
+    def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook."""
+        x = self.layer.quantized_input(args[0])
+        for i, part in enumerate(self.parts):
+            for columns in self._columns(x, part):
+                self.sums[i] = self.sums[i] + columns.T @ columns
+
+    def _columns(self, x: torch.Tensor, part: slice) -> Iterator[torch.Tensor]:
+        """[rows, K'] of these input channels, for a convolution with each tap's."""
+        conv = self.layer.layer
+        if isinstance(conv, nn.Linear):
+            yield x[..., part].flatten(0, -2)
+            return
+        taps = self.layer.values[0, 0].numel()
+        at_once = max(1, PATCH_ELEMENTS // (x[0, part].numel() * taps))
+        for images in x[:, part].split(at_once):
+            patches = F.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
+            yield patches.transpose(1, 2).flatten(0, 1)
+
+    def rounded(self) -> torch.Tensor:
+        """The layer's weights in steps, after error feedback."""
+        steps = self.layer.dilated_weight() / self.layer.weight_scale
+        for part, total in zip(self.parts, self.sums, strict=True):
+            steps[:, part] = round_with_feedback(steps[:, part].flatten(1), total).view_as(steps[:, part])
+        return steps
+
+
+class FinishedBlocks:
+    """What an interrupted calibration has finished: a file for each block.
+
+    Args:
+        fingerprint: of all that decides about the result.
+
+    Raises:
+        ValueError: if the folder holds the blocks of another calibration.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        record = folder / "calibration.json"
+        if record.exists():
+            try:
+                found = json.loads(record.read_text())["fingerprint"]
+            except (ValueError, KeyError, TypeError):
+                found = "unreadable"
+            if found != fingerprint:
+                raise ValueError(
+                    f"{folder} holds the blocks of another calibration (other weights, data or settings): "
+                    "delete it, or give Distillation another folder"
+                )
+        else:
+            record.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+
+    def save(self, name: str, layers: Mapping[str, SimulatedLayer]) -> None:
+        """Writes a block, whole or not at all."""
+        state = {f"{layer}.{key}": t.cpu().contiguous() for layer, s in _state(layers).items() for key, t in s.items()}
+        partial = self._file(name).with_suffix(".partial")
+        save_file(state, partial)
+        partial.replace(self._file(name))
+
+    def restore(self, name: str, layers: Mapping[str, SimulatedLayer]) -> bool:
+        """Gives a block's layers what was written; False if there is nothing, or nothing that can be read."""
+        if not self._file(name).exists():
+            return False
+        try:
+            tensors = load_file(self._file(name))
+            state = {n: {key: tensors[f"{n}.{key}"] for key in s} for n, s in _state(layers).items()}
+        except (SafetensorError, KeyError, OSError) as error:
+            logger.warning("%s cannot be read (%s): %s is distilled again", self._file(name), error, name)
+            return False
+        _set_state(layers, state)
+        logger.info("%s: taken from %s", name, self.folder)
+        return True
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def _state(layers: Mapping[str, SimulatedLayer]) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: layer.state() for name, layer in layers.items()}
+
+
+def _set_state(layers: Mapping[str, SimulatedLayer], state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    for name, layer in layers.items():
+        layer.set_state(state[name])
+
+
+def _squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of each sample, [B] fp32."""
+    difference = output.float() - target.to(output.device, torch.float32)
+    return difference.square().flatten(1).mean(1)
+
+
+def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) -> Iterator[int]:
+    """``count`` of the batches: all in random order, then all again in another."""
+    while count > 0:
+        for i in torch.randperm(len(batches), generator=generator)[:count].tolist():
+            yield batches[i]
+        count -= len(batches)
+
+
+def _warn_of_few_samples(batches: Sequence[UNetCall], grid: TimestepGrid) -> None:
+    indices = torch.cat([grid.nearest(b.timestep, b.sample.shape[0], b.timestep.device) for b in batches])
+    least = int(torch.bincount(indices, minlength=grid.num_timesteps).min())
+    if least < FEW_SAMPLES:
+        logger.warning(
+            "Only %d samples of some timesteps are there to distil on (%d in all, %d timesteps): record more runs, or "
+            "raise Distillation(samples=...)",
+            least, len(indices), grid.num_timesteps,
+        )  # fmt: skip
+
+
+@contextmanager
+def _work_folder(folder: str | Path | None) -> Iterator[Path]:
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        yield Path(folder)
+    else:
+        with tempfile.TemporaryDirectory(prefix="dq_runtime_") as temporary:
+            yield Path(temporary)
+
+
+def _fingerprint(
+    layers: Mapping[str, nn.Module],
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    batches: Sequence[UNetCall],
+    config: DilateQuantConfig,
+    settings: Distillation,
+) -> str:
+    decisive = asdict(settings) | {"folder": None, "polish_iterations": None, "polish_learning_rate": None}
+    digest = hashlib.sha256(json.dumps([config.to_dict(), decisive], default=str, sort_keys=True).encode())
+    for name, layer_tensors in sorted(tensors.items()):
+        digest.update(name.encode())
+        for tensor in (*layer_tensors.values(), *layers[name].parameters(), *()):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for leaf in tree_leaves([(batch.sample, batch.timestep, batch.arguments) for batch in batches]):
+        if isinstance(leaf, torch.Tensor):
+            digest.update(leaf.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

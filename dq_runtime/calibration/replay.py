@@ -1,0 +1,184 @@
+"""Replaying recorded calls: in batches that mix timesteps, up to one block, with what it sees kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from dq_runtime.calibration.collect import CalibrationSet, UNetCall
+
+BLOCKS = (ResnetBlock2D, Transformer2DModel, Attention, Downsample2D, Upsample2D)
+
+
+def mixed_batches(calibration_set: CalibrationSet, samples: int, batch_size: int, seed: int) -> list[UNetCall]:
+    """Draws single samples, as many of each timestep as of any other, and batches them in random order.
+
+    Args:
+        samples: how many to draw, at most; fewer where there are not so many.
+        batch_size: samples of a batch. Only those whose arguments have the same shapes share one.
+
+    Returns:
+        calls whose samples have a timestep each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    at_timestep: dict[float, list[tuple[UNetCall, int]]] = {}
+    for call in calibration_set.calls:
+        timesteps = call.timestep.expand(call.sample.shape[0]).tolist()
+        for row, timestep in enumerate(timesteps):
+            at_timestep.setdefault(timestep, []).append((call, row))
+    shuffled = [[rows[i] for i in torch.randperm(len(rows), generator=generator)] for rows in at_timestep.values()]
+    rounds = [rows[i] for i in range(max(map(len, shuffled))) for rows in shuffled if i < len(rows)]
+    drawn = rounds[:samples]
+
+    by_shape: dict[str, list[tuple[torch.Tensor, torch.Tensor, list[Any]]]] = {}
+    structures: dict[str, Any] = {}
+    for i in torch.randperm(len(drawn), generator=generator):
+        call, row = drawn[i]
+        leaves, structure = tree_flatten(call.arguments)
+        leaves = [_row(leaf, row, call.sample.shape[0]) for leaf in leaves]
+        sample, timestep = call.sample[row], call.timestep.expand(call.sample.shape[0])[row]
+        key = repr((structure, sample.shape, [_signature(leaf) for leaf in leaves]))
+        structures[key] = structure
+        by_shape.setdefault(key, []).append((sample, timestep, leaves))
+    batches = []
+    for key, rows in by_shape.items():
+        for start in range(0, len(rows), batch_size):
+            samples_, timesteps_, leaves_ = zip(*rows[start : start + batch_size], strict=True)
+            arguments = [_joined(column) for column in zip(*leaves_, strict=True)]
+            batches.append(
+                UNetCall(torch.stack(samples_), torch.stack(timesteps_), tree_unflatten(arguments, structures[key]))
+            )
+    return batches
+
+
+def _row(leaf: Any, row: int, batch: int) -> Any:
+    """One sample's part of an argument; what has no row for each sample is everyone's."""
+    return leaf[row] if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch else (leaf,)
+
+
+def _signature(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.dtype
+    (shared,) = leaf
+    return shared.tolist() if isinstance(shared, torch.Tensor) else shared
+
+
+def _joined(column: tuple[Any, ...]) -> Any:
+    return torch.stack(column) if isinstance(column[0], torch.Tensor) else column[0][0]
+
+
+class _Reached(Exception):
+    """The replay has come as far as it has to."""
+
+
+def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall) -> dict[str, nn.Module]:
+    """The parts of a UNet that are distilled one after the other, in the order in which a call reaches them.
+
+    The outermost resnet, transformer, attention or resampler around each layer; a layer outside of all is a block
+    itself.
+
+    Args:
+        layers: the layers to be distilled; blocks without one are left out.
+    """
+    wanted = set(layers)
+    found: dict[nn.Module, str] = {}
+
+    def walk(name: str, module: nn.Module) -> None:
+        if module in wanted or (isinstance(module, BLOCKS) and not wanted.isdisjoint(module.modules())):
+            found.setdefault(module, name)
+        else:
+            for child_name, child in module.named_children():
+                walk(f"{name}.{child_name}" if name else child_name, child)
+
+    walk("", unet)
+    reached: dict[str, nn.Module] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        reached.setdefault(found[module], module)
+
+    handles = [module.register_forward_pre_hook(note) for module in found]
+    try:
+        call.run(unet)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached
+
+
+@torch.no_grad()
+def inputs_of(unet: nn.Module, block: nn.Module, call: UNetCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a call of the UNet calls a block, the first time; what comes after is not computed."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached((args, kwargs))
+
+    return _run_until(unet, call, block.register_forward_pre_hook(stop, with_kwargs=True))
+
+
+@torch.no_grad()
+def output_of(unet: nn.Module, block: nn.Module, call: UNetCall) -> torch.Tensor:
+    """A block's result in a call of the UNet, the first time; what comes after is not computed."""
+
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        raise _Reached(result_tensor(output))
+
+    return _run_until(unet, call, block.register_forward_hook(stop))
+
+
+def _run_until(unet: nn.Module, call: UNetCall, handle: Any) -> Any:
+    try:
+        call.run(unet)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise ValueError("A recorded call takes another path through the UNet than the first one")
+
+
+def result_tensor(output: Any) -> torch.Tensor:
+    """The tensor that a block returns, alone or in a tuple."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+
+
+class TensorStore:
+    """Trees of tensors in a folder, a safetensors file each: training data that need not fit into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._trees: dict[str, tuple[list[Any], Any]] = {}
+
+    def __setitem__(self, name: str, tree: Any) -> None:
+        leaves, structure = tree_flatten(tree)
+        tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+        rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._trees[name] = rest, structure
+        save_file({i: t.detach().to("cpu", copy=True).contiguous() for i, t in tensors.items()}, self._file(name))
+
+    def __getitem__(self, name: str) -> Any:
+        """The tree, on the CPU."""
+        rest, structure = self._trees[name]
+        leaves = list(rest)
+        for i, tensor in load_file(self._file(name)).items():
+            leaves[int(i)] = tensor
+        return tree_unflatten(leaves, structure)
+
+    def clear(self) -> None:
+        """Deletes everything."""
+        for name in self._trees:
+            self._file(name).unlink(missing_ok=True)
+        self._trees.clear()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

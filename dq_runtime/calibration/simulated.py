@@ -1,0 +1,277 @@
+"""Trainable stand-ins for quantized layers: they compute in floating point what the packed ones compute in integers.
+
+Rounding is straight-through: its gradient is that of the identity between the ends of the range, and scales and zero
+points get theirs as in LSQ (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576). All that is learned has no unit, so that one
+learning rate serves every layer: weights and zero points count steps of their quantizers, a bias counts products of a
+weight's step and a typical input, scales are the logarithm of what they were multiplied by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dq_kernels.ops import INT4_MAX, INT4_MIN
+from dq_runtime.calibration.weights import layer_tensors
+from dq_runtime.convert import replace_layers
+from dq_runtime.timesteps import TimestepGrid
+
+TYPICAL_INPUT = 1 / 8  # of an activation quantizer's whole range
+
+
+class _RoundActivations(torch.autograd.Function):
+    """x / dilation in steps of ``scale``, rounded and clamped, times scale.
+
+    x is [B, ..., K] or [B, K, H, W]; scale and zero point broadcast along B, dilation along K.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, dilation: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor,
+        low: int, high: int,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(x, dilation, scale, zero_point)
+        ctx.range = low, high
+        steps = (x * (dilation * scale).reciprocal_()).add_(0.5).floor_()
+        return steps.clamp_(low - zero_point, high - zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, dilation, scale, zero_point = ctx.saved_tensors
+        low, high = ctx.range
+        exact = x * (dilation * scale).reciprocal_()
+        steps = (exact + 0.5).floor_()
+        clamped = steps.clamp(low - zero_point, high - zero_point)
+        through = grad * (steps == clamped)
+        # Inside the range d/dscale = rounded - exact; outside it the range's end, and d/dzero_point = -scale.
+        grad_zero_point = _row_sum(through - grad) * scale
+        grad_scale = _row_sum(clamped.mul_(grad).sub_(exact.mul_(through)))
+        return through.div_(dilation), None, grad_scale, grad_zero_point, None, None
+
+
+class _RoundWeights(torch.autograd.Function):
+    """floor(steps / ratio + 0.5), clamped to 4 bits, times ratio and scale; both broadcast along output channels."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: torch.Tensor, ratio: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(steps, ratio, scale)
+        return (steps / ratio).add_(0.5).floor_().clamp_(INT4_MIN, INT4_MAX).mul_(ratio * scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        steps, ratio, scale = ctx.saved_tensors
+        grad = grad * scale
+        exact = steps / ratio
+        rounded = (exact + 0.5).floor_()
+        clamped = rounded.clamp(INT4_MIN, INT4_MAX)
+        through = grad * (rounded == clamped)
+        grad_ratio = _row_sum(clamped.mul_(grad).sub_(exact.mul_(through)))
+        return through, grad_ratio, None
+
+
+def _row_sum(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(tuple(range(1, x.ndim)), keepdim=True)
+
+
+class InputQuantizer(nn.Module):
+    """Rounds a tensor to ``bits``, each sample with its timestep's scale; layers that see one tensor share one.
+
+    Args:
+        tensors: ``weight_dilation`` [K], ``act_scale`` and ``act_zero_point`` [T].
+        grid: its ``index`` says which timestep each sample has.
+    """
+
+    weight_dilation: torch.Tensor
+    initial_scale: torch.Tensor
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], bits: int, grid: TimestepGrid) -> None:
+        super().__init__()
+        object.__setattr__(self, "grid", grid)  # the UNet's, not a submodule of each quantizer
+        self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        self.register_buffer("weight_dilation", tensors["weight_dilation"])
+        self.register_buffer("initial_scale", tensors["act_scale"])
+        self.log_ratio = nn.Parameter(torch.zeros_like(self.initial_scale), requires_grad=False)
+        self.zero_point = nn.Parameter(tensors["act_zero_point"].float(), requires_grad=False)
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """act_scale and act_zero_point, both [T] fp32; a zero point is whole, and its gradient passes through."""
+        zero_point = self.zero_point.clamp(self.low, self.high)
+        whole = zero_point + ((zero_point + 0.5).floor() - zero_point).detach()
+        return self.initial_scale * self.log_ratio.exp(), whole
+
+    def forward(self, x: torch.Tensor, channel_dim: int) -> torch.Tensor:
+        """x / dilation, rounded, in x's shape and in fp32; to be multiplied with dilated weights."""
+        per_sample, per_channel = [1] * x.ndim, [1] * x.ndim
+        per_sample[0] = per_channel[channel_dim] = -1
+        grid: Any = self.grid
+        index = grid.index.to(x.device)
+        scale, zero_point = (table[index].view(per_sample) for table in self.tables())
+        dilation = self.weight_dilation.view(per_channel)
+        return _RoundActivations.apply(x.float(), dilation, scale, zero_point, self.low, self.high)
+
+
+class SimulatedLayer(nn.Module):
+    """A linear layer or convolution as it was or, where ``quantized`` is set, as its INT4 self computes.
+
+    Its weights are fixed but between ``thaw`` and ``freeze``, when they are parameters (``steps``). Fixed ones are
+    ``values``, int8, and ``unrounded``, fp16, where learning goes on: a weight that lies nearly half-way between two
+    values is the one to move first.
+    """
+
+    values: torch.Tensor
+    unrounded: torch.Tensor
+    weight_scale: torch.Tensor
+
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, tensors: Mapping[str, torch.Tensor], quantizer: InputQuantizer
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.input_quantizer = quantizer
+        self.quantized = False
+        self.steps: nn.Parameter | None = None
+        self.log_ratio: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        self.register_buffer("weight_scale", _per_output(tensors["weight_scale"], layer.weight))
+        self._fix(self.dilated_weight() / self.weight_scale)
+        self.register_buffer("fixed_bias", None if layer.bias is None else layer.bias.detach().float())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The floating-point weights: some of diffusers' blocks ask for their dtype."""
+        return self.layer.weight
+
+    def dilated_weight(self) -> torch.Tensor:
+        """s_k w_nk, fp32, in the layout of the layer's own weights."""
+        weight = self.layer.weight.detach().float()
+        return weight * self.input_quantizer.weight_dilation.view(1, -1, *[1] * (weight.ndim - 2))
+
+    def thaw(self, steps: torch.Tensor | None = None) -> list[list[nn.Parameter]]:
+        """Makes weights and bias parameters; weights start from ``steps``, by default from where they were fixed.
+
+        Returns:
+            parameters that are learned in steps, and those that are logarithms; the input's quantizer is not in them.
+        """
+        self.steps = nn.Parameter((self.unrounded if steps is None else steps).to(torch.float32, copy=True))
+        self.log_ratio = nn.Parameter(torch.zeros_like(self.weight_scale))
+        in_steps = [self.steps]
+        if self.fixed_bias is not None:
+            self.bias = nn.Parameter(torch.zeros_like(self.fixed_bias))
+            in_steps.append(self.bias)
+        return [in_steps, [self.log_ratio]]
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Rounds the parameters for good."""
+        assert self.steps is not None
+        assert self.log_ratio is not None
+        bias = self._bias()
+        ratio = self.log_ratio.exp()
+        self._fix(self.steps / ratio)
+        self.weight_scale = self.weight_scale * ratio
+        self.fixed_bias = bias
+        self.steps = self.log_ratio = self.bias = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What training changes, its input quantizer's part included."""
+        quantizer = self.input_quantizer
+        state = {"unrounded": self.unrounded, "weight_scale": self.weight_scale}
+        state |= {
+            "log_ratio": quantizer.log_ratio.detach().clone(),
+            "zero_point": quantizer.zero_point.detach().clone(),
+        }
+        return state if self.fixed_bias is None else state | {"bias": self.fixed_bias}
+
+    @torch.no_grad()
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what ``state`` returned."""
+        device = self.values.device
+        self._fix(state["unrounded"].to(device))
+        self.weight_scale = state["weight_scale"].to(device)
+        self.fixed_bias = state["bias"].to(device) if "bias" in state else None
+        self.input_quantizer.log_ratio.copy_(state["log_ratio"])
+        self.input_quantizer.zero_point.copy_(state["zero_point"])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state dict of the packed layer."""
+        scale, zero_point = (table.detach() for table in self.input_quantizer.tables())
+        return layer_tensors(
+            self.layer, self.values.movedim(1, -1), self.weight_scale.flatten(),
+            self.input_quantizer.weight_dilation, scale, zero_point.to(torch.int32), self.fixed_bias,
+        )  # fmt: skip
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the weights are multiplied with, fp32."""
+        return self.input_quantizer(x, channel_dim=1 if isinstance(self.layer, nn.Conv2d) else -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        if not self.quantized:
+            return layer(x)
+        if self.steps is None or self.log_ratio is None:
+            weight = self.values * self.weight_scale
+        else:
+            weight = _RoundWeights.apply(self.steps, self.log_ratio.exp(), self.weight_scale)
+        q = self.quantized_input(x)
+        if isinstance(layer, nn.Conv2d):
+            y = F.conv2d(q, weight, self._bias(), layer.stride, layer.padding, layer.dilation)
+        else:
+            y = F.linear(q, weight, self._bias())
+        return y.to(x.dtype)
+
+    def _bias(self) -> torch.Tensor | None:
+        if self.bias is None:
+            return self.fixed_bias
+        quantizer = self.input_quantizer
+        typical_input = quantizer.initial_scale.mean() * (quantizer.high - quantizer.low) * TYPICAL_INPUT
+        return self.fixed_bias + self.bias * self.weight_scale.flatten() * typical_input
+
+    def _fix(self, steps: torch.Tensor) -> None:
+        self.register_buffer("unrounded", steps.half())
+        rounded = (self.unrounded.float() + 0.5).floor_().clamp_(INT4_MIN, INT4_MAX)
+        self.register_buffer("values", rounded.to(torch.int8))
+
+
+def _per_output(table: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return table.view(-1, *[1] * (weight.ndim - 1))
+
+
+@contextmanager
+def simulated(
+    unet: nn.Module,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    sharing: Sequence[Sequence[str]],
+    bits: int,
+    grid: TimestepGrid,
+) -> Iterator[dict[str, SimulatedLayer]]:
+    """Replaces a UNet's layers by simulated ones inside the ``with`` block; the UNet gets its own back in any case.
+
+    Args:
+        tensors: for each layer its state dict (see ``QuantizedLayer``), where training starts.
+        sharing: names of layers, each group sharing one input quantizer.
+    """
+    stand_ins: dict[str, SimulatedLayer] = {}
+    for names in sharing:
+        quantizer = InputQuantizer(tensors[names[0]], bits, grid)
+        for name in names:
+            stand_ins[name] = SimulatedLayer(layers[name], tensors[name], quantizer)
+    required = {parameter: parameter.requires_grad for parameter in unet.parameters()}
+    training = {module: module.training for module in unet.modules()}
+    unet.requires_grad_(False).eval()  # no dropout
+    replace_layers(unet, {layers[name]: stand_in.eval() for name, stand_in in stand_ins.items()})
+    hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
+    try:
+        yield stand_ins
+    finally:
+        hook.remove()
+        replace_layers(unet, {stand_in: stand_in.layer for stand_in in stand_ins.values()})
+        for parameter, wanted in required.items():
+            parameter.requires_grad_(wanted)
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,657 @@
+"""Block-wise distillation of tiny random UNets: what it gains, what it leaves alone, and how it is interrupted."""
+
+import copy
+import logging
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+import dq_runtime
+from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, QuantLinear, calibrate, record
+from dq_runtime.calibration import distillation
+
+TIMESTEPS = (10, 500, 900)
+SMALL = {"samples": 24, "batch_size": 6, "iterations": 2, "error_feedback": True, "polish_iterations": 0}
+UNTRAINED = {**SMALL, "iterations": 0, "error_feedback": False}
+
+
+def unet2d(**arguments):
+    torch.manual_seed(0)
+    defaults = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DModel(**defaults | arguments).eval()
+
+
+def unet2d_condition(**arguments):
+    torch.manual_seed(0)
+    defaults = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+        "norm_num_groups": 4,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**defaults | arguments).eval()
+
+
+@torch.no_grad()
+def recorded(unet, rows=8, timesteps=TIMESTEPS, **arguments):
+    """A call for each timestep, of samples whose size falls with it."""
+    generator = torch.Generator().manual_seed(1)
+    with record(unet) as calibration_set:
+        for timestep in timesteps:
+            sample = torch.randn(rows, unet.config.in_channels, 8, 8, generator=generator) * (0.5 + timestep / 900)
+            if isinstance(unet, UNet2DConditionModel):
+                arguments["encoder_hidden_states"] = torch.randn(rows, 5, 12, generator=generator).to(unet.dtype)
+            unet(sample.to(unet.dtype), timestep, **arguments)
+    return calibration_set
+
+
+def distilled(unet, calibration_set, config=None, **settings):
+    """A quantized copy of the UNet."""
+    return calibrate(copy.deepcopy(unet), calibration_set, config, Distillation(**SMALL | settings))
+
+
+@torch.no_grad()
+def output_error(quantized, unet, calibration_set):
+    """Relative squared error on what was recorded."""
+    error = total = 0.0
+    for call in calibration_set.calls:
+        expected = call.run(unet).sample.double()
+        error += (call.run(quantized).sample.double() - expected).square().sum().item()
+        total += expected.square().sum().item()
+    return error / total
+
+
+def quantized_layers(unet):
+    return {name: module for name, module in unet.named_modules() if isinstance(module, (QuantLinear, QuantConv2d))}
+
+
+def assert_same_state(actual, expected):
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def snapshot(unet):
+    modules = [(name, id(module), module.training) for name, module in unet.named_modules()]
+    parameters = [(name, id(parameter), parameter.requires_grad) for name, parameter in unet.named_parameters()]
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in unet.modules()]
+    return modules, parameters, hooks, dict(unet.config), copy.deepcopy(unet)
+
+
+def assert_unchanged(unet, before):
+    assert snapshot(unet)[:-1] == before[:-1]
+    assert_same_state(unet, before[-1])
+
+
+class Subject:
+    """A UNet, its calibration set, and what comes of them without and with distillation."""
+
+    def __init__(self, unet, config):
+        self.unet, self.config = unet, config
+        self.calibration_set = recorded(unet)
+        self.rounded = calibrate(copy.deepcopy(unet), self.calibration_set, config)
+        self.distilled = self.distil()
+
+    def distil(self, config=None, **settings):
+        return distilled(self.unet, self.calibration_set, config or self.config, **settings)
+
+    def error(self, quantized):
+        return output_error(quantized, self.unet, self.calibration_set)
+
+
+@pytest.fixture(scope="module", params=[unet2d, unet2d_condition])
+def subject(request):
+    return Subject(request.param(), DilateQuantConfig())
+
+
+FEW_BLOCKS = {"modules_to_not_convert": ["conv_in", "conv_out", "mid_block", "up_blocks"]}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Only the time embedding and the way down are quantized: six blocks, an attention among them."""
+    return Subject(unet2d(), DilateQuantConfig(**FEW_BLOCKS))
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="dq_runtime")
+    return caplog
+
+
+def messages(log, level):
+    return [entry.getMessage() for entry in log.records if entry.levelno == level]
+
+
+def interrupt(monkeypatch, owner, name, at):
+    """Makes the ``at``-th call of a method, counted from 0, a Ctrl-C; returns the arguments of all calls."""
+    original, calls = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_error_feedback_alone_brings_the_result_much_closer(subject):
+    fed_back = subject.distil(iterations=0)
+
+    rounded = subject.error(subject.rounded)
+    # Each layer's rounding errors are made up for in the directions that its inputs have.
+    assert subject.error(fed_back) < 0.6 * rounded
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_training_alone_brings_the_result_closer(plain, bits):
+    config = DilateQuantConfig(activation_bits=bits, **FEW_BLOCKS)
+    settings = {"iterations": 20, "error_feedback": False, "learning_rate": 0.1, "scale_learning_rate": 3e-3}
+
+    error = plain.error(plain.distil(config, **settings))
+    assert error < 0.9 * plain.error(calibrate(copy.deepcopy(plain.unet), plain.calibration_set, config))
+
+
+def test_each_timestep_comes_closer(subject):
+    for call in subject.calibration_set.calls:
+        at_timestep = CalibrationSet([call])
+        rounded = output_error(subject.rounded, subject.unet, at_timestep)
+        assert output_error(subject.distilled, subject.unet, at_timestep) < 0.8 * rounded
+
+
+def test_two_distillations_agree_bit_by_bit(plain):
+    torch.manual_seed(7)
+    again = plain.distil()
+
+    assert_same_state(again, plain.distilled)
+
+
+def test_the_seed_and_the_settings_reach_the_result(plain):
+    settings = ({"samples": 12}, {"samples": 12, "seed": 1}, {"error_feedback": False})
+    packed = [
+        torch.cat([layer.weight.flatten() for layer in quantized_layers(unet).values()])
+        for unet in (plain.distilled, *(plain.distil(**each) for each in settings))
+    ]
+    for i, first in enumerate(packed):
+        assert not any(torch.equal(first, second) for second in packed[:i])
+
+
+def test_what_is_not_quantized_is_not_touched(subject):
+    stock, layers, compared = subject.unet.state_dict(), quantized_layers(subject.distilled), 0
+    for name, tensor in subject.distilled.state_dict().items():
+        if name.rpartition(".")[0] not in layers:
+            assert torch.equal(tensor, stock[name]), name
+            compared += 1
+    assert compared > 20
+    assert not any(module.training for module in subject.distilled.modules())
+    learnable = {name for name, parameter in subject.distilled.named_parameters() if parameter.requires_grad}
+    assert learnable == {
+        name
+        for name, parameter in subject.unet.named_parameters()
+        if parameter.requires_grad and name.rpartition(".")[0] not in layers
+    }
+
+
+def test_every_layer_learns(subject):
+    rounded, scales_learned = quantized_layers(subject.rounded), 0
+    for name, layer in quantized_layers(subject.distilled).items():
+        assert not torch.equal(layer.weight, rounded[name].weight), name
+        assert torch.equal(layer.weight_dilation, rounded[name].weight_dilation), name
+        scales_learned += not torch.equal(layer.act_scale, rounded[name].act_scale)
+    assert scales_learned
+
+
+def test_without_feedback_and_steps_it_is_the_post_training_result(subject):
+    assert_same_state(subject.distil(**UNTRAINED), subject.rounded)
+
+
+def test_layers_that_share_an_input_still_share_their_tables(subject):
+    layers = quantized_layers(subject.distilled)
+    groups = {}
+    for name in layers:
+        block, _, last = name.rpartition(".")
+        if last == "time_emb_proj":
+            groups.setdefault("time embedding", []).append(name)
+        elif last in ("to_q", "to_k", "to_v") and not block.endswith("attn2"):
+            groups.setdefault(block, []).append(name)
+        elif last in ("to_k", "to_v"):
+            groups.setdefault("encoder_hidden_states", []).append(name)
+
+    assert sum(len(names) >= 3 for names in groups.values()) >= 4
+    for names in groups.values():
+        for name in names[1:]:
+            for table in ("weight_dilation", "act_scale", "act_zero_point"):
+                assert torch.equal(getattr(layers[name], table), getattr(layers[names[0]], table)), (name, table)
+
+
+@torch.no_grad()
+def test_a_distilled_unet_fuses(subject):
+    fused = copy.deepcopy(subject.distilled)
+    dq_runtime.fuse(fused)
+
+    # Fused blocks round the same values; a few fall on the other side of a boundary.
+    assert output_error(fused, subject.distilled, subject.calibration_set) < 1e-3
+
+
+@torch.no_grad()
+def test_a_distilled_unet_survives_saving_and_loading(subject, tmp_path):
+    subject.distilled.save_pretrained(tmp_path)
+    loaded = type(subject.distilled).from_pretrained(tmp_path)
+
+    assert_same_state(loaded, subject.distilled)
+    call = subject.calibration_set.calls[0]
+    assert torch.equal(call.run(loaded).sample, call.run(subject.distilled).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_unets_are_distilled(dtype):
+    unet = unet2d().to(dtype)
+    calibration_set = recorded(unet)
+
+    result = distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), polish_iterations=1)
+    rounded = calibrate(copy.deepcopy(unet), calibration_set, DilateQuantConfig(**FEW_BLOCKS))
+    assert result.dtype == dtype
+    layers = quantized_layers(result).values()
+    assert {layer.act_scale.dtype for layer in layers} == {torch.float32}
+    assert {layer.bias.dtype for layer in layers if layer.bias is not None} == {dtype}
+    error = output_error(result, unet, calibration_set)
+    assert error < 0.7 * output_error(rounded, unet, calibration_set)
+
+
+def first_gradients(monkeypatch, unet, calibration_set, block, **settings):
+    """Of all that a block learns in steps, at its first step."""
+    gradients, names = {}, []
+    original_distil, original_step = distillation._Trainer.distil, torch.optim.Adam.step
+
+    def distil(self, name, *args):
+        names.append(name)
+        original_distil(self, name, *args)
+
+    def step(self, *args, **kwargs):
+        if names[-1] not in gradients:
+            gradients[names[-1]] = torch.cat([p.grad.flatten().double() for p in self.param_groups[0]["params"]])
+        return original_step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation._Trainer, "distil", distil)
+        patch.setattr(torch.optim.Adam, "step", step)
+        distilled(unet, calibration_set, iterations=1, error_feedback=False, **settings)
+    return gradients[block]
+
+
+def test_gradients_do_not_underflow_in_float16(monkeypatch):
+    """The derivatives of a mean over 10^7 values are 1e-9 and less, as in Stable Diffusion; float16 ends at 6e-8."""
+    block = "down_blocks.0.downsamplers.0"
+    unet = unet2d(sample_size=64, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    with torch.no_grad():
+        unet.get_submodule(block).conv.weight *= 2.0**-6  # instead of 64 times as many values
+        with record(unet) as calibration_set:
+            unet(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)), 500)
+    kept = ["time_embedding", "conv_in", "conv_out", "resnets", "attentions", "upsamplers"]
+    config = DilateQuantConfig(modules_to_not_convert=kept)
+
+    gradients = [
+        first_gradients(monkeypatch, model, calibration_set, block, config=config, samples=8, batch_size=8)
+        for model in (unet, copy.deepcopy(unet).half())
+    ]
+    # float16 rounds weights and activations to 11 bits, and the quantizers some of those the other way.
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.9
+
+
+def test_what_a_layer_learns_does_not_depend_on_the_size_of_its_result():
+    """A power of two changes no mantissa: a smaller error alone must not make training slower."""
+    learned = []
+    kept = ["conv_in", "conv_out", "down_blocks", "mid_block", "up_blocks", "linear_1"]
+    for exponent in (0, -12):
+        unet = unet2d()
+        with torch.no_grad():
+            unet.time_embedding.linear_2.weight *= 2.0**exponent
+            unet.time_embedding.linear_2.bias *= 2.0**exponent
+        settings = {"iterations": 10, "error_feedback": False, "learning_rate": 0.1}
+        result = distilled(unet, recorded(unet), DilateQuantConfig(modules_to_not_convert=kept), **settings)
+        learned.append(result.time_embedding.linear_2)
+
+    assert torch.equal(learned[0].weight, learned[1].weight)
+    assert torch.equal(learned[0].act_scale, learned[1].act_scale)
+
+
+def test_gradients_are_on_while_it_trains_whatever_the_caller_set(plain):
+    with torch.no_grad():
+        result = plain.distil()
+
+    assert_same_state(result, plain.distilled)
+
+
+def test_a_bf16_unet_whose_first_layer_is_quantized_can_be_polished():
+    """While it is trained, that layer's fp32 parameters are the UNet's first; the UNet's dtype stays bf16."""
+    unet = unet2d().bfloat16()
+    calibration_set = recorded(unet)
+    config = DilateQuantConfig(modules_to_not_convert=["conv_out", "mid_block", "up_blocks"])
+
+    result = distilled(unet, calibration_set, config, iterations=0, polish_iterations=1)
+    assert isinstance(result.conv_in, QuantConv2d)
+    assert output_error(result, unet, calibration_set) < 0.1
+
+
+def test_arguments_without_dimensions_are_no_reason_to_fail():
+    unet = unet2d_condition()
+    calibration_set = recorded(unet, cross_attention_kwargs={"scale": torch.tensor(1.0)})
+
+    result = distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED)
+    assert quantized_layers(result)
+
+
+def test_few_samples_of_a_timestep_are_worth_a_warning(plain, log):
+    plain.distil(**UNTRAINED | {"samples": 12})
+    assert not messages(log, logging.WARNING)
+
+    plain.distil(**UNTRAINED | {"samples": 11})
+    (line,) = messages(log, logging.WARNING)
+    assert line.startswith("Only 3 samples of some timesteps")
+    assert "11 in all, 3 timesteps" in line
+
+
+@pytest.mark.parametrize("settings", [{"learning_rate": 1e6}, {"scale_learning_rate": 1e6}], ids=str)
+def test_training_that_diverges_is_undone_and_named(plain, settings, log):
+    result = plain.distil(**settings)
+
+    without = plain.distil(iterations=0)
+    error = plain.error(result)
+    # Blocks are judged one at a time; what all of them do to the result may differ a little.
+    assert error < 1.1 * plain.error(without)
+    named = messages(log, logging.WARNING)
+    for block in ("down_blocks.0.resnets.0", "down_blocks.1.attentions.0", "time_embedding.linear_1"):
+        assert any(line.startswith(f"{block}: training ") for line in named), block
+
+
+def test_a_polish_that_diverges_is_undone_and_named(plain, log):
+    result = plain.distil(polish_iterations=2, polish_learning_rate=1e6)
+
+    assert_same_state(result, plain.distilled)
+    assert any(line.startswith("whole UNet: training ") for line in messages(log, logging.WARNING))
+
+
+@pytest.mark.parametrize("make", [unet2d, unet2d_condition])
+def test_polishing_helps_and_may_compute_activations_twice(make):
+    unet = make()
+    calibration_set, config = recorded(unet), DilateQuantConfig(**FEW_BLOCKS)
+    settings = {"iterations": 0, "error_feedback": False, "polish_learning_rate": 1e-2, "scale_learning_rate": 3e-3}
+
+    results = [
+        distilled(unet, calibration_set, config, polish_iterations=6, gradient_checkpointing=twice, **settings)
+        for twice in (False, True)
+    ]
+    rounded = calibrate(copy.deepcopy(unet), calibration_set, config)
+    # Every timestep counts the same.
+    at_timesteps = [CalibrationSet([call]) for call in calibration_set.calls]
+    before = torch.tensor([output_error(rounded, unet, part) for part in at_timesteps])
+    gains = [
+        (torch.tensor([output_error(result, unet, part) for part in at_timesteps]) / before).mean().item()
+        for result in results
+    ]
+    assert gains[0] < 0.97
+    assert gains[1] == pytest.approx(gains[0], rel=0.05)  # the same gradients, summed alike but for fp32
+    assert not results[1].is_gradient_checkpointing
+
+
+def test_autocast_trains_nearly_as_well(plain):
+    result = plain.distil(autocast=True)
+
+    error = plain.error(result)
+    assert error < 1.3 * plain.error(plain.distilled)  # bf16 has 8 bits
+    assert result.dtype == torch.float32
+
+
+def test_every_timestep_has_a_weight_that_makes_up_for_its_error(monkeypatch):
+    unet = unet2d()
+    calibration_set = recorded(unet, rows=1, timesteps=range(10, 970, 40))
+    original, seen = distillation._Trainer._timestep_weights, []
+
+    def timestep_weights(self, lesson):
+        weights = original(self, lesson)
+        error = torch.zeros(24)
+        for i, index in enumerate(self.indices):
+            error[index] = lesson(i)
+        seen.append((weights, error))
+        return weights
+
+    monkeypatch.setattr(distillation._Trainer, "_timestep_weights", timestep_weights)
+    distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED | {"batch_size": 1})
+    assert len(seen) == 6
+    for weights, error in seen:
+        assert error.max() > 1.5 * error.min()
+        torch.testing.assert_close(weights * error, (weights * error).mean().expand(24), rtol=1e-4, atol=0)
+
+
+def test_held_out_batches_are_judged_and_not_trained_on(plain, monkeypatch):
+    trained, replayed = set(), set()
+    original = distillation._Trainer._run_block
+
+    def run_block(self, block, i):
+        (trained if torch.is_grad_enabled() else replayed).add(i)
+        return original(self, block, i)
+
+    monkeypatch.setattr(distillation._Trainer, "_run_block", run_block)
+    plain.distil(batch_size=3, iterations=7)
+    assert trained == set(range(7))
+    assert 7 in replayed
+
+
+def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    unet = copy.deepcopy(plain.unet).train()
+    unet.conv_in.requires_grad_(False)
+    before = snapshot(unet)
+    for owner, method, at in (
+        (distillation._Trainer, "distil", 3),
+        (torch.optim.Adam, "step", 5),
+        (distillation, "round_with_feedback", 4),
+        (distillation, "output_of", 6),
+        (distillation._Trainer, "polish", 0),
+    ):
+        with monkeypatch.context() as patch:
+            calls = interrupt(patch, owner, method, at)
+            with pytest.raises(KeyboardInterrupt):
+                calibrate(unet, plain.calibration_set, plain.config, Distillation(**SMALL | {"polish_iterations": 1}))
+            assert len(calls) == at + 1
+        assert_unchanged(unet, before)
+        assert not list(tmp_path.iterdir()), method
+
+
+def test_an_interrupted_calibration_goes_on_behind_the_last_finished_block(plain, monkeypatch, tmp_path, log):
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        expected = plain.distil(polish_iterations=1)
+        blocks = [args[1] for args in calls]
+    assert len(blocks) == 6
+
+    for expected_calls in (blocks[:3], blocks[2:5]):  # interrupted twice
+        with monkeypatch.context() as patch:
+            calls = interrupt(patch, distillation._Trainer, "distil", 2)
+            with pytest.raises(KeyboardInterrupt):
+                plain.distil(polish_iterations=1, folder=tmp_path)
+            assert [args[1] for args in calls] == expected_calls
+
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        result = plain.distil(polish_iterations=1, folder=str(tmp_path))
+        assert [args[1] for args in calls] == blocks[4:]
+    assert_same_state(result, expected)
+    assert f"{blocks[0]}: taken from {tmp_path}" in messages(log, logging.INFO)
+
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
+        assert not calls  # and how it is polished is no matter
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "at"),
+    [
+        (torch.optim.Adam, "step", 5),
+        (distillation, "inputs_of", 6),
+        (distillation, "output_of", 6),
+        (distillation, "save_file", 3),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_interruption_inside_a_block_costs_that_block_alone(plain, monkeypatch, tmp_path, owner, method, at):
+    with monkeypatch.context() as patch:
+        interrupt(patch, owner, method, at)
+        with pytest.raises(KeyboardInterrupt):
+            plain.distil(folder=tmp_path)
+    finished = {file.stem for file in tmp_path.glob("*.safetensors")}
+    assert finished
+    assert not list((tmp_path / "activations").iterdir())
+
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        result = plain.distil(folder=tmp_path)
+        assert finished.isdisjoint(args[1] for args in calls)
+    assert_same_state(result, plain.distilled)
+
+
+@pytest.fixture(scope="module")
+def finished_folder(plain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    plain.distil(folder=folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished_folder, tmp_path):
+    """A copy of what a finished calibration wrote."""
+    for file in finished_folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "of another block"])
+def test_a_block_that_cannot_be_read_is_done_again(plain, folder, monkeypatch, log, damage):
+    name = "down_blocks.1.attentions.0"
+    file = folder / f"{name}.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "garbage": b"\xff" * 100,
+            "empty": b"",
+            "of another block": (folder / "time_embedding.linear_1.safetensors").read_bytes(),
+        }[damage]
+    )
+
+    calls = interrupt(monkeypatch, distillation._Trainer, "distil", -1)
+    result = plain.distil(folder=folder)
+    assert [args[1] for args in calls] == [name]
+    assert_same_state(result, plain.distilled)
+    assert any(str(file) in line and f"{name} is distilled again" in line for line in messages(log, logging.WARNING))
+
+
+def other_weights(unet, calibration_set):
+    unet = copy.deepcopy(unet)
+    with torch.no_grad():
+        unet.down_blocks[1].resnets[0].conv1.weight[0, 0, 0, 0] += 1e-3
+    return unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), {}
+
+
+def other_data(unet, calibration_set):
+    changed = copy.deepcopy(calibration_set)
+    changed.calls[0].sample[0, 0, 0, 0] += 0.5
+    return unet, changed, DilateQuantConfig(**FEW_BLOCKS), {}
+
+
+OTHERS = {
+    "weights": other_weights,
+    "data": other_data,
+    "bits": lambda unet, calls: (unet, calls, DilateQuantConfig(activation_bits=6, **FEW_BLOCKS), {}),
+    "iterations": lambda unet, calls: (unet, calls, DilateQuantConfig(**FEW_BLOCKS), {"iterations": 1}),
+    "seed": lambda unet, calls: (unet, calls, DilateQuantConfig(**FEW_BLOCKS), {"seed": 1}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_folder_of_another_calibration_is_refused(plain, folder, other):
+    unet, calibration_set, config, settings = OTHERS[other](plain.unet, plain.calibration_set)
+    before = snapshot(unet)
+    files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+    with pytest.raises(ValueError, match=rf"^{folder} holds the blocks of another calibration"):
+        calibrate(unet, calibration_set, config, Distillation(**SMALL | settings | {"folder": folder}))
+    assert_unchanged(unet, before)
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == files
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "no json", b"\xff\xfe\x00"], ids=repr)
+def test_a_folder_whose_record_cannot_be_read_is_refused(plain, folder, content):
+    record_file = folder / "calibration.json"
+    record_file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    with pytest.raises(ValueError, match="another calibration"):
+        plain.distil(folder=folder)
+
+
+def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plain, monkeypatch, tmp_path):
+    original, sizes = distillation._Trainer._train, {}
+
+    def train(self, name, *args):
+        files = list((tmp_path / "activations").iterdir())
+        sizes[name] = sum(file.stat().st_size for file in files)
+        return original(self, name, *args)
+
+    monkeypatch.setattr(distillation._Trainer, "_train", train)
+    plain.distil(folder=tmp_path, iterations=0)
+    # Inputs and target of 24 samples, 8 x 8: 16 channels each, and the time embedding of 64.
+    assert sizes["down_blocks.0.resnets.0"] >= 4 * 24 * (2 * 16 * 64 + 64)
+    assert not list((tmp_path / "activations").iterdir())
+
+
+def test_the_temporary_folder_is_removed(plain, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    original, seen = distillation._Trainer.distil, set()
+
+    def distil(self, *args):
+        seen.update(tmp_path.iterdir())
+        return original(self, *args)
+
+    monkeypatch.setattr(distillation._Trainer, "distil", distil)
+    plain.distil(**UNTRAINED)
+    assert len(seen) == 1
+    assert isinstance(next(iter(seen)), Path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("samples", 0),
+        ("batch_size", 0),
+        ("iterations", -1),
+        ("polish_iterations", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("scale_learning_rate", -1e-3),
+        ("polish_learning_rate", float("inf")),
+    ],
+)
+def test_settings_that_cannot_be_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be"):
+        Distillation(**{name: value})

@@ -1,0 +1,398 @@
+"""Replaying recorded calls: what batches are drawn, in which order blocks come, and what is seen of each."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from dq_runtime import CalibrationSet, DilateQuantConfig
+from dq_runtime.calibration.collect import UNetCall
+from dq_runtime.calibration.replay import (
+    TensorStore,
+    blocks_in_order,
+    inputs_of,
+    mixed_batches,
+    output_of,
+    result_tensor,
+)
+from dq_runtime.convert import plan_conversion
+
+
+def numbered_calls(timesteps, batch=3, shape=(2, 4, 4), first=0, **constants):
+    """Calls in which everything that belongs to a sample is filled with that sample's number."""
+    calls = []
+    for i, timestep in enumerate(timesteps):
+        number = torch.arange(batch, dtype=torch.float32) + first + i * batch
+        calls.append(
+            UNetCall(
+                sample=number.view(-1, 1, 1, 1).expand(batch, *shape).clone(),
+                timestep=torch.as_tensor(timestep, dtype=torch.float32).reshape(-1),
+                arguments={
+                    "encoder_hidden_states": number.view(-1, 1, 1).expand(batch, 5, 6).clone(),
+                    "class_labels": number.long(),
+                    "added_cond_kwargs": {"text_embeds": number.view(-1, 1).expand(batch, 7).clone(), "nothing": None},
+                    **constants,
+                },
+            )
+        )
+    return calls
+
+
+def numbers(batch):
+    return batch.sample[:, 0, 0, 0].long().tolist()
+
+
+def timestep_of_each(calls):
+    found = {}
+    for call in calls:
+        for row, number in enumerate(numbers(call)):
+            found[number] = call.timestep.expand(call.sample.shape[0])[row].item()
+    return found
+
+
+CALLS = numbered_calls([900, 900, 900, 900, [500, 10, 500], 10, 500])  # 12, 5 and 4 samples of 900, 500 and 10
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        (1000, {900: 12, 500: 5, 10: 4}),
+        (12, {900: 4, 500: 4, 10: 4}),
+        (14, {900: 5, 500: 5, 10: 4}),
+        (17, {900: 8, 500: 5, 10: 4}),
+        (2, {900: 1, 500: 1}),
+        (1, {900: 1}),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_every_timestep_is_drawn_as_often_as_there_are_samples_for(samples, expected, batch_size):
+    batches = mixed_batches(CalibrationSet(CALLS), samples, batch_size, seed=0)
+
+    drawn = Counter(timestep for batch in batches for timestep in batch.timestep.tolist())
+    if samples >= 3:
+        assert drawn == expected
+    assert sum(drawn.values()) == sum(expected.values()) <= samples
+    assert max(drawn.values()) == max(expected.values())
+    sizes = [batch.sample.shape[0] for batch in batches]
+    assert all(size == batch_size for size in sizes[:-1])
+    assert 1 <= sizes[-1] <= batch_size
+
+
+@pytest.mark.parametrize("samples", [9, 1000])
+def test_each_sample_comes_once_with_its_own_timestep_and_arguments(samples):
+    expected = timestep_of_each(CALLS)
+    seen = []
+    for batch in mixed_batches(CalibrationSet(CALLS), samples, 4, seed=3):
+        rows = batch.sample.shape[0]
+        assert batch.timestep.shape == (rows,)
+        assert batch.arguments["encoder_hidden_states"].shape == (rows, 5, 6)
+        assert batch.arguments["added_cond_kwargs"]["text_embeds"].shape == (rows, 7)
+        assert batch.arguments["added_cond_kwargs"]["nothing"] is None
+        assert batch.arguments["class_labels"].dtype == torch.int64
+        assert batch.arguments["class_labels"].tolist() == numbers(batch)
+        for row, number in enumerate(numbers(batch)):
+            assert batch.timestep[row] == expected[number]
+            assert bool((batch.sample[row] == number).all())
+            assert bool((batch.arguments["encoder_hidden_states"][row] == number).all())
+            assert bool((batch.arguments["added_cond_kwargs"]["text_embeds"][row] == number).all())
+        seen += numbers(batch)
+    assert len(seen) == len(set(seen)) == min(samples, len(expected))
+
+
+def test_batches_mix_timesteps():
+    (batch,) = mixed_batches(CalibrationSet(CALLS), 12, 12, seed=0)
+    timesteps = batch.timestep.tolist()
+
+    assert timesteps != timesteps[:3] * 4  # in turn, as they were drawn
+    assert timesteps not in (sorted(timesteps), sorted(timesteps, reverse=True))
+    halves = mixed_batches(CalibrationSet(numbered_calls([1, 2] * 40)), 200, 40, seed=0)
+    assert all(5 < (half.timestep == 1).sum() < 35 for half in halves)
+
+
+def test_the_seed_alone_decides():
+    def drawn(seed):
+        batches = mixed_batches(CalibrationSet(CALLS), 9, 4, seed)
+        return [number for batch in batches for number in numbers(batch)]
+
+    first = drawn(0)
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert drawn(0) == first
+    assert drawn(1) != first
+    assert len({frozenset(drawn(seed)) for seed in range(5)}) > 1  # not the order alone
+
+
+def test_samples_of_different_shapes_or_constants_share_no_batch():
+    calls = [
+        *numbered_calls([1, 2], first=0),
+        *numbered_calls([1, 2], shape=(2, 4, 6), first=100),
+        *numbered_calls([1, 2], first=200, cross_attention_kwargs={"scale": 0.5}),
+        *numbered_calls([1, 2], first=300, cross_attention_kwargs={"scale": 1.0}),
+        *numbered_calls([1, 2], first=400, table=torch.arange(2.0)),
+        *numbered_calls([1, 2], first=500, table=torch.arange(2.0) + 1),
+        *numbered_calls([1, 2], first=600, mask=torch.ones(3, 5)),
+        *numbered_calls([1, 2], first=700, mask=torch.ones(3, 6)),
+    ]
+
+    batches = mixed_batches(CalibrationSet(calls), 1000, 100, seed=0)
+    assert sorted(min(numbers(batch)) for batch in batches) == [100 * i for i in range(8)]
+    assert all(len(batch.sample) == 6 for batch in batches)
+    by_kind = {min(numbers(batch)): batch for batch in batches}
+    assert by_kind[100].sample.shape == (6, 2, 4, 6)
+    assert "cross_attention_kwargs" not in by_kind[0].arguments
+    assert by_kind[200].arguments["cross_attention_kwargs"] == {"scale": 0.5}
+    assert by_kind[500].arguments["table"].tolist() == [1, 2]  # has no row for each sample
+    assert by_kind[700].arguments["mask"].shape == (6, 6)
+
+
+def test_calls_of_different_batch_sizes_share_a_batch():
+    calls = numbered_calls([1, 2], batch=1) + numbered_calls([1, 2], batch=4, first=100)
+
+    (batch,) = mixed_batches(CalibrationSet(calls), 1000, 100, seed=0)
+    assert sorted(numbers(batch)) == [0, 1, *range(100, 108)]
+
+
+def unet2d():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=4,
+    ).eval()  # fmt: skip
+
+
+def unet2d_condition():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=2,
+        cross_attention_dim=6, in_channels=2, out_channels=2, addition_embed_type="text",
+        addition_embed_type_num_heads=2, encoder_hid_dim=6,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+
+
+def some_calls(unet):
+    """Two samples each, a timestep of their own in the second."""
+    generator = torch.Generator().manual_seed(0)
+    calls = []
+    for timestep in ([10.0], [500.0, 20.0], [900.0]):
+        sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
+        if isinstance(unet, UNet2DModel):
+            arguments = {"class_labels": torch.randint(0, 4, (2,), generator=generator)}
+        else:
+            arguments = {"encoder_hidden_states": torch.randn(2, 5, 6, generator=generator)}
+        calls.append(UNetCall(sample, torch.tensor(timestep), arguments))
+    return calls
+
+
+@pytest.fixture(params=[unet2d, unet2d_condition])
+def unet(request):
+    return request.param()
+
+
+@pytest.fixture
+def layers(unet):
+    return plan_conversion(unet, DilateQuantConfig(modules_to_not_convert=[])).layers
+
+
+def test_a_mixed_batch_gives_what_the_recorded_calls_gave(unet):
+    calls = some_calls(unet)
+    expected = {}
+    for call in calls:
+        output = call.run(unet).sample
+        for row, sample in enumerate(call.sample):
+            expected[sample.numpy().tobytes()] = output[row]
+
+    batches = mixed_batches(CalibrationSet(calls), 100, 4, seed=1)
+    assert [len(batch.sample) for batch in batches] == [4, 2]
+    for batch in batches:
+        for sample, output in zip(batch.sample, batch.run(unet).sample, strict=True):
+            # Other batches have other orders of fp32 sums; another sample's timestep or condition moves far more.
+            torch.testing.assert_close(output, expected[sample.numpy().tobytes()], rtol=1e-4, atol=1e-5)
+
+
+UNET2D_BLOCKS = [
+    "time_embedding.linear_1", "time_embedding.linear_2", "conv_in",
+    "down_blocks.0.resnets.0", "down_blocks.0.downsamplers.0",
+    "down_blocks.1.resnets.0", "down_blocks.1.attentions.0",
+    "mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1",
+    "up_blocks.0.resnets.0", "up_blocks.0.attentions.0", "up_blocks.0.resnets.1", "up_blocks.0.attentions.1",
+    "up_blocks.0.upsamplers.0", "up_blocks.1.resnets.0", "up_blocks.1.resnets.1", "conv_out",
+]  # fmt: skip
+
+
+def test_blocks_come_in_forward_order(unet, layers):
+    blocks = blocks_in_order(unet, layers.values(), some_calls(unet)[0])
+
+    names = [name for name in blocks if name.startswith(("time_embedding", "conv", "down", "mid", "up"))]
+    assert names == UNET2D_BLOCKS
+    if isinstance(unet, UNet2DConditionModel):
+        others = [name for name in blocks if name not in names]
+        assert others  # the text's embedding and projection
+        assert all(type(blocks[name]) is nn.Linear or "add_embedding" in name for name in others)
+        order = list(blocks)
+        assert all(order.index(name) < order.index("conv_in") for name in others)
+    for name, block in blocks.items():
+        assert block is unet.get_submodule(name)
+
+
+def test_every_layer_is_in_exactly_one_block(unet, layers):
+    blocks = blocks_in_order(unet, layers.values(), some_calls(unet)[0])
+
+    for name, layer in layers.items():
+        assert sum(layer in set(block.modules()) for block in blocks.values()) == 1, name
+
+
+def test_blocks_without_a_wanted_layer_are_left_out(unet, layers):
+    wanted = ["mid_block.resnets.1.conv1", "down_blocks.1.attentions.0.to_q", "conv_in"]
+    if isinstance(unet, UNet2DConditionModel):
+        wanted[1] = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+
+    blocks = blocks_in_order(unet, [layers[name] for name in wanted], some_calls(unet)[0])
+    assert list(blocks) == ["conv_in", "down_blocks.1.attentions.0", "mid_block.resnets.1"]
+
+
+def hook_count(unet):
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in unet.modules())
+
+
+def assert_same_tree(actual, expected):
+    if isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key in expected:
+            assert_same_tree(actual[key], expected[key])
+    elif isinstance(expected, (tuple, list)):
+        assert type(actual) is type(expected)
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same_tree(a, e)
+    else:
+        assert actual == expected
+
+
+def test_inputs_and_output_of_a_block_are_those_of_the_whole_forward(unet, layers):
+    calls = some_calls(unet)
+    blocks = blocks_in_order(unet, layers.values(), calls[0])
+    for call in calls[:2]:
+        seen = {}
+
+        def keep(block, args, kwargs, output, seen=seen):
+            seen.setdefault(block, copy.deepcopy((args, kwargs, result_tensor(output))))
+
+        handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks.values()]
+        call.run(unet)
+        for handle in handles:
+            handle.remove()
+        for name, block in blocks.items():
+            *expected_inputs, expected_output = seen[block]
+            args, kwargs = inputs_of(unet, block, call)
+            assert_same_tree([args, kwargs], expected_inputs)
+            output = output_of(unet, block, call)
+            assert not output.requires_grad
+            assert torch.equal(output, expected_output), name
+            with torch.no_grad():  # what was seen is all that the block needs
+                assert torch.equal(result_tensor(block(*args, **kwargs)), expected_output), name
+    assert hook_count(unet) == 0
+
+
+def test_the_forward_stops_at_the_block(unet, layers):
+    call = some_calls(unet)[0]
+    blocks = blocks_in_order(unet, layers.values(), call)
+    names = list(blocks)
+    here = names.index("mid_block.attentions.0")
+    called = []
+    handles = [
+        block.register_forward_hook(lambda _, args, output, name=name: called.append(name))
+        for name, block in blocks.items()
+    ]
+    inputs_of(unet, blocks[names[here]], call)
+    assert called == names[:here]
+
+    called.clear()
+    output_of(unet, blocks[names[here]], call)
+    assert called == names[: here + 1]
+    for handle in handles:
+        handle.remove()
+    assert hook_count(unet) == 0
+
+
+def test_hooks_go_also_where_the_block_is_not_reached_or_fails(unet, layers):
+    call = some_calls(unet)[0]
+    with pytest.raises(ValueError, match="another path"):
+        inputs_of(unet, nn.Linear(1, 1), call)
+    broken = UNetCall(call.sample[:, :1], call.timestep, call.arguments)
+    block = unet.mid_block.resnets[0]
+    for function in (inputs_of, output_of):
+        with pytest.raises(RuntimeError, match="channels"):
+            function(unet, block, broken)
+    with pytest.raises(RuntimeError, match="channels"):
+        blocks_in_order(unet, layers.values(), broken)
+    assert hook_count(unet) == 0
+
+
+def test_a_blocks_result_is_found_in_whatever_it_returns():
+    tensor = torch.ones(2)
+
+    for output in (tensor, (tensor,), (None, tensor), {"sample": tensor}, [3, (tensor, torch.zeros(1))]):
+        assert result_tensor(output) is tensor
+
+
+TREE = (
+    (torch.arange(12.0).view(3, 4).T, torch.tensor([1, 2], dtype=torch.int64)),
+    {
+        "half": torch.tensor([1.5, -2.0], dtype=torch.float16),
+        "deep": {"bf16": torch.full((2, 1, 3), 0.1, dtype=torch.bfloat16), "flag": torch.tensor([True, False])},
+        "scalar": torch.tensor(3.25),
+        "row": torch.arange(6.0).expand(2, 6),
+        "empty": torch.empty(0, 4),
+        "none": None,
+        "number": 0.5,
+        "text": "a",
+        "list": [1, torch.ones(1, dtype=torch.int8), (None,)],
+    },
+)
+
+
+def test_a_tree_comes_back_from_the_disk_as_it_was(tmp_path):
+    store = TensorStore(tmp_path / "deep" / "folder")
+    store["a"], store["b"] = TREE, torch.ones(3)
+    store["constants alone"] = {"x": 1, "y": None}
+
+    assert_same_tree(store["a"], TREE)
+    assert_same_tree(store["a"], TREE)  # reading takes nothing away
+    assert torch.equal(store["b"], torch.ones(3))
+    assert store["constants alone"] == {"x": 1, "y": None}
+    store["b"] = torch.zeros(2, requires_grad=True)
+    assert torch.equal(store["b"], torch.zeros(2))
+    assert not store["b"].requires_grad
+
+
+def test_views_of_one_tensor_may_be_stored_together(tmp_path):
+    store, whole = TensorStore(tmp_path), torch.arange(6.0)
+
+    store["views"] = whole, whole[:3], whole
+    assert_same_tree(store["views"], (whole, whole[:3], whole))
+
+
+def test_stored_tensors_are_on_the_disk_and_clear_deletes_them(tmp_path):
+    store = TensorStore(tmp_path)
+    other = tmp_path / "not the stores"
+    other.touch()
+    for i in range(3):
+        store[f"inputs_{i}"] = torch.full((1000,), float(i))
+    assert len(list(tmp_path.iterdir())) == 4
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) >= 3 * 4000
+
+    store.clear()
+    assert list(tmp_path.iterdir()) == [other]
+    with pytest.raises(KeyError):
+        store["inputs_0"]
+    store.clear()
+    store["again"] = torch.ones(1)
+    assert torch.equal(store["again"], torch.ones(1))
