@@ -104,6 +104,7 @@ METHODS = {
         Method("WD + TPQ", (WD, TPQ), dilatequant("joint", None, None)),
         Method("TPQ + BKD", (TPQ, BKD), dilatequant("none", None, BLOCKWISE)),
         Method("WD + BKD", (WD, BKD), dilatequant("joint", 1, BLOCKWISE)),
+        Method("WD as published + TPQ + BKD", (WD, TPQ, BKD), dilatequant("weight", None, BLOCKWISE)),
         Method("WD + TPQ + BKD", (WD, TPQ, BKD), dilatequant("joint", None, BLOCKWISE)),
         Method("WD + TPQ + BKD, polished", (WD, TPQ, BKD, POLISH), dilatequant("joint", None, POLISHED)),
     )

@@ -46,7 +46,8 @@ from dq_runtime.timesteps import TimestepGrid
 logger = logging.getLogger("dq_runtime")
 
 HELD_OUT, MAX_HELD_OUT = 8, 8  # one batch in eight is not trained on, eight batches at most
-WEIGHING = 16  # batches that tell each timestep's error
+WEIGHING = 512  # samples that tell each timestep's error
+LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam does not notice
 PATCH_ELEMENTS = 2**24  # of a convolution's unfolded input, at a time
 FEW_SAMPLES = 4  # for one timestep
 
@@ -169,22 +170,23 @@ class _Trainer:
         held_out = min(len(batches) // HELD_OUT, MAX_HELD_OUT)
         self.training = range(len(batches) - held_out)
         self.judging = range(len(batches) - held_out, len(batches)) if held_out else self.training
-        self.weighing = range(max(0, len(batches) - WEIGHING), len(batches))
+        weighing = -(-WEIGHING // settings.batch_size)
+        self.weighing = range(max(0, len(batches) - weighing), len(batches))
         # Who shares an input quantizer with an earlier block finds it fixed.
         self.free_quantizers = {layer.input_quantizer for layer in stand_ins.values()}
 
     def distil(self, name: str, block: nn.Module, layers: Mapping[str, SimulatedLayer]) -> None:
         """Trains one block's layers; the blocks before it are quantized already."""
-        for i, batch in enumerate(self.batches):
-            self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
-        with self._in_floating_point():
-            for i, batch in enumerate(self.batches):
-                self.store[f"target_{i}"] = output_of(self.unet, block, batch)
 
         def lesson(i: int) -> torch.Tensor:
             return _squared_error(self._run_block(block, i), self.store[f"target_{i}"])
 
         try:
+            for i, batch in enumerate(self.batches):
+                self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
+            with self._in_floating_point():
+                for i, batch in enumerate(self.batches):
+                    self.store[f"target_{i}"] = output_of(self.unet, block, batch)
             steps = self._feedback(block, layers) if self.settings.error_feedback else {}
             for layer in layers.values():
                 layer.quantized = True
@@ -242,13 +244,14 @@ class _Trainer:
                 errors.append(self._judge(lesson, weights))
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
             _set_state(layers, states[best])
-            progress.set_postfix_str(f"squared error {errors[0]:.1e} -> {errors[best]:.1e}")
+            progress.set_postfix_str(f"squared error {errors[0]:.2f} -> {errors[best]:.2f}")
         if not errors[-1] <= errors[0]:
             logger.warning(
-                "%s: training took the squared error on unseen samples from %.1e to %.1e; undone, it stays at %.1e",
+                "%s: training took the squared error on unseen samples from %.3g to %.3g; undone, it stays at %.3g",
                 name, errors[0], errors[-1], errors[best],
             )  # fmt: skip
 
+    @torch.enable_grad()
     def _descend(
         self,
         lesson: Lesson,
@@ -262,8 +265,8 @@ class _Trainer:
         quantizers = {
             layer.input_quantizer: None for layer in layers.values() if layer.input_quantizer in self.free_quantizers
         }
-        in_steps = [quantizer.zero_point for quantizer in quantizers]
-        logarithms = [quantizer.log_ratio for quantizer in quantizers]
+        in_steps: list[torch.Tensor] = [quantizer.zero_point for quantizer in quantizers]
+        logarithms: list[torch.Tensor] = [quantizer.log_ratio for quantizer in quantizers]
         for name, layer in layers.items():
             layer_in_steps, layer_logarithms = layer.thaw(steps.get(name))
             in_steps += layer_in_steps
@@ -280,7 +283,7 @@ class _Trainer:
         for batch in _shuffled(self.training, iterations, generator):
             with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=self.settings.autocast):
                 errors = lesson(batch)
-            loss = (errors * weights[self.indices[batch]]).mean()
+            loss = LOSS_SCALE * (errors * weights[self.indices[batch]]).mean()
             if not bool(loss.isfinite()):
                 break  # the judge will see to it
             optimizer.zero_grad()
@@ -295,19 +298,18 @@ class _Trainer:
 
     @torch.no_grad()
     def _timestep_weights(self, lesson: Lesson) -> torch.Tensor:
-        """1 / mean error of each timestep in the present state, [T], on average 1; 0 where there is no sample."""
+        """1 / mean error of each timestep in the present state, [T]; of one without a sample, that of all samples."""
         total, count = (torch.zeros(self.grid.num_timesteps, device=self.unet.device) for _ in range(2))
         for i in self.weighing:
             errors = lesson(i)
             total.index_add_(0, self.indices[i], errors)
             count.index_add_(0, self.indices[i], torch.ones_like(errors))
-        error = total / count  # NaN where there is no sample
-        weights = (1 / error.clamp(min=torch.finfo(torch.float32).tiny)).nan_to_num(0.0, 0.0, 0.0)
-        return weights / weights[weights > 0].mean() if bool((weights > 0).any()) else torch.ones_like(weights)
+        error = torch.where(count > 0, total / count, total.sum() / count.sum())
+        return 1 / error.clamp(min=torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
     def _judge(self, lesson: Lesson, weights: torch.Tensor) -> float:
-        """The weighted error over the samples that are not trained on."""
+        """The weighted error over the samples that are not trained on: about 1 in the state that set the weights."""
         errors = [lesson(i) * weights[self.indices[i]] for i in self.judging]
         return torch.cat(errors).mean().item()
 
@@ -374,7 +376,8 @@ class _SecondMoments:
         """The layer's weights in steps, after error feedback."""
         steps = self.layer.dilated_weight() / self.layer.weight_scale
         for part, total in zip(self.parts, self.sums, strict=True):
-            steps[:, part] = round_with_feedback(steps[:, part].flatten(1), total).view_as(steps[:, part])
+            if isinstance(total, torch.Tensor):  # else no drawn sample has reached the layer
+                steps[:, part] = round_with_feedback(steps[:, part].flatten(1), total).view_as(steps[:, part])
         return steps
 
 
@@ -480,13 +483,20 @@ def _fingerprint(
     config: DilateQuantConfig,
     settings: Distillation,
 ) -> str:
-    decisive = asdict(settings) | {"folder": None, "polish_iterations": None, "polish_learning_rate": None}
+    decisive = {
+        name: value
+        for name, value in asdict(settings).items()
+        if name not in ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate")
+    }
     digest = hashlib.sha256(json.dumps([config.to_dict(), decisive], default=str, sort_keys=True).encode())
     for name, layer_tensors in sorted(tensors.items()):
         digest.update(name.encode())
-        for tensor in (*layer_tensors.values(), *layers[name].parameters(), *()):
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for tensor in (*layer_tensors.values(), *layers[name].parameters()):
+            digest.update(_bytes(tensor))
     for leaf in tree_leaves([(batch.sample, batch.timestep, batch.arguments) for batch in batches]):
-        if isinstance(leaf, torch.Tensor):
-            digest.update(leaf.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq_kernels.ops import INT4_MAX, INT4_MIN
+from dq_kernels.ops import INT4_MAX, INT4_MIN, unpack_int4
 from dq_runtime.calibration.weights import layer_tensors
 from dq_runtime.convert import replace_layers
 from dq_runtime.timesteps import TimestepGrid
@@ -118,7 +118,7 @@ class InputQuantizer(nn.Module):
 class SimulatedLayer(nn.Module):
     """A linear layer or convolution as it was or, where ``quantized`` is set, as its INT4 self computes.
 
-    Its weights are fixed but between ``thaw`` and ``freeze``, when they are parameters (``steps``). Fixed ones are
+    Its weights are fixed but between ``thaw`` and ``freeze``, when they are learned (``steps``). Fixed ones are
     ``values``, int8, and ``unrounded``, fp16, where learning goes on: a weight that lies nearly half-way between two
     values is the one to move first.
     """
@@ -134,11 +134,13 @@ class SimulatedLayer(nn.Module):
         self.layer = layer
         self.input_quantizer = quantizer
         self.quantized = False
-        self.steps: nn.Parameter | None = None
-        self.log_ratio: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
+        # Leaves, but no nn.Parameters: the UNet's dtype is that of its first parameter.
+        self.steps: torch.Tensor | None = None
+        self.log_ratio: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
         self.register_buffer("weight_scale", _per_output(tensors["weight_scale"], layer.weight))
-        self._fix(self.dilated_weight() / self.weight_scale)
+        values = unpack_int4(tensors["weight"])[..., : layer.weight.shape[1]].movedim(-1, 1).contiguous()
+        self._fix(self.dilated_weight() / self.weight_scale, values)
         self.register_buffer("fixed_bias", None if layer.bias is None else layer.bias.detach().float())
 
     @property
@@ -151,17 +153,18 @@ class SimulatedLayer(nn.Module):
         weight = self.layer.weight.detach().float()
         return weight * self.input_quantizer.weight_dilation.view(1, -1, *[1] * (weight.ndim - 2))
 
-    def thaw(self, steps: torch.Tensor | None = None) -> list[list[nn.Parameter]]:
-        """Makes weights and bias parameters; weights start from ``steps``, by default from where they were fixed.
+    def thaw(self, steps: torch.Tensor | None = None) -> list[list[torch.Tensor]]:
+        """Makes weights and bias learnable; weights start from ``steps``, by default from where they were fixed.
 
         Returns:
-            parameters that are learned in steps, and those that are logarithms; the input's quantizer is not in them.
+            what is learned in steps, and what is learned as a logarithm; the input quantizer's part is not in them.
         """
-        self.steps = nn.Parameter((self.unrounded if steps is None else steps).to(torch.float32, copy=True))
-        self.log_ratio = nn.Parameter(torch.zeros_like(self.weight_scale))
+        start = self.unrounded if steps is None else steps
+        self.steps = start.to(torch.float32, copy=True).requires_grad_()
+        self.log_ratio = torch.zeros_like(self.weight_scale).requires_grad_()
         in_steps = [self.steps]
         if self.fixed_bias is not None:
-            self.bias = nn.Parameter(torch.zeros_like(self.fixed_bias))
+            self.bias = torch.zeros_like(self.fixed_bias).requires_grad_()
             in_steps.append(self.bias)
         return [in_steps, [self.log_ratio]]
 
@@ -231,10 +234,16 @@ class SimulatedLayer(nn.Module):
         typical_input = quantizer.initial_scale.mean() * (quantizer.high - quantizer.low) * TYPICAL_INPUT
         return self.fixed_bias + self.bias * self.weight_scale.flatten() * typical_input
 
-    def _fix(self, steps: torch.Tensor) -> None:
-        self.register_buffer("unrounded", steps.half())
-        rounded = (self.unrounded.float() + 0.5).floor_().clamp_(INT4_MIN, INT4_MAX)
-        self.register_buffer("values", rounded.to(torch.int8))
+    def _fix(self, steps: torch.Tensor, values: torch.Tensor | None = None) -> None:
+        """Sets both forms of the weights; fp16 must not move one across the middle between two values."""
+        values = _round(steps.float()) if values is None else values
+        halves = steps.half()
+        self.register_buffer("values", values)
+        self.register_buffer("unrounded", torch.where(_round(halves.float()) == values, halves, values.half()))
+
+
+def _round(steps: torch.Tensor) -> torch.Tensor:
+    return (steps + 0.5).floor_().clamp_(INT4_MIN, INT4_MAX).to(torch.int8)
 
 
 def _per_output(table: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

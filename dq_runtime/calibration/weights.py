@@ -13,7 +13,7 @@ logger = logging.getLogger("dq_runtime")
 
 CANDIDATES = 64
 SMALLEST_CLIP = 0.4  # of the largest magnitude
-DAMPING = 0.01  # of the second moments' mean, added to their diagonal
+DAMPING = (0.01, 0.1, 1.0, 10.0)  # of the second moments' mean, added to their diagonal; more where less fails
 BLOCK = 64  # columns between two updates of all that are left
 MAX_COLUMNS = 4608  # that share their errors: bounds the memory and time of error feedback in wide convolutions
 
@@ -77,14 +77,14 @@ def round_with_feedback(steps: torch.Tensor, second_moment: torch.Tensor) -> tor
 
 def _inverse_factor(second_moment: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the damped matrix's inverse: row j says how column j's error spreads."""
-    diagonal = second_moment.diagonal()
-    damping = DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    eye = torch.eye(len(diagonal), device=diagonal.device, dtype=torch.float64)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(second_moment.double() + damping * eye)
+    matrix = second_moment.double()
+    mean = matrix.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    eye = torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
+    for damping in DAMPING:
+        factor, failed = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
         if not failed:
             return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-        damping = 10 * damping
+    raise ValueError("the inputs' second moments are no positive matrix")
 
 
 def layer_tensors(

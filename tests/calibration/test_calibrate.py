@@ -103,7 +103,7 @@ def subject(request):
             unet(sample * sizes[1], 250, **arguments)
             unet(sample * sizes[[0, 2]], torch.tensor([10.5, 900.0]), **arguments)
             unet(sample * sizes[[2, 0]], torch.tensor([900.0, 10.5]), **arguments)
-        config = DilateQuantConfig()
+        config = DilateQuantConfig(dilation="weight")
         returned = calibrate(unet, calibration_set, config)
         return Subject(stock, unet, returned, calibration_set, config, arguments)
 
@@ -150,7 +150,7 @@ def test_the_config_records_the_calibrated_timesteps_and_leaves_the_users_alone(
     assert subject.calibration_set.timesteps == TIMESTEPS
     assert stored.timesteps == TIMESTEPS
     assert stored.modules_to_not_convert == ["conv_in", "conv_out"]
-    assert subject.config == DilateQuantConfig()
+    assert subject.config == DilateQuantConfig(dilation="weight")
     for layer in quantized_layers(subject.quantized).values():
         assert layer.act_scale.shape == layer.act_zero_point.shape == (3,)
 
@@ -272,11 +272,22 @@ def test_without_dilation_all_factors_are_one():
 
 def test_the_configs_cap_limits_the_dilation():
     unet = unet2d()
-    calibrate(unet, recorded(unet), DilateQuantConfig(max_dilation=1.0625))
+    calibrate(unet, recorded(unet), DilateQuantConfig(dilation="weight", max_dilation=1.0625))
 
     dilation = torch.cat([layer.weight_dilation for layer in quantized_layers(unet).values()])
     assert dilation.max() == 1.0625
     assert dilation.min() == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "timesteps"), [(1, [200.0]), (2, [1.5, 400.0]), (3, [0.0, 3.0, 400.0]), (9, [0.0, 3.0, 400.0])]
+)
+def test_timesteps_share_scales_in_groups_of_neighbours(groups, timesteps):
+    unet = unet2d()
+    calibrate(unet, recorded(unet, (3, 0, 400)), DilateQuantConfig(dilation="none", timestep_groups=groups))
+
+    assert unet.config["quantization_config"].timesteps == timesteps
+    assert all(len(layer.act_scale) == len(timesteps) for layer in quantized_layers(unet).values())
 
 
 @pytest.mark.parametrize("bits", [6, 4])

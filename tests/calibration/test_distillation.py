@@ -117,10 +117,10 @@ class Subject:
 
 @pytest.fixture(scope="module", params=[unet2d, unet2d_condition])
 def subject(request):
-    return Subject(request.param(), DilateQuantConfig())
+    return Subject(request.param(), DilateQuantConfig(dilation="weight"))
 
 
-FEW_BLOCKS = {"modules_to_not_convert": ["conv_in", "conv_out", "mid_block", "up_blocks"]}
+FEW_BLOCKS = {"dilation": "weight", "modules_to_not_convert": ["conv_in", "conv_out", "mid_block", "up_blocks"]}
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def test_gradients_do_not_underflow_in_float16(monkeypatch):
         with record(unet) as calibration_set:
             unet(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)), 500)
     kept = ["time_embedding", "conv_in", "conv_out", "resnets", "attentions", "upsamplers"]
-    config = DilateQuantConfig(modules_to_not_convert=kept)
+    config = DilateQuantConfig(dilation="weight", modules_to_not_convert=kept)
 
     gradients = [
         first_gradients(monkeypatch, model, calibration_set, block, config=config, samples=8, batch_size=8)
@@ -326,7 +326,9 @@ def test_what_a_layer_learns_does_not_depend_on_the_size_of_its_result():
             unet.time_embedding.linear_2.weight *= 2.0**exponent
             unet.time_embedding.linear_2.bias *= 2.0**exponent
         settings = {"iterations": 10, "error_feedback": False, "learning_rate": 0.1}
-        result = distilled(unet, recorded(unet), DilateQuantConfig(modules_to_not_convert=kept), **settings)
+        result = distilled(
+            unet, recorded(unet), DilateQuantConfig(dilation="weight", modules_to_not_convert=kept), **settings
+        )
         learned.append(result.time_embedding.linear_2)
 
     assert torch.equal(learned[0].weight, learned[1].weight)
@@ -344,7 +346,7 @@ def test_a_bf16_unet_whose_first_layer_is_quantized_can_be_polished():
     """While it is trained, that layer's fp32 parameters are the UNet's first; the UNet's dtype stays bf16."""
     unet = unet2d().bfloat16()
     calibration_set = recorded(unet)
-    config = DilateQuantConfig(modules_to_not_convert=["conv_out", "mid_block", "up_blocks"])
+    config = DilateQuantConfig(dilation="weight", modules_to_not_convert=["conv_out", "mid_block", "up_blocks"])
 
     result = distilled(unet, calibration_set, config, iterations=0, polish_iterations=1)
     assert isinstance(result.conv_in, QuantConv2d)
@@ -437,7 +439,7 @@ def test_every_timestep_has_a_weight_that_makes_up_for_its_error(monkeypatch):
     distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED | {"batch_size": 1})
     assert len(seen) == 6
     for weights, error in seen:
-        assert error.max() > 1.5 * error.min()
+        assert error.max() > 1.2 * error.min()
         torch.testing.assert_close(weights * error, (weights * error).mean().expand(24), rtol=1e-4, atol=0)
 
 

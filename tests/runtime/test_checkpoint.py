@@ -47,8 +47,9 @@ def test_saved_files_are_safetensors_and_a_config(saved):
         "quant_method": "dilatequant",
         "weight_bits": 4,
         "activation_bits": 8,
-        "dilation": "weight",
+        "dilation": "joint",
         "max_dilation": 8.0,
+        "timestep_groups": None,
         "modules_to_not_convert": ["conv_in", "conv_out"],
         "timesteps": [0.0, 250.0, 500.0, 750.0],
     }
