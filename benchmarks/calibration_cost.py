@@ -50,7 +50,7 @@ def train_end_to_end(
     grid = TimestepGrid(config.timesteps)
     batches = mixed_batches(calibration_set, QAT_SAMPLES, 32, seed=0)
     teacher = [result_tensor(batch.run(unet)) for batch in batches]
-    with simulated(unet, layers, tensors, sharing, config.activation_bits, grid) as stand_ins:
+    with simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
         in_steps: list[nn.Parameter] = []
         logarithms: list[nn.Parameter] = []
         for layer in stand_ins.values():

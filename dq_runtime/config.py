@@ -11,6 +11,11 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 DILATIONS = ("joint", "weight", "none")
 
 
+def is_part(entry: str, name: str) -> bool:
+    """Whether an entry of the config is a layer's dotted name or a part of it."""
+    return f".{entry}." in f".{name}."
+
+
 class DilateQuantMethod(str, Enum):
     """The name under which diffusers knows this quantization method."""
 
@@ -24,6 +29,8 @@ class DilateQuantConfig(QuantizationConfigMixin):
     Args:
         weight_bits: 4; weights are packed two to a byte.
         activation_bits: 8, 6 or 4; activations are stored as int8 whatever the number.
+        layer_activation_bits: other numbers for some layers, by dotted name or part of one: {"conv_shortcut": 8}.
+            Where several entries fit, the longest counts.
         dilation: "weight", the paper's rule, stretches unsaturated input channels of the weights as far as no weight
             range grows; "joint" chooses, layer by layer, among that and rules that look at the activations too, by the
             layer's error on the calibration data; "none" turns it off.
@@ -40,6 +47,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
 
     weight_bits: int = 4
     activation_bits: int = 8
+    layer_activation_bits: dict[str, int] | None = None
     dilation: str = "joint"
     max_dilation: float = 8.0
     timestep_groups: int | None = None
@@ -51,8 +59,9 @@ class DilateQuantConfig(QuantizationConfigMixin):
         self.quant_method = DilateQuantMethod(self.quant_method)
         if self.weight_bits != 4:
             raise ValueError(f"weight_bits must be 4 (two weights to a byte), got {self.weight_bits}")
-        if self.activation_bits not in (8, 6, 4):
-            raise ValueError(f"activation_bits must be 8, 6 or 4, got {self.activation_bits}")
+        for place, bits in {"activation_bits": self.activation_bits, **(self.layer_activation_bits or {})}.items():
+            if bits not in (8, 6, 4):
+                raise ValueError(f"{place} must be 8, 6 or 4, got {bits}")
         if self.dilation not in DILATIONS:
             raise ValueError(f"dilation must be one of {DILATIONS}, got {self.dilation!r}")
         if not self.max_dilation >= 1:
@@ -63,6 +72,11 @@ class DilateQuantConfig(QuantizationConfigMixin):
             self.modules_to_not_convert = []
         if isinstance(self.modules_to_not_convert, str):
             raise ValueError(f"modules_to_not_convert must be a list, got the string {self.modules_to_not_convert!r}")
+
+    def activation_bits_of(self, layer: str) -> int:
+        """The number of bits of a layer's input, by the layer's dotted name."""
+        fitting = [entry for entry in self.layer_activation_bits or {} if is_part(entry, layer)]
+        return (self.layer_activation_bits or {})[max(fitting, key=len)] if fitting else self.activation_bits
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON can hold them."""

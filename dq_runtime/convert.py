@@ -13,7 +13,7 @@ from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
-from dq_runtime.config import DilateQuantConfig
+from dq_runtime.config import DilateQuantConfig, is_part
 from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, conv2d_arguments
 from dq_runtime.timesteps import TimestepGrid
 
@@ -28,12 +28,12 @@ class ConversionPlan:
 
     layers: dict[str, nn.Linear | nn.Conv2d]
     kept: dict[str, str]  # layer name -> reason
-    unmatched: list[str]  # entries of modules_to_not_convert that name no layer
+    unmatched: list[str]  # entries of the config that name no layer, as "modules_to_not_convert: 'conv_inn'"
 
     def log(self) -> None:
         """Writes one line that lists what stays in floating point and why, and one for each unmatched entry."""
         for entry in self.unmatched:
-            logger.warning("modules_to_not_convert: %r names no linear or convolution of this UNet", entry)
+            logger.warning("%s names no linear or convolution of this UNet", entry)
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.kept.items():
             by_reason.setdefault(reason, []).append(name)
@@ -74,19 +74,22 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
     if not layers:
         reasons = ", ".join(sorted(set(kept.values()))) or "the UNet has no linear and no convolution"
         raise ValueError(f"No layer is left to quantize ({reasons}); shorten modules_to_not_convert if it is the cause")
-    unmatched = [e for e in config.modules_to_not_convert or () if not any(_names(e, name) for name in kept)]
+    unmatched = [
+        f"{place}: {entry!r}"
+        for place, entries, names in (
+            ("modules_to_not_convert", config.modules_to_not_convert, kept),
+            ("layer_activation_bits", config.layer_activation_bits, layers),
+        )
+        for entry in entries or ()
+        if not any(is_part(entry, name) for name in names)
+    ]
     return ConversionPlan(layers, kept, unmatched)
-
-
-def _names(entry: str, name: str) -> bool:
-    """Whether an entry of ``modules_to_not_convert`` is a layer's dotted name or a part of it."""
-    return f".{entry}." in f".{name}."
 
 
 def _reason_to_keep(
     name: str, module: nn.Module, config: DilateQuantConfig, fir_prefixes: tuple[str, ...]
 ) -> str | None:
-    if any(_names(entry, name) for entry in config.modules_to_not_convert or ()):
+    if any(is_part(entry, name) for entry in config.modules_to_not_convert or ()):
         return REQUESTED
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"no INT4 kernel for {type(module).__name__}"
@@ -143,9 +146,9 @@ def _empty_layers(plan: ConversionPlan, config: DilateQuantConfig) -> tuple[dict
     layers: dict[str, QuantizedLayer] = {}
     for name, module in plan.layers.items():
         if isinstance(module, nn.Linear):
-            layers[name] = QuantLinear.like(module, name, config.activation_bits, grid)
+            layers[name] = QuantLinear.like(module, name, config.activation_bits_of(name), grid)
         else:
-            layers[name] = QuantConv2d.like(module, name, config.activation_bits, grid)
+            layers[name] = QuantConv2d.like(module, name, config.activation_bits_of(name), grid)
     return layers, grid
 
 

@@ -81,15 +81,22 @@ def _quantize_group(
     layers: Mapping[str, nn.Linear | nn.Conv2d], samples: Samples, config: DilateQuantConfig
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The state dicts of layers that see one tensor: they share one dilation and one activation quantizer."""
+    bits_of = {name: config.activation_bits_of(name) for name in layers}
+    if len(set(bits_of.values())) > 1:
+        raise ValueError(
+            "These layers see one tensor, which is quantized once, but layer_activation_bits gives them different "
+            f"numbers of bits: {bits_of}. Give them the same"
+        )
+    bits = next(iter(bits_of.values()))
     weights = [layer.weight for layer in layers.values()]
     seen = samples[next(iter(layers))]
     if config.dilation == "joint":
-        dilation = joint_dilation(weights, seen, config.activation_bits, config.max_dilation)
+        dilation = joint_dilation(weights, seen, bits, config.max_dilation)
     elif config.dilation == "weight":
         dilation = shared_weight_dilation(weights, config.max_dilation)
     else:
         dilation = torch.ones(weights[0].shape[1], device=weights[0].device)
-    act_scale, act_zero_point = temporal_quantizer(seen, dilation, config.activation_bits)
+    act_scale, act_zero_point = temporal_quantizer(seen, dilation, bits)
 
     tensors = {}
     for name, layer in layers.items():

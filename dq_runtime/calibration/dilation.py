@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from dq_runtime.calibration.temporal import temporal_quantizer
-from dq_runtime.calibration.weights import quantize_weight
+from dq_runtime.calibration.weights import CANDIDATES, quantize_weight
 
 # (a, b): s_k = (size of x_k)^a / (size of w_k)^b
 EXPONENTS = ((0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
@@ -61,15 +61,18 @@ def joint_dilation(
     Returns:
         [K] fp32.
     """
-    rows = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
-    per_timestep = [part[:rows] for part in per_timestep]
-    flat = [weight.detach().float().movedim(1, -1).flatten(0, -2) for weight in weights]  # [N x taps, K]
-    size_x = torch.cat(per_timestep).square().mean(0).sqrt()
-    size_w = torch.stack([weight.abs().amax(0) for weight in flat]).amax(0)
-    candidates = [torch.ones_like(size_x), shared_weight_dilation(weights, max_dilation)]
+    few = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
+    some = [part[:few] for part in per_timestep]
+    size_x = torch.cat(some).square().mean(0).sqrt()
+    size_w = torch.stack([_taps_first(weight).abs().amax(0) for weight in weights]).amax(0)
+    none = torch.ones_like(size_x)
+    candidates = [none, shared_weight_dilation(weights, max_dilation)]
     candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
-    errors = torch.stack([_output_error(weights, flat, per_timestep, bits, s) for s in candidates])
-    return candidates[int(errors.argmin())]
+    errors = [_output_error(weights, some, bits, s, WEIGHT_SCALES) for s in candidates]
+    best = candidates[int(torch.stack(errors).argmin())]
+    # The choice was made on a few samples: on all of them it must not lose to none.
+    with_best, with_none = (_output_error(weights, per_timestep, bits, s) for s in (best, none))
+    return best if bool(with_best < with_none) else none
 
 
 def _from_sizes(size_x: torch.Tensor, size_w: torch.Tensor, a: float, b: float, max_dilation: float) -> torch.Tensor:
@@ -84,22 +87,26 @@ def _from_sizes(size_x: torch.Tensor, size_w: torch.Tensor, a: float, b: float, 
 
 def _output_error(
     weights: Sequence[torch.Tensor],
-    flat: Sequence[torch.Tensor],
     per_timestep: list[torch.Tensor],
     bits: int,
     dilation: torch.Tensor,
+    weight_scales: int = CANDIDATES,
 ) -> torch.Tensor:
     scale, zero_point = temporal_quantizer(per_timestep, dilation, bits)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x = torch.cat(per_timestep)
     rows = torch.tensor([len(part) for part in per_timestep], device=x.device)
     per_row, zero = scale.repeat_interleave(rows)[:, None], zero_point.repeat_interleave(rows)[:, None]
-    steps = (x / (dilation * per_row) + 0.5).floor_()
-    rounded = torch.minimum(torch.maximum(steps, low - zero), high - zero) * per_row
+    rounded = (x / (dilation * per_row) + 0.5).floor_().clamp_(low - zero, high - zero).mul_(per_row)
     error = torch.zeros((), device=x.device)
-    for weight, matrix in zip(weights, flat, strict=True):
-        per_channel = dilation.view(1, -1, *[1] * (weight.ndim - 2))
-        values, weight_scale = quantize_weight(weight.detach().float() * per_channel, WEIGHT_SCALES)
+    for weight in weights:
+        matrix = _taps_first(weight)
+        values, weight_scale = quantize_weight(weight.detach().float().movedim(1, -1) * dilation, weight_scales)
         restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))
-        error += (rounded @ restored.movedim(1, -1).flatten(0, -2).T - x @ matrix.T).square().sum()
+        error += (rounded @ restored.flatten(0, -2).T - x @ matrix.T).square().sum()
     return error
+
+
+def _taps_first(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K, ...] -> [N x taps, K] fp32."""
+    return weight.detach().float().movedim(1, -1).flatten(0, -2)

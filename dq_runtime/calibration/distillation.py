@@ -128,7 +128,7 @@ def distil(
     _warn_of_few_samples(batches, grid)
     with (
         _work_folder(settings.folder) as folder,
-        simulated(unet, layers, tensors, sharing, config.activation_bits, grid) as stand_ins,
+        simulated(unet, layers, tensors, sharing, config, grid) as stand_ins,
         torch.backends.cudnn.flags(deterministic=True),
     ):
         finished = FinishedBlocks(folder, _fingerprint(layers, tensors, batches, config, settings))

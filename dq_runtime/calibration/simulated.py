@@ -18,6 +18,7 @@ from torch import nn
 
 from dq_kernels.ops import INT4_MAX, INT4_MIN, unpack_int4
 from dq_runtime.calibration.weights import layer_tensors
+from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import replace_layers
 from dq_runtime.timesteps import TimestepGrid
 
@@ -256,7 +257,7 @@ def simulated(
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
     sharing: Sequence[Sequence[str]],
-    bits: int,
+    config: DilateQuantConfig,
     grid: TimestepGrid,
 ) -> Iterator[dict[str, SimulatedLayer]]:
     """Replaces a UNet's layers by simulated ones inside the ``with`` block; the UNet gets its own back in any case.
@@ -267,7 +268,7 @@ def simulated(
     """
     stand_ins: dict[str, SimulatedLayer] = {}
     for names in sharing:
-        quantizer = InputQuantizer(tensors[names[0]], bits, grid)
+        quantizer = InputQuantizer(tensors[names[0]], config.activation_bits_of(names[0]), grid)
         for name in names:
             stand_ins[name] = SimulatedLayer(layers[name], tensors[name], quantizer)
     required = {parameter: parameter.requires_grad for parameter in unet.parameters()}

@@ -89,7 +89,13 @@ def seconds_per_image(task: Task, unets: Mapping[str, ModelMixin]) -> dict[str, 
 
 
 @torch.no_grad()
-def evaluate(task: Task, unets: Mapping[str, ModelMixin], num_samples: int, folder: Path) -> list[dict[str, Any]]:
+def evaluate(
+    task: Task,
+    unets: Mapping[str, ModelMixin],
+    calibration_seconds: Mapping[str, float],
+    num_samples: int,
+    folder: Path,
+) -> list[dict[str, Any]]:
     """Samples with every model from one noise and measures the images; the first model is the reference."""
     classifier, labels = task.classifier(), task.labels(num_samples)
     real_features = classifier.features(task.real_images()[0])
@@ -115,6 +121,7 @@ def evaluate(task: Task, unets: Mapping[str, ModelMixin], num_samples: int, fold
                 "checkpoint_mb": checkpoint_mb(unet),
                 "cpu_prepacked_mb": sizes.cpu_prepacked / 1e6,
                 "seconds_per_image": seconds[name],
+                "calibration_seconds": calibration_seconds.get(name),
             }
         )
     draw_grid(images, folder / "grid.png")
@@ -184,15 +191,14 @@ def main() -> None:
     task = TASKS[arguments.unet]
     unet = task.unet()
     unets = {"fp32": unet, "bf16": task.unet(torch.bfloat16)}
-    calibration_set, calibration_seconds = collect(task, unet), {}
+    calibration_set = collect(task, unet)
+    calibration_seconds: dict[str, float] = {}
     for bits in (8, 4):
         name, path = f"INT4 W4A{bits}", arguments.output / f"w4a{bits}"
         unets[name], calibration_seconds[name] = quantize(unet, calibration_set, bits, path)
         one_trajectory = dq_runtime.CalibrationSet(calibration_set.calls[:20])
         write_report(unets[name], unet, one_trajectory, path / "report")
-    rows = evaluate(task, unets, arguments.samples, arguments.output)
-    for row in rows:
-        row["calibration_seconds"] = calibration_seconds.get(row["model"])
+    rows = evaluate(task, unets, calibration_seconds, arguments.samples, arguments.output)
     report = {
         "unet": task.name,
         "samples": arguments.samples,

@@ -302,6 +302,30 @@ def test_the_configs_activation_bits_reach_every_layer(bits):
     assert max(layer.act_zero_point.min().item() for layer in layers) > -limit  # not all inputs are positive
 
 
+def test_single_layers_can_have_other_activation_bits():
+    unet = unet2d()
+    wanted = {"conv_shortcut": 8, "up_blocks.1.resnets.0.conv_shortcut": 6}
+    config = DilateQuantConfig(activation_bits=4, layer_activation_bits=wanted)
+    calibrate(unet, recorded(unet), config, dq_runtime.Distillation(samples=2, batch_size=2, iterations=1))
+
+    bits = {name: layer.activation_bits for name, layer in quantized_layers(unet).items()}
+    assert {bits[name] for name in bits if "conv_shortcut" not in name} == {4}
+    assert bits["up_blocks.0.resnets.0.conv_shortcut"] == 8
+    assert bits["up_blocks.1.resnets.0.conv_shortcut"] == 6
+    layer = unet.get_submodule("up_blocks.0.resnets.0.conv_shortcut")
+    q, _ = layer.quantize(torch.linspace(-100, 100, layer.in_channels).expand(2, 1, 1, -1))
+    assert (q.min(), q.max()) == (-128, 127)
+
+
+def test_layers_that_see_one_tensor_need_the_same_bits():
+    unet = unet2d()
+    calibration_set, before = recorded(unet), snapshot(unet)
+
+    with pytest.raises(ValueError, match=r"mid_block\.attentions\.0\.to_q.*Give them the same"):
+        calibrate(unet, calibration_set, DilateQuantConfig(layer_activation_bits={"to_q": 4}))
+    assert_unchanged(unet, before)
+
+
 def test_a_bf16_unet_gets_fp32_tables_and_stays_bf16():
     unet = unet2d().to(torch.bfloat16)
     stock = copy.deepcopy(unet)

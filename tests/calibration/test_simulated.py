@@ -340,7 +340,7 @@ def whole_unet():
     unet = unet2d()
     layers = plan_conversion(unet, DilateQuantConfig()).layers
     sharing = [Q_K_V, *([name] for name in layers if name not in Q_K_V)]
-    return unet, (layers, random_tensors(layers), sharing, 8, TimestepGrid([500.0]))
+    return unet, (layers, random_tensors(layers), sharing, DilateQuantConfig(), TimestepGrid([500.0]))
 
 
 @pytest.mark.parametrize("failing", [False, True])
@@ -411,13 +411,13 @@ def test_layers_that_see_one_tensor_share_one_quantizer(whole_unet):
 
 
 def test_the_unets_timestep_reaches_the_quantizers(whole_unet):
-    unet, (layers, tensors, sharing, bits, _) = whole_unet
+    unet, (layers, tensors, sharing, config, _) = whole_unet
     grid = TimestepGrid([1.0, 500.0])
     for layer_tensors_ in tensors.values():
         layer_tensors_["act_scale"] = torch.tensor([0.05, 0.4])
         layer_tensors_["act_zero_point"] = torch.tensor([0, 7], dtype=torch.int32)
     sample = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
-    with torch.no_grad(), simulated(unet, layers, tensors, sharing, bits, grid) as stand_ins:
+    with torch.no_grad(), simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
         for stand_in in stand_ins.values():
             stand_in.quantized = True
         mixed = unet(sample, torch.tensor([1.0, 500.0])).sample

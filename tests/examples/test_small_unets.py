@@ -233,6 +233,7 @@ def report_row(**values):
         "checkpoint_mb": 4.26,
         "cpu_prepacked_mb": 2.0,
         "seconds_per_image": 0.01234,
+        "calibration_seconds": None,
         "not in the table": 1,
     }
     return row | values
@@ -271,7 +272,7 @@ def test_evaluate_measures_every_model_against_the_first(demo, tasks, monkeypatc
     monkeypatch.setattr(demo, "TIMING_BATCH", 1)
     monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
     unets = {"fp32": task.unet(), "the same": task.unet(), "untrained": task.untrained_unet().eval()}
-    rows = demo.evaluate(task, unets, 30, tmp_path)
+    rows = demo.evaluate(task, unets, {}, 30, tmp_path)
 
     first, same, untrained = rows
     assert [row["model"] for row in rows] == list(unets)

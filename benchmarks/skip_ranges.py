@@ -1,0 +1,110 @@
+"""The skip concat of an up block: is one quantizer enough for its two sources?
+
+    python benchmarks/skip_ranges.py [--task digits/cross_attention] [--output FILE]
+
+A resnet's ``conv_shortcut`` reads what came up and what came across, whose ranges differ. For each of them: the
+signal-to-noise ratio (dB) of the output with one quantizer and no dilation, with each rule of dilation (which can fold
+the ratio of the ranges into its factors), and with a quantizer for each source. Weights are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import environment
+import torch
+from quality import BATCH, ROOT, STEPS
+from tasks import TASKS
+
+import dq_runtime
+from dq_runtime.calibration.dilation import joint_dilation, weight_dilation
+from dq_runtime.calibration.temporal import sample_inputs, temporal_quantizer
+from dq_runtime.calibration.weights import quantize_weight
+from dq_runtime.convert import plan_conversion
+from dq_runtime.timesteps import TimestepGrid
+
+CALIBRATION_SAMPLES = 40
+MAX_DILATION = 8.0
+
+
+def output_sqnr(
+    weight: torch.Tensor, per_timestep: list[torch.Tensor], dilation: torch.Tensor, bits: int, ends: list[int]
+) -> float:
+    """Of a 1x1 convolution [N, K] with a quantizer for each part of its input channels, up to each of ``ends``."""
+    values, weight_scale = quantize_weight(weight * dilation)
+    restored, low, high = values * weight_scale[:, None], -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    signal = noise = 0.0
+    for rows in per_timestep:
+        parts, start = [], 0
+        for end in ends:
+            part = rows[:, start:end] / dilation[start:end]
+            scale, zero_point = temporal_quantizer([part], torch.ones(end - start), bits)
+            parts.append((part / scale + 0.5).floor().clamp(low - zero_point, high - zero_point) * scale)
+            start = end
+        expected = rows @ weight.T
+        signal += expected.square().sum().item()
+        noise += (torch.cat(parts, 1) @ restored.T - expected).square().sum().item()
+    return 10 * math.log10(signal / noise)
+
+
+def sources(unet: Any, name: str) -> int:
+    """How many of a ``conv_shortcut``'s input channels come from below; the others are the skip's."""
+    _, block, _, resnet, _ = name.split(".")
+    if int(resnet) > 0:
+        return int(unet.up_blocks[int(block)].resnets[int(resnet) - 1].out_channels)
+    before = unet.up_blocks[int(block) - 1] if int(block) > 0 else unet.mid_block
+    return int(before.resnets[-1].out_channels)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    task = TASKS[arguments.task]
+    unet = task.unet()
+    calibration_set = dq_runtime.collect_from_scheduler(
+        unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, 0), STEPS,
+        task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
+    )  # fmt: skip
+    layers = plan_conversion(unet, dq_runtime.DilateQuantConfig()).layers
+    layers = {name: layers[name] for name in layers if name.startswith("up_blocks") and name.endswith("conv_shortcut")}
+    samples = sample_inputs(unet, layers, calibration_set, TimestepGrid(calibration_set.timesteps))
+    rows = []
+    for bits in (8, 4):
+        for name, layer in layers.items():
+            weight, seen, below = layer.weight.flatten(1), samples[name], sources(unet, name)
+            channels = weight.shape[1]
+            everything = torch.cat(seen).abs()
+            none = torch.ones(channels)
+            joint = joint_dilation([layer.weight], seen, bits, MAX_DILATION)
+            row = {
+                "layer": name,
+                "activation_bits": bits,
+                "range_ratio": (everything[:, :below].max() / everything[:, below:].max()).item(),
+                "none": output_sqnr(weight, seen, none, bits, [channels]),
+                "weight": output_sqnr(weight, seen, weight_dilation(weight, MAX_DILATION), bits, [channels]),
+                "joint": output_sqnr(weight, seen, joint, bits, [channels]),
+                "two quantizers": output_sqnr(weight, seen, none, bits, [below, channels]),
+                "joint and two quantizers": output_sqnr(weight, seen, joint, bits, [below, channels]),
+            }
+            rows.append(row)
+            print({key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()})
+    report = {
+        "command": f"python benchmarks/skip_ranges.py --task {arguments.task}",
+        "environment": environment.describe(),
+        "task": arguments.task,
+        "rows": rows,
+    }
+    slug = arguments.task.replace("/", "_")
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"skip_ranges_{slug}.json"
+    output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

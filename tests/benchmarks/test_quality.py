@@ -1,0 +1,163 @@
+"""The quality benchmark: what its methods do, what it measures, and that an interrupted run goes on."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+import dq_runtime
+from dq_runtime.convert import quantized_layers
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def benchmarks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(REPOSITORY / "benchmarks"), *sys.path])
+        names = ("quality", "quality_methods", "peak_memory", "calibration_cost")
+        yield {name: importlib.import_module(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibration_set(unet):
+    sample = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), dq_runtime.record(unet) as recorded:
+        for timestep, size in ((10, 1.0), (500, 4.0)):
+            unet(sample * size, timestep)
+    return recorded
+
+
+def test_every_method_is_a_row_at_each_number_of_bits(benchmarks):
+    names = benchmarks["quality"].row_names(quick=True)
+
+    assert names[0] == "fp32"
+    assert len(names) == len(set(names)) == 1 + 2 * len(benchmarks["quality_methods"].METHODS)
+
+
+@pytest.mark.parametrize(
+    ("method", "scales", "dilated"),
+    [
+        ("round to nearest, min-max", 1, False),
+        ("SmoothQuant", 1, True),
+        ("one static scale", 1, False),
+        ("WD", 1, True),
+        ("TPQ", 2, False),
+        ("WD as published + TPQ", 2, True),
+    ],
+)
+def test_a_method_has_the_parts_that_its_name_says(benchmarks, unet, calibration_set, method, scales, dilated):
+    quantized = benchmarks["quality_methods"].METHODS[method].quantize(unet, calibration_set, 4, 0)
+
+    layers = quantized_layers(quantized).values()
+    assert quantized is not unet
+    assert not quantized_layers(unet)
+    assert {len(layer.act_scale) for layer in layers} == {scales}
+    assert {layer.activation_bits for layer in layers} == {4}
+    assert any(bool((layer.weight_dilation != 1).any()) for layer in layers) == dilated
+    output = quantized(calibration_set.calls[0].sample, 10).sample
+    expected = calibration_set.calls[0].run(unet).sample
+    assert 0 < (output - expected).square().mean() / expected.square().mean() < 0.5
+
+
+def test_min_max_covers_the_whole_range(benchmarks, unet, calibration_set):
+    quantized = benchmarks["quality_methods"].METHODS["round to nearest, min-max"].quantize(unet, calibration_set, 8, 0)
+    seen = []
+    handle = unet.mid_block.resnets[0].conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for call in calibration_set.calls:
+        call.run(unet)
+    handle.remove()
+
+    x, layer = torch.cat(seen), quantized.mid_block.resnets[0].conv1
+    width = max(x.max().item(), 0) - min(x.min().item(), 0)
+    assert layer.act_scale.item() == pytest.approx(width / 255, rel=1e-5)
+    stock = unet.mid_block.resnets[0].conv1.weight
+    torch.testing.assert_close(layer.weight_scale, stock.abs().flatten(1).amax(1) / 7)
+
+
+def test_peak_memory_is_what_a_block_takes_at_most(benchmarks):
+    with benchmarks["peak_memory"].above_now() as peak:
+        held = torch.ones(25_000_000)
+        del held
+        torch.ones(2_500_000)
+
+    assert 95 < peak["mb"] < 130
+
+
+def test_mean_and_deviation_are_over_the_seeds(benchmarks):
+    quality = benchmarks["quality"]
+    measured = dict.fromkeys(quality.COLUMNS, 1.0)
+    measured |= {"weight_bits": 4, "activation_bits": 8, "quantized_weight_share": 1.0}
+    results = {"a, W4A8": {str(seed): measured | {"psnr_db": psnr} for seed, psnr in enumerate((30.0, 31.0, 35.0))}}
+    results["b"] = {"0": measured | {"psnr_db": None}}
+
+    a, b = quality.summary(results)
+    assert (a["seeds"], a["psnr_db"]) == (3, 32.0)
+    assert a["psnr_db_std"] == pytest.approx(7**0.5)
+    assert (b["seeds"], b["psnr_db"], b["psnr_db_std"], b["frechet_std"]) == (1, None, None, None)
+    assert "| a, W4A8 | 4/8 | 100.0% ± 0.0% | 32.0 ± 2.6 |" in quality.table([a, b])
+    assert len({line.count("|") for line in quality.table([a, b]).splitlines()}) == 1
+
+
+def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
+    quality = benchmarks["quality"]
+    asked = []
+
+    class Done:
+        returncode, stderr = 0, ""
+
+        def __init__(self, command):
+            name, seed, _images, folder = command[command.index("--measure") + 1 :]
+            asked.append((name, seed))
+            row = dict.fromkeys(quality.COLUMNS, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
+            self.stdout = json.dumps(row | {"quantized_weight_share": 1.0})
+            (Path(folder) / f"fp32_{seed}.pt").touch()
+
+    monkeypatch.setattr(quality.subprocess, "run", lambda command, **_: Done(command))
+    monkeypatch.setattr(quality, "ROOT", tmp_path)
+    output = tmp_path / "quality.json"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quality.py", "--output", str(output), "--jobs", "1", *arguments])
+        quality.main()
+
+    run("--row", "WD, W4A8", "--seeds", "1")
+    assert asked == [("fp32", "0"), ("WD, W4A8", "0")]
+    asked.clear()
+    run("--row", "WD, W4A8", "--row", "WD, W4A4", "--seeds", "2")
+    assert asked == [("fp32", "1"), ("WD, W4A4", "0"), ("WD, W4A8", "1"), ("WD, W4A4", "1")]
+    report = json.loads(output.read_text())
+    assert set(report["results"]["WD, W4A8"]) == {"0", "1"}
+    assert report["environment"]["device"]
+    assert output.with_suffix(".png").exists()
+
+
+def test_end_to_end_training_comes_closer_than_rounding(benchmarks, unet, calibration_set):
+    cost = benchmarks["calibration_cost"]
+    record, rounded, trained = {}, *(UNet2DModel.from_config(unet.config).eval() for _ in range(2))
+    for copy in (rounded, trained):
+        copy.load_state_dict(unet.state_dict())
+    config = dq_runtime.DilateQuantConfig(activation_bits=4, dilation="weight")
+    dq_runtime.calibrate(rounded, calibration_set, config)
+    with cost.training_by(lambda distil, *arguments: cost.train_end_to_end(*arguments[:-1], 3.0), record):
+        dq_runtime.calibrate(trained, calibration_set, config, dq_runtime.Distillation())
+
+    call = calibration_set.calls[0]
+    expected = call.run(unet).sample
+    errors = [(call.run(model).sample - expected).square().mean().item() for model in (rounded, trained)]
+    assert errors[1] < 0.8 * errors[0]
+    assert record["seconds"] > 3
+    assert record["peak_mb"] > 0
