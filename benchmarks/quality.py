@@ -191,6 +191,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     )
     for label, colour, belongs in groups:
         chosen = [row for row in rows if belongs(row)]
+        if not chosen:
+            continue
         axes.errorbar(
             [row["unet_mb"] for row in chosen], [row["psnr_db"] for row in chosen],
             [row["psnr_db_std"] or 0 for row in chosen], fmt="o", ms=4, lw=1, color=colour, label=label,
