@@ -322,7 +322,7 @@ def test_layers_that_see_one_tensor_need_the_same_bits():
     unet = unet2d()
     calibration_set, before = recorded(unet), snapshot(unet)
 
-    with pytest.raises(ValueError, match=r"mid_block\.attentions\.0\.to_q.*Give them the same"):
+    with pytest.raises(ValueError, match=r"down_blocks\.1\.attentions\.0\.to_q.*Give them the same"):
         calibrate(unet, calibration_set, DilateQuantConfig(layer_activation_bits={"to_q": 4}))
     assert_unchanged(unet, before)
 
