@@ -16,13 +16,13 @@ from collections.abc import Sequence
 import torch
 
 from dq_runtime.calibration.temporal import temporal_quantizer
-from dq_runtime.calibration.weights import CANDIDATES, quantize_weight
+from dq_runtime.calibration.weights import quantize_weight
 
 # (a, b): s_k = (size of x_k)^a / (size of w_k)^b
 EXPONENTS = ((0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
 
 # How thoroughly a candidate is judged
-VALUES_PER_TIMESTEP, LEAST_ROWS, WEIGHT_SCALES = 2048, 8, 16
+VALUES_PER_TIMESTEP, LEAST_ROWS, SCALES = 2048, 8, 8
 
 
 def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
@@ -68,10 +68,10 @@ def joint_dilation(
     none = torch.ones_like(size_x)
     candidates = [none, shared_weight_dilation(weights, max_dilation)]
     candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
-    errors = [_output_error(weights, some, bits, s, WEIGHT_SCALES) for s in candidates]
+    errors = [_output_error(weights, some, bits, s, SCALES) for s in candidates]
     best = candidates[int(torch.stack(errors).argmin())]
     # The choice was made on a few samples: on all of them it must not lose to none.
-    with_best, with_none = (_output_error(weights, per_timestep, bits, s) for s in (best, none))
+    with_best, with_none = (_output_error(weights, per_timestep, bits, s, 2 * SCALES) for s in (best, none))
     return best if bool(with_best < with_none) else none
 
 
@@ -90,9 +90,9 @@ def _output_error(
     per_timestep: list[torch.Tensor],
     bits: int,
     dilation: torch.Tensor,
-    weight_scales: int = CANDIDATES,
+    scales: int,
 ) -> torch.Tensor:
-    scale, zero_point = temporal_quantizer(per_timestep, dilation, bits)
+    scale, zero_point = temporal_quantizer(per_timestep, dilation, bits, scales)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x = torch.cat(per_timestep)
     rows = torch.tensor([len(part) for part in per_timestep], device=x.device)
@@ -101,7 +101,7 @@ def _output_error(
     error = torch.zeros((), device=x.device)
     for weight in weights:
         matrix = _taps_first(weight)
-        values, weight_scale = quantize_weight(weight.detach().float().movedim(1, -1) * dilation, weight_scales)
+        values, weight_scale = quantize_weight(weight.detach().float().movedim(1, -1) * dilation, scales)
         restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))
         error += (rounded @ restored.flatten(0, -2).T - x @ matrix.T).square().sum()
     return error

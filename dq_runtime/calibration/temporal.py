@@ -99,7 +99,7 @@ def layers_by_input(samples: Samples) -> list[list[str]]:
 
 
 def temporal_quantizer(
-    per_timestep: list[torch.Tensor], weight_dilation: torch.Tensor, bits: int
+    per_timestep: list[torch.Tensor], weight_dilation: torch.Tensor, bits: int, candidates: int = CANDIDATES
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Searches, for each timestep, the asymmetric quantizer of least squared error.
 
@@ -109,6 +109,7 @@ def temporal_quantizer(
         per_timestep: T tensors [rows, K], a layer's inputs.
         weight_dilation: [K], by which the quantizer divides them.
         bits: of the quantized values.
+        candidates: for each end of a range.
 
     Returns:
         act_scale [T] fp32 and act_zero_point [T] int32.
@@ -116,10 +117,10 @@ def temporal_quantizer(
     most = max(len(rows) for rows in per_timestep)
     # Rows of zeros make up for those that a timestep lacks: zero is exact in every quantizer.
     padded = [F.pad(rows / weight_dilation, (0, 0, 0, most - len(rows))).flatten() for rows in per_timestep]
-    return search_range(torch.stack(padded), bits)
+    return search_range(torch.stack(padded), bits, candidates)
 
 
-def search_range(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def search_range(values: torch.Tensor, bits: int, candidates: int = CANDIDATES) -> tuple[torch.Tensor, torch.Tensor]:
     """The asymmetric quantizers of least squared error for the rows of ``values`` [T, n] fp32.
 
     Returns:
@@ -127,7 +128,7 @@ def search_range(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
     """
     low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
     lowest, highest = low, high
-    fractions = torch.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES).tolist()
+    fractions = torch.linspace(1.0, 1.0 / candidates, candidates).tolist()
     for _ in range(ROUNDS):
         high = _best_end(values, bits, [(low, highest * fraction) for fraction in fractions])[1]
         low = _best_end(values, bits, [(lowest * fraction, high) for fraction in fractions])[0]

@@ -37,7 +37,7 @@ def quantize(calibration_call):
     """Calibrates a UNet on one call."""
 
     def quantize(unet, **config):
-        return dq_runtime.calibrate(unet, calibration_call(unet), DilateQuantConfig(**config))
+        return dq_runtime.calibrate(unet, calibration_call(unet), DilateQuantConfig(**{"dilation": "weight"} | config))
 
     return quantize
 
