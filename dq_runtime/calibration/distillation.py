@@ -10,8 +10,6 @@ block ends up worse than rounded to nearest.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import tempfile
@@ -22,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from dq_runtime.calibration.collect import CalibrationSet, UNetCall
+from dq_runtime.calibration.error_feedback import SecondMoments
+from dq_runtime.calibration.finished_blocks import FinishedBlocks, fingerprint
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
@@ -38,8 +35,7 @@ from dq_runtime.calibration.replay import (
     output_of,
     result_tensor,
 )
-from dq_runtime.calibration.simulated import SimulatedLayer, simulated
-from dq_runtime.calibration.weights import MAX_COLUMNS, round_with_feedback
+from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.timesteps import TimestepGrid
 
@@ -48,7 +44,6 @@ logger = logging.getLogger("dq_runtime")
 HELD_OUT, MAX_HELD_OUT = 8, 8  # one batch in eight is not trained on, eight batches at most
 WEIGHING = 512  # samples that tell each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam does not notice
-PATCH_ELEMENTS = 2**24  # of a convolution's unfolded input, at a time
 FEW_SAMPLES = 4  # for one timestep
 
 Lesson = Callable[[int], torch.Tensor]
@@ -131,7 +126,7 @@ def distil(
         simulated(unet, layers, tensors, sharing, config, grid) as stand_ins,
         torch.backends.cudnn.flags(deterministic=True),
     ):
-        finished = FinishedBlocks(folder, _fingerprint(layers, tensors, batches, config, settings))
+        finished = FinishedBlocks(folder, fingerprint(layers, tensors, batches, _decisive(config, settings)))
         trainer = _Trainer(unet, stand_ins, batches, TensorStore(folder / "activations"), grid, settings)
         for name, block in blocks_in_order(unet, stand_ins.values(), batches[0]).items():
             inside = set(block.modules())
@@ -229,21 +224,21 @@ class _Trainer:
             steps: weights in steps, after error feedback; where training starts. Empty: from the present weights.
         """
         weights = self._timestep_weights(lesson)
-        states = [_state(layers)]
+        states = [states_of(layers)]
         errors = [self._judge(lesson, weights)]
         with tqdm(total=iterations, desc=name) as progress:
             if steps:
                 for layer_name, layer in layers.items():
                     layer.thaw(steps[layer_name])
                     layer.freeze()
-                states.append(_state(layers))
+                states.append(states_of(layers))
                 errors.append(self._judge(lesson, weights))
             if iterations:
                 self._descend(lesson, weights, layers, steps, iterations, learning_rate, progress)
-                states.append(_state(layers))
+                states.append(states_of(layers))
                 errors.append(self._judge(lesson, weights))
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
-            _set_state(layers, states[best])
+            set_states(layers, states[best])
             progress.set_postfix_str(f"squared error {errors[0]:.2f} -> {errors[best]:.2f}")
         if not errors[-1] <= errors[0]:
             logger.warning(
@@ -316,7 +311,7 @@ class _Trainer:
     @torch.no_grad()
     def _feedback(self, block: nn.Module, layers: Mapping[str, SimulatedLayer]) -> dict[str, torch.Tensor]:
         """Each layer's weights in steps, moved by error feedback on what it sees in training."""
-        moments = {name: _SecondMoments(layer) for name, layer in layers.items()}
+        moments = {name: SecondMoments(layer) for name, layer in layers.items()}
         handles = [layers[name].register_forward_pre_hook(moments[name].add) for name in layers]
         try:
             for i in self.training:
@@ -341,104 +336,6 @@ class _Trainer:
         finally:
             for layer in quantized:
                 layer.quantized = True
-
-
-class _SecondMoments:
-    """The sum of x x^T over what a layer's weights are multiplied with, in parts of at most ``MAX_COLUMNS`` columns."""
-
-    def __init__(self, layer: SimulatedLayer) -> None:
-        self.layer = layer
-        taps = layer.values[0, 0].numel()
-        channels = max(1, MAX_COLUMNS // taps)
-        self.parts = [slice(start, start + channels) for start in range(0, layer.values.shape[1], channels)]
-        self.sums: list[Any] = [0.0 for _ in self.parts]
-
-    def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """A forward pre-hook."""
-        x = self.layer.quantized_input(args[0])
-        for i, part in enumerate(self.parts):
-            for columns in self._columns(x, part):
-                self.sums[i] = self.sums[i] + columns.T @ columns
-
-    def _columns(self, x: torch.Tensor, part: slice) -> Iterator[torch.Tensor]:
-        """[rows, K'] of these input channels, for a convolution with each tap's."""
-        conv = self.layer.layer
-        if isinstance(conv, nn.Linear):
-            yield x[..., part].flatten(0, -2)
-            return
-        taps = self.layer.values[0, 0].numel()
-        at_once = max(1, PATCH_ELEMENTS // (x[0, part].numel() * taps))
-        for images in x[:, part].split(at_once):
-            patches = F.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
-            yield patches.transpose(1, 2).flatten(0, 1)
-
-    def rounded(self) -> torch.Tensor:
-        """The layer's weights in steps, after error feedback."""
-        steps = self.layer.dilated_weight() / self.layer.weight_scale
-        for part, total in zip(self.parts, self.sums, strict=True):
-            if isinstance(total, torch.Tensor):  # else no drawn sample has reached the layer
-                steps[:, part] = round_with_feedback(steps[:, part].flatten(1), total).view_as(steps[:, part])
-        return steps
-
-
-class FinishedBlocks:
-    """What an interrupted calibration has finished: a file for each block.
-
-    Args:
-        fingerprint: of all that decides about the result.
-
-    Raises:
-        ValueError: if the folder holds the blocks of another calibration.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = folder
-        record = folder / "calibration.json"
-        if record.exists():
-            try:
-                found = json.loads(record.read_text())["fingerprint"]
-            except (ValueError, KeyError, TypeError):
-                found = "unreadable"
-            if found != fingerprint:
-                raise ValueError(
-                    f"{folder} holds the blocks of another calibration (other weights, data or settings): "
-                    "delete it, or give Distillation another folder"
-                )
-        else:
-            record.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
-
-    def save(self, name: str, layers: Mapping[str, SimulatedLayer]) -> None:
-        """Writes a block, whole or not at all."""
-        state = {f"{layer}.{key}": t.cpu().contiguous() for layer, s in _state(layers).items() for key, t in s.items()}
-        partial = self._file(name).with_suffix(".partial")
-        save_file(state, partial)
-        partial.replace(self._file(name))
-
-    def restore(self, name: str, layers: Mapping[str, SimulatedLayer]) -> bool:
-        """Gives a block's layers what was written; False if there is nothing, or nothing that can be read."""
-        if not self._file(name).exists():
-            return False
-        try:
-            tensors = load_file(self._file(name))
-            state = {n: {key: tensors[f"{n}.{key}"] for key in s} for n, s in _state(layers).items()}
-        except (SafetensorError, KeyError, OSError) as error:
-            logger.warning("%s cannot be read (%s): %s is distilled again", self._file(name), error, name)
-            return False
-        _set_state(layers, state)
-        logger.info("%s: taken from %s", name, self.folder)
-        return True
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-
-def _state(layers: Mapping[str, SimulatedLayer]) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: layer.state() for name, layer in layers.items()}
-
-
-def _set_state(layers: Mapping[str, SimulatedLayer], state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    for name, layer in layers.items():
-        layer.set_state(state[name])
 
 
 def _squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -476,27 +373,10 @@ def _work_folder(folder: str | Path | None) -> Iterator[Path]:
             yield Path(temporary)
 
 
-def _fingerprint(
-    layers: Mapping[str, nn.Module],
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    batches: Sequence[UNetCall],
-    config: DilateQuantConfig,
-    settings: Distillation,
-) -> str:
-    decisive = {
-        name: value
-        for name, value in asdict(settings).items()
-        if name not in ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate")
+def _decisive(config: DilateQuantConfig, settings: Distillation) -> dict[str, Any]:
+    """The settings on which a block's result depends."""
+    others = ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate")
+    return {
+        "config": config.to_dict(),
+        "distillation": {name: value for name, value in asdict(settings).items() if name not in others},
     }
-    digest = hashlib.sha256(json.dumps([config.to_dict(), decisive], default=str, sort_keys=True).encode())
-    for name, layer_tensors in sorted(tensors.items()):
-        digest.update(name.encode())
-        for tensor in (*layer_tensors.values(), *layers[name].parameters()):
-            digest.update(_bytes(tensor))
-    for leaf in tree_leaves([(batch.sample, batch.timestep, batch.arguments) for batch in batches]):
-        digest.update(_bytes(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
-    return digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

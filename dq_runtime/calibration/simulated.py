@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq_kernels.ops import INT4_MAX, INT4_MIN, unpack_int4
-from dq_runtime.calibration.weights import layer_tensors
+from dq_runtime.calibration.weights import layer_tensors, round_to_int4
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import replace_layers
 from dq_runtime.timesteps import TimestepGrid
@@ -237,18 +237,25 @@ class SimulatedLayer(nn.Module):
 
     def _fix(self, steps: torch.Tensor, values: torch.Tensor | None = None) -> None:
         """Sets both forms of the weights; fp16 must not move one across the middle between two values."""
-        values = _round(steps.float()) if values is None else values
+        values = round_to_int4(steps.float()).to(torch.int8) if values is None else values
         halves = steps.half()
         self.register_buffer("values", values)
-        self.register_buffer("unrounded", torch.where(_round(halves.float()) == values, halves, values.half()))
-
-
-def _round(steps: torch.Tensor) -> torch.Tensor:
-    return (steps + 0.5).floor_().clamp_(INT4_MIN, INT4_MAX).to(torch.int8)
+        self.register_buffer("unrounded", torch.where(round_to_int4(halves.float()) == values, halves, values.half()))
 
 
 def _per_output(table: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return table.view(-1, *[1] * (weight.ndim - 1))
+
+
+def states_of(layers: Mapping[str, SimulatedLayer]) -> dict[str, dict[str, torch.Tensor]]:
+    """What training changes, layer by layer."""
+    return {name: layer.state() for name, layer in layers.items()}
+
+
+def set_states(layers: Mapping[str, SimulatedLayer], state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Takes over what ``states_of`` returned."""
+    for name, layer in layers.items():
+        layer.set_state(state[name])
 
 
 @contextmanager

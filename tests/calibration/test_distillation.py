@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, QuantLinear, calibrate, record
-from dq_runtime.calibration import distillation
+from dq_runtime.calibration import distillation, error_feedback, finished_blocks
 
 TIMESTEPS = (10, 500, 900)
 SMALL = {"samples": 24, "batch_size": 6, "iterations": 2, "error_feedback": True, "polish_iterations": 0}
@@ -465,7 +465,7 @@ def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_pa
     for owner, method, at in (
         (distillation._Trainer, "distil", 3),
         (torch.optim.Adam, "step", 5),
-        (distillation, "round_with_feedback", 4),
+        (error_feedback, "round_with_feedback", 4),
         (distillation, "output_of", 6),
         (distillation._Trainer, "polish", 0),
     ):
@@ -511,7 +511,7 @@ def test_an_interrupted_calibration_goes_on_behind_the_last_finished_block(plain
         (torch.optim.Adam, "step", 5),
         (distillation, "inputs_of", 6),
         (distillation, "output_of", 6),
-        (distillation, "save_file", 3),
+        (finished_blocks, "save_file", 3),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

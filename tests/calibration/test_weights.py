@@ -9,7 +9,8 @@ from torch import nn
 from dq_kernels import reference
 from dq_kernels.packing import pack_int4
 from dq_runtime import QuantConv2d, QuantLinear
-from dq_runtime.calibration.weights import DAMPING, layer_tensors, quantize_weight, round_with_feedback
+from dq_runtime.calibration.error_feedback import DAMPING, round_with_feedback
+from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.timesteps import TimestepGrid
 
 
@@ -196,7 +197,7 @@ def feedback_by_the_book(steps, second_moment):
     After column j is rounded, the others that are left move by -error / inverse[j, j] * inverse[j].
     """
     steps, moment = steps.double().clone(), second_moment.double()
-    moment = moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+    moment = moment + DAMPING[0] * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
     moved = torch.empty_like(steps)
     left = moment.diagonal().argsort(descending=True).tolist()
     while left:

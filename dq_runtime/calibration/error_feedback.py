@@ -1,0 +1,102 @@
+"""Rounding weights with error feedback: each one's error is made up for by those that are rounded after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dq_runtime.calibration.simulated import SimulatedLayer
+from dq_runtime.calibration.weights import round_to_int4
+
+DAMPING = (0.01, 0.1, 1.0, 10.0)  # of the second moments' mean, added to their diagonal; more where less fails
+BLOCK = 64  # columns between two updates of all that are left
+MAX_COLUMNS = 4608  # that share their errors: bounds the memory and time of error feedback in wide convolutions
+PATCH_ELEMENTS = 2**24  # of a convolution's unfolded input, at a time
+
+
+class SecondMoments:
+    """The sum of x x^T over what a layer's weights are multiplied with, in parts of at most ``MAX_COLUMNS`` columns."""
+
+    def __init__(self, layer: SimulatedLayer) -> None:
+        self.layer = layer
+        taps = layer.values[0, 0].numel()
+        channels = max(1, MAX_COLUMNS // taps)
+        self.parts = [slice(start, start + channels) for start in range(0, layer.values.shape[1], channels)]
+        self.sums: list[Any] = [0.0 for _ in self.parts]
+
+    def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """A forward pre-hook."""
+        x = self.layer.quantized_input(args[0])
+        for i, part in enumerate(self.parts):
+            for columns in self._columns(x, part):
+                self.sums[i] = self.sums[i] + columns.T @ columns
+
+    def _columns(self, x: torch.Tensor, part: slice) -> Iterator[torch.Tensor]:
+        """[rows, K'] of these input channels, for a convolution with each tap's."""
+        conv = self.layer.layer
+        if isinstance(conv, nn.Linear):
+            yield x[..., part].flatten(0, -2)
+            return
+        taps = self.layer.values[0, 0].numel()
+        at_once = max(1, PATCH_ELEMENTS // (x[0, part].numel() * taps))
+        for images in x[:, part].split(at_once):
+            patches = F.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
+            yield patches.transpose(1, 2).flatten(0, 1)
+
+    def rounded(self) -> torch.Tensor:
+        """The layer's weights in steps, after error feedback."""
+        steps = self.layer.dilated_weight() / self.layer.weight_scale
+        for part, total in zip(self.parts, self.sums, strict=True):
+            if isinstance(total, torch.Tensor):  # else no drawn sample has reached the layer
+                steps[:, part] = round_with_feedback(steps[:, part].flatten(1), total).view_as(steps[:, part])
+        return steps
+
+
+@torch.no_grad()
+def round_with_feedback(steps: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
+    """Moves weights so that each one's rounding error is made up for by those that are rounded after it.
+
+    Least squares in the layer's output, greedily, column by column, the column with the largest inputs first: Optimal
+    Brain Quantization in the order of GPTQ (arXiv 2210.17323).
+
+    Args:
+        steps: [N, K] fp32, weights in steps of their scale.
+        second_moment: [K, K] fp32, the sum of x x^T over the layer's inputs x (dilated and quantized).
+
+    Returns:
+        [N, K] fp32: each weight just before it was rounded; rounding them to nearest gives the result.
+
+    Raises:
+        ValueError: if the second moments are not finite.
+    """
+    if not bool(second_moment.isfinite().all()):
+        raise ValueError("the inputs' second moments hold NaN or infinity")
+    order = second_moment.diagonal().argsort(descending=True)
+    left = steps[:, order].clone()
+    moved = torch.empty_like(left)
+    factor = _inverse_factor(second_moment[order][:, order])
+    for start in range(0, left.shape[1], BLOCK):
+        block = slice(start, start + BLOCK)
+        triangle, columns, errors = factor[block, block], left[:, block], torch.empty_like(left[:, block])
+        for j in range(columns.shape[1]):
+            moved[:, start + j] = columns[:, j]
+            errors[:, j] = (columns[:, j] - round_to_int4(columns[:, j])) / triangle[j, j]
+            columns[:, j:] -= torch.outer(errors[:, j], triangle[j, j:])
+        left[:, start + BLOCK :] -= errors @ factor[block, start + BLOCK :]
+    return moved[:, order.argsort()]
+
+
+def _inverse_factor(second_moment: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the damped matrix's inverse: row j says how column j's error spreads."""
+    matrix = second_moment.double()
+    mean = matrix.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    eye = torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
+    for damping in DAMPING:
+        factor, failed = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    raise ValueError("the inputs' second moments are no positive matrix")
