@@ -240,7 +240,12 @@ def report_row(**values):
 
 
 def test_print_table_aligns_its_columns(demo, capsys):
-    demo.print_table([report_row(), report_row(model="INT4 W4A8", psnr_db=31.45, ssim=0.98765, unet_mb=1.5)])
+    demo.print_table(
+        [
+            report_row(),
+            report_row(model="INT4 W4A8", psnr_db=31.45, ssim=0.98765, unet_mb=1.5, calibration_seconds=71.6),
+        ]
+    )
 
     header, *lines = capsys.readouterr().out.splitlines()
     titles = re.split(r" {2,}", header.strip())
@@ -248,8 +253,8 @@ def test_print_table_aligns_its_columns(demo, capsys):
     starts = [re.search(rf"\b{title}\b", header).start() for title in titles]
     table = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
     assert table == [
-        ["fp32", "98.8%", "-", "-", "12.35", "4.25", "8.50", "4.26", "2.00", "0.0123"],
-        ["INT4 W4A8", "98.8%", "31.4", "0.988", "12.35", "4.25", "1.50", "4.26", "2.00", "0.0123"],
+        ["fp32", "98.8%", "-", "-", "12.35", "4.25", "8.50", "4.26", "2.00", "0.0123", "-"],
+        ["INT4 W4A8", "98.8%", "31.4", "0.988", "12.35", "4.25", "1.50", "4.26", "2.00", "0.0123", "72"],
     ]
 
 
