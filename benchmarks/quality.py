@@ -237,8 +237,8 @@ def main() -> None:
     def save() -> None:
         ordered = {name: results[name] for name in row_names(False) if name in results}
         report = {
-            "command": f"python benchmarks/quality.py --task {arguments.task}"
-            + (" --quick" if arguments.quick else ""),
+            "command": f"python benchmarks/quality.py --task {arguments.task} --images {arguments.images}"
+            f" --seeds {arguments.seeds} --jobs {arguments.jobs}",
             "environment": environment.describe() | {"threads": 1, "jobs": arguments.jobs},
             "task": arguments.task,
             "steps": STEPS,

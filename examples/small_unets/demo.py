@@ -25,14 +25,13 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from PIL import Image, ImageDraw
 from task import Task
 from tasks import TASKS
 
 import dq_runtime
 from dq_runtime.evaluation.footprint import footprint
 from dq_runtime.evaluation.metrics import frechet_distance, psnr, ssim
-from dq_runtime.evaluation.plots import write_report
+from dq_runtime.evaluation.plots import plot_image_grid, write_report
 
 CALIBRATION_SAMPLES = 200
 POLISH_ITERATIONS = 200
@@ -124,7 +123,7 @@ def evaluate(
                 "calibration_seconds": calibration_seconds.get(name),
             }
         )
-    draw_grid(images, folder / "grid.png")
+    plot_image_grid(images, columns=20).savefig(folder / "grid.png")
     return rows
 
 
@@ -133,24 +132,6 @@ def checkpoint_mb(unet: ModelMixin) -> float | None:
     if "_name_or_path" not in unet.config:
         return None
     return sum(file.stat().st_size for file in Path(unet.config["_name_or_path"]).glob("*.safetensors")) / 1e6
-
-
-def draw_grid(images: Mapping[str, torch.Tensor], path: Path, columns: int = 20, zoom: int | None = None) -> None:
-    """One row of images [B, 1 or 3, H, W] a model, enlarged, with its name; a single channel is ink on white."""
-    channels, height, width = next(iter(images.values())).shape[1:]
-    zoom = zoom or -(-40 // height)
-    cell_height, cell_width, margin = height * zoom + 2, width * zoom + 2, 100
-    size = (margin + columns * cell_width, len(images) * cell_height)
-    canvas = Image.new("L" if channels == 1 else "RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for row, (name, batch) in enumerate(images.items()):
-        top = row * cell_height
-        draw.text((6, top + cell_height // 2 - 6), name, fill="black")
-        brightness = -batch[:columns, 0] if channels == 1 else batch[:columns].permute(0, 2, 3, 1)
-        for column, pixels in enumerate(((1 + brightness) * 127.5).byte().numpy()):
-            enlarged = Image.fromarray(pixels).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-            canvas.paste(enlarged, (margin + column * cell_width, top))
-    canvas.save(path)
 
 
 def cpu_name() -> str:

@@ -7,11 +7,9 @@ import re
 import socket
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL_UNETS = REPOSITORY / "examples" / "small_unets"
@@ -179,46 +177,6 @@ def test_a_bf16_unet_draws_nearly_the_same(tasks, name):
 
     assert bf16.dtype == torch.float32
     assert 0 < (bf16 - fp32).square().mean().sqrt() < 0.05
-
-
-def test_draw_grid_puts_one_row_of_enlarged_images_a_model(demo, tmp_path):
-    black_left = torch.full((2, 1, 8, 8), -1.0)
-    black_left[..., :4] = 1.0  # ink is +1 and drawn black
-    images = {"fp32": torch.full((5, 1, 8, 8), -1.0), "INT4": black_left}
-
-    demo.draw_grid(images, tmp_path / "grid.png", columns=3, zoom=2)
-
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.mode == "L"
-        assert picture.size == (100 + 3 * 18, 2 * 18)
-        pixels = torch.from_numpy(np.array(picture))
-    fp32, int4 = pixels[:18, 100:], pixels[18:, 100:]
-    assert bool((fp32 == 255).all())
-    expected = torch.full((18, 3 * 18), 255, dtype=torch.uint8)
-    expected[:16, 0:8] = expected[:16, 18:26] = 0  # two images, the third column stays empty
-    assert torch.equal(int4, expected)
-    assert max(pixels[:18, :100].min(), pixels[18:, :100].min()) < 64  # the names
-
-
-def test_draw_grid_keeps_colours(demo, tmp_path):
-    orange = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(2, 3, 24, 24)
-
-    demo.draw_grid({"fp32": orange}, tmp_path / "grid.png", columns=2)
-
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.mode == "RGB"
-        assert picture.size == (100 + 2 * 50, 50)  # 24 pixels are drawn as 48
-        assert {picture.getpixel((x, y)) for x in (100, 147, 150, 197) for y in (0, 47)} == {(255, 127, 0)}
-        assert picture.getpixel((148, 48)) == (255, 255, 255)
-
-
-def test_draw_grid_shades_linearly(demo, tmp_path):
-    values = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
-    demo.draw_grid({"": values.view(5, 1, 1, 1).expand(5, 1, 8, 8)}, tmp_path / "grid.png", columns=5, zoom=1)
-
-    with Image.open(tmp_path / "grid.png") as picture:
-        shades = [picture.getpixel((100 + 10 * column, 0)) for column in range(5)]
-    assert shades == [255, 191, 127, 63, 0]
 
 
 def report_row(**values):
