@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from dq_kernels.ops import INT4_MAX, INT4_MIN
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
-from dq_runtime.calibration.temporal import layers_by_input, sample_inputs
-from dq_runtime.calibration.weights import layer_tensors
+from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, temporal_quantizer
+from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
-from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.timesteps import TimestepGrid, grouped
 
 Quantize = Callable[[Any, CalibrationSet, int, int], Any]  # UNet, calibration set, activation bits, seed
 
@@ -58,29 +57,22 @@ def min_max(smoothing: float | None) -> Quantize:
     def quantize(unet: Any, calibration_set: CalibrationSet, bits: int, seed: int) -> Any:
         quantized = deepcopy(unet)
         config = DilateQuantConfig(activation_bits=bits, dilation="none", timestep_groups=1)
-        config = replace(config, timesteps=[sum(calibration_set.timesteps) / len(calibration_set.timesteps)])
+        config = replace(config, timesteps=grouped(calibration_set.timesteps, 1))
         layers = plan_conversion(quantized, config).layers
         samples = sample_inputs(quantized, layers, calibration_set, TimestepGrid(config.timesteps or []))
         tensors = {}
         for names in layers_by_input(samples):
             (x,) = samples[names[0]]
-            weights = torch.cat([layers[name].weight.detach().transpose(0, 1).flatten(1) for name in names], dim=1)
             dilation = torch.ones(x.shape[1])
             if smoothing is not None:
+                weights = torch.cat([layers[name].weight.detach().transpose(0, 1).flatten(1) for name in names], dim=1)
                 sizes = x.abs().amax(0).clamp(min=1e-5), weights.abs().amax(1).clamp(min=1e-5)
                 dilation = sizes[0] ** smoothing / sizes[1] ** (1 - smoothing)
-            low, high = (x / dilation).min().clamp(max=0), (x / dilation).max().clamp(min=0)
-            act_scale = ((high - low) / (2**bits - 1)).clamp(min=1e-8)
-            zero_point = torch.floor(-(2 ** (bits - 1)) - low / act_scale + 0.5).to(torch.int32)
+            tables = temporal_quantizer([x], dilation, bits, candidates=1)
             for name in names:
-                layer = layers[name]
-                weight = layer.weight.detach().movedim(1, -1) * dilation
-                weight_scale = (weight.flatten(1).abs().amax(1) / INT4_MAX).clamp(min=1e-12)
-                steps = weight / weight_scale.view(-1, *[1] * (weight.ndim - 1))
-                values = torch.floor(steps + 0.5).clamp(INT4_MIN, INT4_MAX).to(torch.int8)
-                tensors[name] = layer_tensors(
-                    layer, values, weight_scale, dilation, act_scale[None], zero_point[None], layer.bias
-                )
+                weight = layers[name].weight.detach().movedim(1, -1) * dilation
+                rounded = quantize_weight(weight, candidates=1)
+                tensors[name] = layer_tensors(layers[name], *rounded, dilation, *tables, layers[name].bias)
         convert(quantized, config, tensors)
         attach_quantizer(quantized, config)
         return quantized

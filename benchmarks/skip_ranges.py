@@ -22,7 +22,7 @@ from tasks import TASKS
 
 import dq_runtime
 from dq_runtime.calibration.dilation import joint_dilation, weight_dilation
-from dq_runtime.calibration.temporal import sample_inputs, temporal_quantizer
+from dq_runtime.calibration.temporal import rounded, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.weights import quantize_weight
 from dq_runtime.convert import plan_conversion
 from dq_runtime.timesteps import TimestepGrid
@@ -36,14 +36,14 @@ def output_sqnr(
 ) -> float:
     """Of a 1x1 convolution [N, K] with a quantizer for each part of its input channels, up to each of ``ends``."""
     values, weight_scale = quantize_weight(weight * dilation)
-    restored, low, high = values * weight_scale[:, None], -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    restored = values * weight_scale[:, None]
     signal = noise = 0.0
     for rows in per_timestep:
         parts, start = [], 0
         for end in ends:
             part = rows[:, start:end] / dilation[start:end]
             scale, zero_point = temporal_quantizer([part], torch.ones(end - start), bits)
-            parts.append((part / scale + 0.5).floor().clamp(low - zero_point, high - zero_point) * scale)
+            parts.append(rounded(part, scale, zero_point, bits))
             start = end
         expected = rows @ weight.T
         signal += expected.square().sum().item()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dq_runtime.calibration.temporal import temporal_quantizer
+from dq_runtime.calibration.temporal import rounded, temporal_quantizer
 from dq_runtime.calibration.weights import quantize_weight
 
 # (a, b): s_k = (size of x_k)^a / (size of w_k)^b
@@ -64,14 +64,14 @@ def joint_dilation(
     few = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
     some = [part[:few] for part in per_timestep]
     size_x = torch.cat(some).square().mean(0).sqrt()
-    size_w = torch.stack([_taps_first(weight).abs().amax(0) for weight in weights]).amax(0)
+    size_w = torch.stack([_rows(weight).abs().amax(0) for weight in weights]).amax(0)
     none = torch.ones_like(size_x)
     candidates = [none, shared_weight_dilation(weights, max_dilation)]
     candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
-    errors = [_output_error(weights, some, bits, s, SCALES) for s in candidates]
-    best = candidates[int(torch.stack(errors).argmin())]
+    errors = _output_errors(weights, some, bits, candidates, SCALES)
+    best = candidates[int(errors.argmin())]
     # The choice was made on a few samples: on all of them it must not lose to none.
-    with_best, with_none = (_output_error(weights, per_timestep, bits, s, 2 * SCALES) for s in (best, none))
+    with_none, with_best = _output_errors(weights, per_timestep, bits, [none, best], 2 * SCALES)
     return best if bool(with_best < with_none) else none
 
 
@@ -85,28 +85,36 @@ def _from_sizes(size_x: torch.Tensor, size_w: torch.Tensor, a: float, b: float, 
     return centred.exp().clamp(1 / max_dilation, max_dilation)
 
 
-def _output_error(
+def _output_errors(
     weights: Sequence[torch.Tensor],
     per_timestep: list[torch.Tensor],
     bits: int,
-    dilation: torch.Tensor,
+    dilations: Sequence[torch.Tensor],
     scales: int,
 ) -> torch.Tensor:
-    scale, zero_point = temporal_quantizer(per_timestep, dilation, bits, scales)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    """The squared error of the layers' outputs with each dilation; ``scales`` are tried for every quantizer."""
     x = torch.cat(per_timestep)
     rows = torch.tensor([len(part) for part in per_timestep], device=x.device)
-    per_row, zero = scale.repeat_interleave(rows)[:, None], zero_point.repeat_interleave(rows)[:, None]
-    rounded = (x / (dilation * per_row) + 0.5).floor_().clamp_(low - zero, high - zero).mul_(per_row)
-    error = torch.zeros((), device=x.device)
-    for weight in weights:
-        matrix = _taps_first(weight)
-        values, weight_scale = quantize_weight(weight.detach().float().movedim(1, -1) * dilation, scales)
-        restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))
-        error += (rounded @ restored.flatten(0, -2).T - x @ matrix.T).square().sum()
-    return error
+    expected = [x @ _rows(weight).T for weight in weights]
+    errors = []
+    for dilation in dilations:
+        tables = temporal_quantizer(per_timestep, dilation, bits, scales)
+        scale, zero_point = (table.repeat_interleave(rows)[:, None] for table in tables)
+        quantized = rounded(x / dilation, scale, zero_point, bits)
+        error = torch.zeros((), device=x.device)
+        for weight, y in zip(weights, expected, strict=True):
+            values, weight_scale = quantize_weight(_channels_last(weight) * dilation, scales)
+            restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))
+            error += (quantized @ restored.flatten(0, -2).T - y).square().sum()
+        errors.append(error)
+    return torch.stack(errors)
 
 
-def _taps_first(weight: torch.Tensor) -> torch.Tensor:
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K, ...] -> [N, ..., K] fp32."""
+    return weight.detach().float().movedim(1, -1)
+
+
+def _rows(weight: torch.Tensor) -> torch.Tensor:
     """[N, K, ...] -> [N x taps, K] fp32."""
-    return weight.detach().float().movedim(1, -1).flatten(0, -2)
+    return _channels_last(weight).flatten(0, -2)

@@ -45,20 +45,18 @@ def mixed_batches(calibration_set: CalibrationSet, samples: int, batch_size: int
     structures: dict[str, Any] = {}
     for i in torch.randperm(len(drawn), generator=generator):
         call, row = drawn[i]
-        leaves, structure = tree_flatten(call.arguments)
-        leaves = [_row(leaf, row, call.sample.shape[0]) for leaf in leaves]
-        sample, timestep = call.sample[row], call.timestep.expand(call.sample.shape[0])[row]
-        key = repr((structure, sample.shape, [_signature(leaf) for leaf in leaves]))
+        flat, structure = tree_flatten(call.arguments)
+        parts = [_row(leaf, row, call.sample.shape[0]) for leaf in flat]
+        key = repr((structure, call.sample.shape[1:], [_signature(part) for part in parts]))
         structures[key] = structure
-        by_shape.setdefault(key, []).append((sample, timestep, leaves))
+        own_timestep = call.timestep.expand(call.sample.shape[0])[row]
+        by_shape.setdefault(key, []).append((call.sample[row], own_timestep, parts))
     batches = []
     for key, rows in by_shape.items():
         for start in range(0, len(rows), batch_size):
-            samples_, timesteps_, leaves_ = zip(*rows[start : start + batch_size], strict=True)
-            arguments = [_joined(column) for column in zip(*leaves_, strict=True)]
-            batches.append(
-                UNetCall(torch.stack(samples_), torch.stack(timesteps_), tree_unflatten(arguments, structures[key]))
-            )
+            sample, timestep, leaves = zip(*rows[start : start + batch_size], strict=True)
+            arguments = tree_unflatten([_joined(column) for column in zip(*leaves, strict=True)], structures[key])
+            batches.append(UNetCall(torch.stack(sample), torch.stack(timestep), arguments))
     return batches
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dq_kernels.ops import INT4_MAX, INT4_MIN, unpack_int4
+from dq_kernels.ops import unpack_int4
 from dq_runtime.calibration.weights import layer_tensors, round_to_int4
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import replace_layers
@@ -61,16 +61,15 @@ class _RoundWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, steps: torch.Tensor, ratio: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(steps, ratio, scale)
-        return (steps / ratio).add_(0.5).floor_().clamp_(INT4_MIN, INT4_MAX).mul_(ratio * scale)
+        return round_to_int4(steps / ratio).mul_(ratio * scale)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         steps, ratio, scale = ctx.saved_tensors
         grad = grad * scale
         exact = steps / ratio
-        rounded = (exact + 0.5).floor_()
-        clamped = rounded.clamp(INT4_MIN, INT4_MAX)
-        through = grad * (rounded == clamped)
+        clamped = round_to_int4(exact)
+        through = grad * (clamped == (exact + 0.5).floor_())
         grad_ratio = _row_sum(clamped.mul_(grad).sub_(exact.mul_(through)))
         return through, grad_ratio, None
 
@@ -154,7 +153,7 @@ class SimulatedLayer(nn.Module):
         weight = self.layer.weight.detach().float()
         return weight * self.input_quantizer.weight_dilation.view(1, -1, *[1] * (weight.ndim - 2))
 
-    def thaw(self, steps: torch.Tensor | None = None) -> list[list[torch.Tensor]]:
+    def thaw(self, steps: torch.Tensor | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Makes weights and bias learnable; weights start from ``steps``, by default from where they were fixed.
 
         Returns:
@@ -167,7 +166,7 @@ class SimulatedLayer(nn.Module):
         if self.fixed_bias is not None:
             self.bias = torch.zeros_like(self.fixed_bias).requires_grad_()
             in_steps.append(self.bias)
-        return [in_steps, [self.log_ratio]]
+        return in_steps, [self.log_ratio]
 
     @torch.no_grad()
     def freeze(self) -> None:

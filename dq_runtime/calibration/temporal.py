@@ -109,7 +109,7 @@ def temporal_quantizer(
         per_timestep: T tensors [rows, K], a layer's inputs.
         weight_dilation: [K], by which the quantizer divides them.
         bits: of the quantized values.
-        candidates: for each end of a range.
+        candidates: for each end of a range; with one, the range is that of the values.
 
     Returns:
         act_scale [T] fp32 and act_zero_point [T] int32.
@@ -135,6 +135,12 @@ def search_range(values: torch.Tensor, bits: int, candidates: int = CANDIDATES) 
     return _scale_and_zero_point(low, high, bits)
 
 
+def rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """``values`` after quantization and back; scale and zero point broadcast over them."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return (values / scale).add_(0.5).floor_().clamp_(low - zero_point, high - zero_point).mul_(scale)
+
+
 def _best_end(
     values: torch.Tensor, bits: int, ranges: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,9 +148,7 @@ def _best_end(
     errors = []
     for low, high in ranges:
         scale, zero_point = (table[:, None] for table in _scale_and_zero_point(low, high, bits))
-        steps = (values / scale).add_(0.5).floor_()
-        ends = -(2 ** (bits - 1)) - zero_point, 2 ** (bits - 1) - 1 - zero_point
-        errors.append(steps.clamp_(*ends).mul_(scale).sub_(values).square_().sum(1))
+        errors.append(rounded(values, scale, zero_point, bits).sub_(values).square_().sum(1))
     best = torch.stack(errors).argmin(0, keepdim=True)
     lows, highs = (torch.stack(ends) for ends in zip(*ranges, strict=True))
     return lows.gather(0, best)[0], highs.gather(0, best)[0]

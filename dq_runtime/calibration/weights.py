@@ -16,7 +16,7 @@ def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple
 
     Args:
         weight: [N, ...] float.
-        candidates: scales to try for each output channel.
+        candidates: scales to try for each output channel; with one, the largest magnitude becomes 7.
 
     Returns:
         values [N, ...] int8 in [-8, 7], and weight_scale [N] fp32; their product approximates ``weight``.
@@ -25,7 +25,7 @@ def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple
     largest = rows.abs().amax(1, keepdim=True)
     rows = torch.where(largest > 0, rows / largest, 0.0)  # in [-1, 1], so that no square underflows
     best_clip, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-    for clip in torch.linspace(SMALLEST_CLIP, 1.0, candidates):
+    for clip in torch.linspace(1.0, SMALLEST_CLIP, candidates):
         scale = clip.to(rows) / INT4_MAX
         error = (round_to_int4(rows / scale) * scale - rows).square().sum(1, keepdim=True)
         best_clip = torch.where(error < best_error, clip.to(rows), best_clip)
