@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,12 @@ def test_min_max_covers_the_whole_range(benchmarks, unet, calibration_set):
     torch.testing.assert_close(layer.weight_scale, stock.abs().flatten(1).amax(1) / 7)
 
 
-def test_peak_memory_is_what_a_block_takes_at_most(benchmarks):
+def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(benchmarks):
+    freed = [torch.ones(250_000) for _ in range(100)]  # small enough for the C library to keep
+    del freed
     with benchmarks["peak_memory"].above_now() as peak:
-        held = torch.ones(25_000_000)
+        held = [torch.ones(250_000) for _ in range(100)]
+        time.sleep(0.1)  # it is looked at every few milliseconds
         del held
         torch.ones(2_500_000)
 
