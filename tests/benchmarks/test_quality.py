@@ -90,8 +90,10 @@ def test_min_max_covers_the_whole_range(benchmarks, unet, calibration_set):
 
 
 def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(benchmarks):
-    freed = [torch.ones(250_000) for _ in range(100)]  # small enough for the C library to keep
-    del freed
+    # The C library keeps freed memory that lies below something in use.
+    blocks = [torch.ones(250_000) for _ in range(100)]
+    top = blocks.pop()
+    del blocks
     with benchmarks["peak_memory"].above_now() as peak:
         held = [torch.ones(250_000) for _ in range(100)]
         time.sleep(0.1)  # it is looked at every few milliseconds
@@ -99,6 +101,7 @@ def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(
         torch.ones(2_500_000)
 
     assert 95 < peak["mb"] < 130
+    assert top.sum() == 250_000
 
 
 def test_mean_and_deviation_are_over_the_seeds(benchmarks):
