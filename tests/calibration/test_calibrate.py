@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel
+from tiny_unets import unet2d, unet2d_condition
 from torch import nn
 
 import dq_runtime
@@ -31,35 +32,6 @@ LAST_LAYER = "up_blocks.1.resnets.1.conv2"  # its result reaches no quantized la
 def _no_gradients():
     with torch.no_grad():
         yield
-
-
-def unet2d(**arguments):
-    torch.manual_seed(0)
-    defaults = {
-        "sample_size": 8,
-        "layers_per_block": 1,
-        "block_out_channels": (32, 64),
-        "norm_num_groups": 8,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DModel(**defaults | arguments).eval()
-
-
-def unet2d_condition(**arguments):
-    torch.manual_seed(0)
-    defaults = {
-        "sample_size": 8,
-        "layers_per_block": 1,
-        "block_out_channels": (32, 64),
-        "norm_num_groups": 8,
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DConditionModel(**defaults | arguments).eval()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Block-wise distillation of tiny random UNets: what it gains, what it leaves alone, and how it is interrupted."""
+"""Block-wise distillation of tiny random UNets: what it gains, what it needs and what it leaves alone."""
 
 import copy
 import logging
@@ -7,150 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from distilling import (
+    FEW_BLOCKS,
+    UNTRAINED,
+    Subject,
+    assert_same_state,
+    distilled,
+    messages,
+    output_error,
+    quantized_layers,
+    recorded,
+    unet2d,
+    unet2d_condition,
+)
 
 import dq_runtime
-from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, QuantLinear, calibrate, record
-from dq_runtime.calibration import distillation, error_feedback, finished_blocks
-
-TIMESTEPS = (10, 500, 900)
-SMALL = {"samples": 24, "batch_size": 6, "iterations": 2, "error_feedback": True, "polish_iterations": 0}
-UNTRAINED = {**SMALL, "iterations": 0, "error_feedback": False}
-
-
-def unet2d(**arguments):
-    torch.manual_seed(0)
-    defaults = {
-        "sample_size": 8,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DModel(**defaults | arguments).eval()
-
-
-def unet2d_condition(**arguments):
-    torch.manual_seed(0)
-    defaults = {
-        "sample_size": 8,
-        "layers_per_block": 1,
-        "block_out_channels": (16, 32),
-        "norm_num_groups": 4,
-        "cross_attention_dim": 12,
-        "attention_head_dim": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    return UNet2DConditionModel(**defaults | arguments).eval()
-
-
-@torch.no_grad()
-def recorded(unet, rows=8, timesteps=TIMESTEPS, **arguments):
-    """A call for each timestep, of samples whose size falls with it."""
-    generator = torch.Generator().manual_seed(1)
-    with record(unet) as calibration_set:
-        for timestep in timesteps:
-            sample = torch.randn(rows, unet.config.in_channels, 8, 8, generator=generator) * (0.5 + timestep / 900)
-            if isinstance(unet, UNet2DConditionModel):
-                arguments["encoder_hidden_states"] = torch.randn(rows, 5, 12, generator=generator).to(unet.dtype)
-            unet(sample.to(unet.dtype), timestep, **arguments)
-    return calibration_set
-
-
-def distilled(unet, calibration_set, config=None, **settings):
-    """A quantized copy of the UNet."""
-    return calibrate(copy.deepcopy(unet), calibration_set, config, Distillation(**SMALL | settings))
-
-
-@torch.no_grad()
-def output_error(quantized, unet, calibration_set):
-    """Relative squared error on what was recorded."""
-    error = total = 0.0
-    for call in calibration_set.calls:
-        expected = call.run(unet).sample.double()
-        error += (call.run(quantized).sample.double() - expected).square().sum().item()
-        total += expected.square().sum().item()
-    return error / total
-
-
-def quantized_layers(unet):
-    return {name: module for name, module in unet.named_modules() if isinstance(module, (QuantLinear, QuantConv2d))}
-
-
-def assert_same_state(actual, expected):
-    actual, expected = actual.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
-
-
-def snapshot(unet):
-    modules = [(name, id(module), module.training) for name, module in unet.named_modules()]
-    parameters = [(name, id(parameter), parameter.requires_grad) for name, parameter in unet.named_parameters()]
-    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in unet.modules()]
-    return modules, parameters, hooks, dict(unet.config), copy.deepcopy(unet)
-
-
-def assert_unchanged(unet, before):
-    assert snapshot(unet)[:-1] == before[:-1]
-    assert_same_state(unet, before[-1])
-
-
-class Subject:
-    """A UNet, its calibration set, and what comes of them without and with distillation."""
-
-    def __init__(self, unet, config):
-        self.unet, self.config = unet, config
-        self.calibration_set = recorded(unet)
-        self.rounded = calibrate(copy.deepcopy(unet), self.calibration_set, config)
-        self.distilled = self.distil()
-
-    def distil(self, config=None, **settings):
-        return distilled(self.unet, self.calibration_set, config or self.config, **settings)
-
-    def error(self, quantized):
-        return output_error(quantized, self.unet, self.calibration_set)
+from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, calibrate, record
+from dq_runtime.calibration import distillation
 
 
 @pytest.fixture(scope="module", params=[unet2d, unet2d_condition])
 def subject(request):
     return Subject(request.param(), DilateQuantConfig(dilation="weight"))
-
-
-FEW_BLOCKS = {"dilation": "weight", "modules_to_not_convert": ["conv_in", "conv_out", "mid_block", "up_blocks"]}
-
-
-@pytest.fixture(scope="module")
-def plain():
-    """Only the time embedding and the way down are quantized: six blocks, an attention among them."""
-    return Subject(unet2d(), DilateQuantConfig(**FEW_BLOCKS))
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.INFO, logger="dq_runtime")
-    return caplog
-
-
-def messages(log, level):
-    return [entry.getMessage() for entry in log.records if entry.levelno == level]
-
-
-def interrupt(monkeypatch, owner, name, at):
-    """Makes the ``at``-th call of a method, counted from 0, a Ctrl-C; returns the arguments of all calls."""
-    original, calls = getattr(owner, name), []
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == at + 1:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
 
 
 def test_error_feedback_alone_brings_the_result_much_closer(subject):
@@ -455,160 +333,6 @@ def test_held_out_batches_are_judged_and_not_trained_on(plain, monkeypatch):
     plain.distil(batch_size=3, iterations=7)
     assert trained == set(range(7))
     assert 7 in replayed
-
-
-def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    unet = copy.deepcopy(plain.unet).train()
-    unet.conv_in.requires_grad_(False)
-    before = snapshot(unet)
-    for owner, method, at in (
-        (distillation._Trainer, "distil", 3),
-        (torch.optim.Adam, "step", 5),
-        (error_feedback, "round_with_feedback", 4),
-        (distillation, "output_of", 6),
-        (distillation._Trainer, "polish", 0),
-    ):
-        with monkeypatch.context() as patch:
-            calls = interrupt(patch, owner, method, at)
-            with pytest.raises(KeyboardInterrupt):
-                calibrate(unet, plain.calibration_set, plain.config, Distillation(**SMALL | {"polish_iterations": 1}))
-            assert len(calls) == at + 1
-        assert_unchanged(unet, before)
-        assert not list(tmp_path.iterdir()), method
-
-
-def test_an_interrupted_calibration_goes_on_behind_the_last_finished_block(plain, monkeypatch, tmp_path, log):
-    with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
-        expected = plain.distil(polish_iterations=1)
-        blocks = [args[1] for args in calls]
-    assert len(blocks) == 6
-
-    for expected_calls in (blocks[:3], blocks[2:5]):  # interrupted twice
-        with monkeypatch.context() as patch:
-            calls = interrupt(patch, distillation._Trainer, "distil", 2)
-            with pytest.raises(KeyboardInterrupt):
-                plain.distil(polish_iterations=1, folder=tmp_path)
-            assert [args[1] for args in calls] == expected_calls
-
-    with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
-        result = plain.distil(polish_iterations=1, folder=str(tmp_path))
-        assert [args[1] for args in calls] == blocks[4:]
-    assert_same_state(result, expected)
-    assert f"{blocks[0]}: taken from {tmp_path}" in messages(log, logging.INFO)
-
-    with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
-        assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
-        assert not calls  # and how it is polished is no matter
-
-
-@pytest.mark.parametrize(
-    ("owner", "method", "at"),
-    [
-        (torch.optim.Adam, "step", 5),
-        (distillation, "inputs_of", 6),
-        (distillation, "output_of", 6),
-        (finished_blocks, "save_file", 3),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_an_interruption_inside_a_block_costs_that_block_alone(plain, monkeypatch, tmp_path, owner, method, at):
-    with monkeypatch.context() as patch:
-        interrupt(patch, owner, method, at)
-        with pytest.raises(KeyboardInterrupt):
-            plain.distil(folder=tmp_path)
-    finished = {file.stem for file in tmp_path.glob("*.safetensors")}
-    assert finished
-    assert not list((tmp_path / "activations").iterdir())
-
-    with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
-        result = plain.distil(folder=tmp_path)
-        assert finished.isdisjoint(args[1] for args in calls)
-    assert_same_state(result, plain.distilled)
-
-
-@pytest.fixture(scope="module")
-def finished_folder(plain, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    plain.distil(folder=folder)
-    return folder
-
-
-@pytest.fixture
-def folder(finished_folder, tmp_path):
-    """A copy of what a finished calibration wrote."""
-    for file in finished_folder.iterdir():
-        if file.is_file():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "of another block"])
-def test_a_block_that_cannot_be_read_is_done_again(plain, folder, monkeypatch, log, damage):
-    name = "down_blocks.1.attentions.0"
-    file = folder / f"{name}.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(
-        {
-            "truncated": content[: len(content) // 2],
-            "garbage": b"\xff" * 100,
-            "empty": b"",
-            "of another block": (folder / "time_embedding.linear_1.safetensors").read_bytes(),
-        }[damage]
-    )
-
-    calls = interrupt(monkeypatch, distillation._Trainer, "distil", -1)
-    result = plain.distil(folder=folder)
-    assert [args[1] for args in calls] == [name]
-    assert_same_state(result, plain.distilled)
-    assert any(str(file) in line and f"{name} is distilled again" in line for line in messages(log, logging.WARNING))
-
-
-def other_weights(unet, calibration_set):
-    unet = copy.deepcopy(unet)
-    with torch.no_grad():
-        unet.down_blocks[1].resnets[0].conv1.weight[0, 0, 0, 0] += 1e-3
-    return unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), {}
-
-
-def other_data(unet, calibration_set):
-    changed = copy.deepcopy(calibration_set)
-    changed.calls[0].sample[0, 0, 0, 0] += 0.5
-    return unet, changed, DilateQuantConfig(**FEW_BLOCKS), {}
-
-
-OTHERS = {
-    "weights": other_weights,
-    "data": other_data,
-    "bits": lambda unet, calls: (unet, calls, DilateQuantConfig(activation_bits=6, **FEW_BLOCKS), {}),
-    "iterations": lambda unet, calls: (unet, calls, DilateQuantConfig(**FEW_BLOCKS), {"iterations": 1}),
-    "seed": lambda unet, calls: (unet, calls, DilateQuantConfig(**FEW_BLOCKS), {"seed": 1}),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS)
-def test_the_folder_of_another_calibration_is_refused(plain, folder, other):
-    unet, calibration_set, config, settings = OTHERS[other](plain.unet, plain.calibration_set)
-    before = snapshot(unet)
-    files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-
-    with pytest.raises(ValueError, match=rf"^{folder} holds the blocks of another calibration"):
-        calibrate(unet, calibration_set, config, Distillation(**SMALL | settings | {"folder": folder}))
-    assert_unchanged(unet, before)
-    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == files
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[1]", "no json", b"\xff\xfe\x00"], ids=repr)
-def test_a_folder_whose_record_cannot_be_read_is_refused(plain, folder, content):
-    record_file = folder / "calibration.json"
-    record_file.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    with pytest.raises(ValueError, match="another calibration"):
-        plain.distil(folder=folder)
 
 
 def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plain, monkeypatch, tmp_path):

@@ -1,0 +1,174 @@
+"""Interrupted distillation: nothing is lost, nothing left lying about, and nothing foreign taken for one's own."""
+
+import copy
+import logging
+import tempfile
+
+import pytest
+import torch
+from distilling import (
+    FEW_BLOCKS,
+    SMALL,
+    assert_same_state,
+    assert_unchanged,
+    interrupt,
+    messages,
+    snapshot,
+)
+
+from dq_runtime import DilateQuantConfig, Distillation, calibrate
+from dq_runtime.calibration import distillation, error_feedback, finished_blocks
+
+
+def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    unet = copy.deepcopy(plain.unet).train()
+    unet.conv_in.requires_grad_(False)
+    before = snapshot(unet)
+    for owner, method, at in (
+        (distillation._Trainer, "distil", 3),
+        (torch.optim.Adam, "step", 5),
+        (error_feedback, "round_with_feedback", 4),
+        (distillation, "output_of", 6),
+        (distillation._Trainer, "polish", 0),
+    ):
+        with monkeypatch.context() as patch:
+            calls = interrupt(patch, owner, method, at)
+            with pytest.raises(KeyboardInterrupt):
+                calibrate(unet, plain.calibration_set, plain.config, Distillation(**SMALL | {"polish_iterations": 1}))
+            assert len(calls) == at + 1
+        assert_unchanged(unet, before)
+        assert not list(tmp_path.iterdir()), method
+
+
+def test_an_interrupted_calibration_goes_on_behind_the_last_finished_block(plain, monkeypatch, tmp_path, log):
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        expected = plain.distil(polish_iterations=1)
+        blocks = [args[1] for args in calls]
+    assert len(blocks) == 6
+
+    for expected_calls in (blocks[:3], blocks[2:5]):  # interrupted twice
+        with monkeypatch.context() as patch:
+            calls = interrupt(patch, distillation._Trainer, "distil", 2)
+            with pytest.raises(KeyboardInterrupt):
+                plain.distil(polish_iterations=1, folder=tmp_path)
+            assert [args[1] for args in calls] == expected_calls
+
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        result = plain.distil(polish_iterations=1, folder=str(tmp_path))
+        assert [args[1] for args in calls] == blocks[4:]
+    assert_same_state(result, expected)
+    assert f"{blocks[0]}: taken from {tmp_path}" in messages(log, logging.INFO)
+
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
+        assert not calls  # and how it is polished is no matter
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "at"),
+    [
+        (torch.optim.Adam, "step", 5),
+        (distillation, "inputs_of", 6),
+        (distillation, "output_of", 6),
+        (finished_blocks, "save_file", 3),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_interruption_inside_a_block_costs_that_block_alone(plain, monkeypatch, tmp_path, owner, method, at):
+    with monkeypatch.context() as patch:
+        interrupt(patch, owner, method, at)
+        with pytest.raises(KeyboardInterrupt):
+            plain.distil(folder=tmp_path)
+    finished = {file.stem for file in tmp_path.glob("*.safetensors")}
+    assert finished
+    assert not list((tmp_path / "activations").iterdir())
+
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        result = plain.distil(folder=tmp_path)
+        assert finished.isdisjoint(args[1] for args in calls)
+    assert_same_state(result, plain.distilled)
+
+
+@pytest.fixture(scope="module")
+def finished_folder(plain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    plain.distil(folder=folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished_folder, tmp_path):
+    """A copy of what a finished calibration wrote."""
+    for file in finished_folder.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "of another block"])
+def test_a_block_that_cannot_be_read_is_done_again(plain, folder, monkeypatch, log, damage):
+    name = "down_blocks.1.attentions.0"
+    file = folder / f"{name}.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "garbage": b"\xff" * 100,
+            "empty": b"",
+            "of another block": (folder / "time_embedding.linear_1.safetensors").read_bytes(),
+        }[damage]
+    )
+
+    calls = interrupt(monkeypatch, distillation._Trainer, "distil", -1)
+    result = plain.distil(folder=folder)
+    assert [args[1] for args in calls] == [name]
+    assert_same_state(result, plain.distilled)
+    assert any(str(file) in line and f"{name} is distilled again" in line for line in messages(log, logging.WARNING))
+
+
+def other_weights(unet, calibration_set):
+    unet = copy.deepcopy(unet)
+    with torch.no_grad():
+        unet.down_blocks[1].resnets[0].conv1.weight[0, 0, 0, 0] += 1e-3
+    return unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), {}
+
+
+def other_data(unet, calibration_set):
+    changed = copy.deepcopy(calibration_set)
+    changed.calls[0].sample[0, 0, 0, 0] += 0.5
+    return unet, changed, DilateQuantConfig(**FEW_BLOCKS), {}
+
+
+OTHERS = {
+    "weights": other_weights,
+    "data": other_data,
+    "bits": lambda unet, calls: (unet, calls, DilateQuantConfig(activation_bits=6, **FEW_BLOCKS), {}),
+    "iterations": lambda unet, calls: (unet, calls, DilateQuantConfig(**FEW_BLOCKS), {"iterations": 1}),
+    "seed": lambda unet, calls: (unet, calls, DilateQuantConfig(**FEW_BLOCKS), {"seed": 1}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_folder_of_another_calibration_is_refused(plain, folder, other):
+    unet, calibration_set, config, settings = OTHERS[other](plain.unet, plain.calibration_set)
+    before = snapshot(unet)
+    files = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+    with pytest.raises(ValueError, match=rf"^{folder} holds the blocks of another calibration"):
+        calibrate(unet, calibration_set, config, Distillation(**SMALL | settings | {"folder": folder}))
+    assert_unchanged(unet, before)
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == files
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "no json", b"\xff\xfe\x00"], ids=repr)
+def test_a_folder_whose_record_cannot_be_read_is_refused(plain, folder, content):
+    record_file = folder / "calibration.json"
+    record_file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    with pytest.raises(ValueError, match="another calibration"):
+        plain.distil(folder=folder)
