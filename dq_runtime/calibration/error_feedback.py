@@ -15,7 +15,7 @@ from dq_runtime.calibration.weights import round_to_int4
 DAMPING = (0.01, 0.1, 1.0, 10.0)  # of the second moments' mean, added to their diagonal; more where less fails
 BLOCK = 64  # columns between two updates of all that are left
 MAX_COLUMNS = 4608  # that share their errors: bounds the memory and time of error feedback in wide convolutions
-PATCH_ELEMENTS = 2**24  # of a convolution's unfolded input, at a time
+PATCH_ELEMENTS = 2**20  # of a convolution's unfolded input, at a time
 
 
 class SecondMoments:
@@ -93,10 +93,13 @@ def round_with_feedback(steps: torch.Tensor, second_moment: torch.Tensor) -> tor
 def _inverse_factor(second_moment: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the damped matrix's inverse: row j says how column j's error spreads."""
     matrix = second_moment.double()
-    mean = matrix.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    eye = torch.eye(len(matrix), device=matrix.device, dtype=torch.float64)
+    diagonal = matrix.diagonal().clone()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     for damping in DAMPING:
-        factor, failed = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
+        matrix.diagonal().copy_(diagonal + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+            # In two matrices: of a wide layer each is large.
+            torch.cholesky_inverse(factor, out=matrix)
+            return torch.linalg.cholesky(matrix, upper=True, out=factor).float()
     raise ValueError("the inputs' second moments are no positive matrix")
