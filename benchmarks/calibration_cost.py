@@ -26,14 +26,14 @@ from typing import Any
 import environment
 import peak_memory
 import torch
-import torch.nn.functional as F
 from quality import BATCH, CALIBRATION_SAMPLES, FIRST_IMAGE_SEED, ROOT, STEPS
 from tasks import TASKS
 from torch import nn
 
 import dq_runtime
 from dq_runtime.calibration import calibrate as calibration
-from dq_runtime.calibration.replay import mixed_batches, result_tensor
+from dq_runtime.calibration.batches import MixedBatches
+from dq_runtime.calibration.replay import result_tensor
 from dq_runtime.calibration.simulated import simulated
 from dq_runtime.evaluation.metrics import psnr
 from dq_runtime.timesteps import TimestepGrid
@@ -48,7 +48,8 @@ def train_end_to_end(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Trains all layers at once for some seconds: the baseline."""
     grid = TimestepGrid(config.timesteps)
-    batches = mixed_batches(calibration_set, QAT_SAMPLES, 32, seed=0)
+    batches = MixedBatches(calibration_set, QAT_SAMPLES, 32, seed=0)
+    weights = [batches.importance(i) / batches.share(i) for i in range(len(batches))]
     teacher = [result_tensor(batch.run(unet)) for batch in batches]
     with simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
         in_steps: list[nn.Parameter] = []
@@ -64,31 +65,25 @@ def train_end_to_end(
         optimizer = torch.optim.Adam(
             [{"params": in_steps, "lr": LEARNING_RATE}, {"params": logarithms, "lr": SCALE_LEARNING_RATE}], fused=True
         )
-        # Errors differ by orders of magnitude between timesteps: each counts by its error at the start.
-        with torch.no_grad():
-            total, count = torch.zeros(grid.num_timesteps), torch.zeros(grid.num_timesteps)
-            for batch, target in zip(batches[:16], teacher, strict=False):
-                index = grid.nearest(batch.timestep, len(batch.sample), batch.sample.device)
-                errors = F.mse_loss(result_tensor(batch.run(unet)), target, reduction="none").flatten(1).mean(1)
-                total.index_add_(0, index, errors)
-                count.index_add_(0, index, torch.ones_like(errors))
-        weights = (count / total).nan_to_num(0.0, 0.0, 0.0)
-        weights /= weights.mean()
+        first_error = float((_squared_error(result_tensor(batches[0].run(unet)), teacher[0]) * weights[0]).mean())
         rates = [group["lr"] for group in optimizer.param_groups]
         generator, start, done = torch.Generator().manual_seed(0), time.perf_counter(), 0.0
         while done < 1:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done))))
             i = int(torch.randint(len(batches), (), generator=generator))
-            output = result_tensor(batches[i].run_with_gradients(unet))
-            errors = (output - teacher[i]).square().flatten(1).mean(1)
+            error = _squared_error(result_tensor(batches[i].run_with_gradients(unet)), teacher[i])
             optimizer.zero_grad()
-            (errors * weights[grid.index]).mean().backward()
+            ((error * weights[i]).mean() / first_error).backward()
             optimizer.step()
             done = (time.perf_counter() - start) / seconds
         for layer in stand_ins.values():
             layer.freeze()
         return {name: layer.tensors() for name, layer in stand_ins.items()}
+
+
+def _squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().flatten(1).mean(1)
 
 
 @contextmanager
@@ -131,7 +126,7 @@ def measure(task_name: str, way: str, samples: int, seconds: float) -> dict[str,
             replace(dq_runtime.Distillation(), samples=samples),
         )  # fmt: skip
     drawn, reference = (task.sample(model, task.labels(IMAGES), FIRST_IMAGE_SEED, STEPS) for model in (unet, stock))
-    return record | {"psnr_db": psnr(drawn, reference)}
+    return record | {"psnr_db": float(psnr(drawn, reference).mean())}
 
 
 def main() -> None:

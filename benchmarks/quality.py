@@ -8,7 +8,8 @@ of the images. Prints a table of means and standard deviations and writes it, wi
 ``benchmarks/results/quality_<task>.json`` and, as a plot of quality against size, ``.png`` beside it. Rows that are
 there already (from an interrupted run) are not measured again; delete the file to begin anew.
 
-Columns: label accuracy; PSNR in dB and SSIM against fp32 at equal noise; Fréchet distance to real images in the
+Columns: label accuracy; PSNR in dB against fp32 at equal noise, of each image (mean) and of all together (pooled: the
+few images that became others decide about it); SSIM; Fréchet distance to real images in the
 classifier's features, and what it is more than fp32's; MB (10^6 bytes) of the whole UNet; seconds of calibration, and
 the memory that it took at its peak on top of what the process held before (Linux: anonymous pages).
 """
@@ -33,14 +34,14 @@ import torch
 from quality_methods import METHODS
 
 import dq_runtime
-from dq_runtime.evaluation.metrics import frechet_distance, psnr, ssim
+from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "small_unets"))
 from tasks import TASKS  # noqa: E402
 
 STEPS, BATCH = 20, 100
-CALIBRATION_SAMPLES = 100
+CALIBRATION_SAMPLES = 200
 IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
 FIRST_IMAGE_SEED = 1000  # calibration uses the seeds below
 ACTIVATION_BITS = (8, 4)
@@ -48,6 +49,7 @@ FP32 = "fp32"
 COLUMNS = {
     "label_accuracy": ("accuracy", "{:.1%}"),
     "psnr_db": ("PSNR, dB", "{:.1f}"),
+    "pooled_psnr_db": ("pooled", "{:.1f}"),
     "ssim": ("SSIM", "{:.3f}"),
     "frechet": ("Fréchet", "{:.2f}"),
     "frechet_increase": ("over fp32", "{:+.2f}"),
@@ -101,7 +103,8 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "label_accuracy": accuracy,
-        "psnr_db": None if name == FP32 else psnr(drawn, reference),
+        "psnr_db": None if name == FP32 else float(psnr(drawn, reference).mean()),
+        "pooled_psnr_db": None if name == FP32 else pooled_psnr(drawn, reference),
         "ssim": None if name == FP32 else ssim(drawn, reference),
         "frechet": distances[0],
         "frechet_increase": distances[0] - distances[1],
@@ -164,7 +167,10 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The summary in Markdown."""
-    lines = ["| method | W/A | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * 10 + "|"]
+    lines = [
+        "| method | W/A | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+        "|---" * (2 + len(COLUMNS)) + "|",
+    ]
     for row in rows:
         cells = []
         for column, (_, form) in COLUMNS.items():

@@ -91,12 +91,10 @@ METHODS = {
         Method("SmoothQuant", (), min_max(0.5)),
         Method("one static scale", (), dilatequant("none", 1, None)),
         Method("WD", (WD,), dilatequant("joint", 1, None)),
-        Method("TPQ", (TPQ,), dilatequant("none", None, None)),
         Method("WD as published + TPQ", (WD, TPQ), dilatequant("weight", None, None)),
         Method("WD + TPQ", (WD, TPQ), dilatequant("joint", None, None)),
         Method("TPQ + BKD", (TPQ, BKD), dilatequant("none", None, BLOCKWISE)),
         Method("WD + BKD", (WD, BKD), dilatequant("joint", 1, BLOCKWISE)),
-        Method("WD as published + TPQ + BKD", (WD, TPQ, BKD), dilatequant("weight", None, BLOCKWISE)),
         Method("WD + TPQ + BKD", (WD, TPQ, BKD), dilatequant("joint", None, BLOCKWISE)),
         Method("WD + TPQ + BKD, polished", (WD, TPQ, BKD, POLISH), dilatequant("joint", None, POLISHED)),
     )

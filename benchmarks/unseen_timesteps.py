@@ -68,7 +68,7 @@ def main() -> None:
         ]
         with torch.no_grad():
             judged = [task.classifier()(batch).argmax(1) == task.labels(IMAGES) for batch in images]
-        foreign_db, own_db = psnr(images[1], images[0]), psnr(images[2], images[0])
+        foreign_db, own_db = (float(psnr(drawn, images[0]).mean()) for drawn in images[1:])
         rows.append(
             {
                 "sampler": name,

@@ -1,7 +1,9 @@
 """Distilling tiny UNets: what the tests of distillation and those of its interruption share."""
 
 import copy
+from types import SimpleNamespace
 
+import numpy as np
 import tiny_unets
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,6 +11,9 @@ from diffusers import UNet2DConditionModel
 from dq_runtime import Distillation, QuantConv2d, QuantLinear, calibrate, record
 
 TIMESTEPS = (10, 500, 900)
+# A noise schedule in which these three matter about the same: each level lies far above the one before.
+_LEVELS = np.exp(np.interp(np.arange(1000), TIMESTEPS, np.log([1e-3, 3e-2, 0.9])))
+EQUAL = SimpleNamespace(alphas_cumprod=1 / (1 + _LEVELS**2), config={"prediction_type": "sample"})
 SMALL = {"samples": 24, "batch_size": 6, "iterations": 2, "error_feedback": True, "polish_iterations": 0}
 UNTRAINED = {**SMALL, "iterations": 0, "error_feedback": False}
 
@@ -25,10 +30,10 @@ def unet2d_condition(**arguments):
 
 
 @torch.no_grad()
-def recorded(unet, rows=8, timesteps=TIMESTEPS, **arguments):
+def recorded(unet, rows=8, timesteps=TIMESTEPS, scheduler=EQUAL, **arguments):
     """A call for each timestep, of samples whose size falls with it."""
     generator = torch.Generator().manual_seed(1)
-    with record(unet) as calibration_set:
+    with record(unet, scheduler) as calibration_set:
         for timestep in timesteps:
             sample = torch.randn(rows, unet.config.in_channels, 8, 8, generator=generator) * (0.5 + timestep / 900)
             if isinstance(unet, UNet2DConditionModel):

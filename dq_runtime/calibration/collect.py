@@ -48,9 +48,14 @@ class UNetCall:
 
 @dataclass
 class CalibrationSet:
-    """The recorded calls, in order."""
+    """The recorded calls, in order.
+
+    Attributes:
+        scheduler: diffusers' that sampled, which tells how much each timestep matters to the image; None: not known.
+    """
 
     calls: list[UNetCall] = field(default_factory=list)
+    scheduler: Any = None
 
     @property
     def timesteps(self) -> list[float]:
@@ -59,15 +64,23 @@ class CalibrationSet:
             raise ValueError("The calibration set is empty: record at least one sampling run with dq_runtime.record")
         return torch.cat([call.timestep for call in self.calls]).unique().tolist()
 
+    @property
+    def num_samples(self) -> int:
+        """Of all calls together."""
+        return sum(call.sample.shape[0] for call in self.calls)
+
 
 @contextmanager
-def record(unet: nn.Module) -> Iterator[CalibrationSet]:
+def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
     """Records every call of a floating-point UNet that is made inside the ``with`` block, whoever makes it.
 
-    >>> with dq_runtime.record(pipeline.unet) as calibration_set:
+    >>> with dq_runtime.record(pipeline.unet, pipeline.scheduler) as calibration_set:
     ...     pipeline("a lighthouse at dusk")
+
+    Args:
+        scheduler: the one that samples; from it ``Distillation`` learns how much each timestep matters.
     """
-    calibration_set = CalibrationSet()
+    calibration_set = CalibrationSet(scheduler=scheduler)
 
     def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", copy=True)
@@ -94,10 +107,10 @@ def collect_from_pipeline(pipeline: Any, calls: Iterable[Mapping[str, Any]]) -> 
     """Runs a diffusers pipeline and records the calls of its UNet.
 
     Args:
-        pipeline: with a ``unet``.
+        pipeline: with a ``unet`` and a ``scheduler``.
         calls: the keyword arguments of each run: ``[{"prompt": "a lighthouse", "num_inference_steps": 30}, ...]``.
     """
-    with record(pipeline.unet) as calibration_set:
+    with record(pipeline.unet, pipeline.scheduler) as calibration_set:
         for arguments in tqdm(list(calls), desc="Collecting"):
             pipeline(**arguments)
     return calibration_set
@@ -120,7 +133,7 @@ def collect_from_scheduler(
         arguments: the UNet's further arguments, each a tensor with B rows (``class_labels``, ...).
         batch_size: rows of ``noise`` that run together.
     """
-    with record(unet) as calibration_set:
+    with record(unet, scheduler) as calibration_set:
         starts = range(0, noise.shape[0], batch_size)
         with tqdm(total=len(starts) * num_inference_steps, desc="Collecting") as progress:
             for start in starts:

@@ -2,10 +2,11 @@
 
 Blocks go in forward order. A block's inputs are those that the quantized blocks before it produce, its target is what
 the floating-point UNet computes in its place. First its weights are rounded anew with error feedback, then weights,
-scales and zero points learn together; a batch mixes timesteps, and each sample learns its own timestep's scale. Every
-timestep counts the same, measured by its error before: late timesteps err most and matter least to the image. Of all
-states that a block went through it keeps the one that does best on samples that it was not trained on, so that no
-block ends up worse than rounded to nearest.
+scales and zero points learn together; a batch mixes timesteps, and each sample learns its own timestep's scale. In a
+block every timestep counts the same, measured by its error before, since errors inside the UNet do not compare between
+timesteps; in the polish, which sees the prediction itself, each counts by what it does to the image. Of all states that
+a block went through it keeps the one that does best on samples that it was not trained on, so that no block ends up
+worse than rounded to nearest.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from dq_runtime.calibration.collect import CalibrationSet, UNetCall
+from dq_runtime.calibration.batches import MixedBatches
+from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.error_feedback import SecondMoments
 from dq_runtime.calibration.finished_blocks import FinishedBlocks, fingerprint
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
     inputs_of,
-    mixed_batches,
     output_of,
     result_tensor,
 )
@@ -41,7 +42,6 @@ from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
 
-HELD_OUT, MAX_HELD_OUT = 8, 8  # one batch in eight is not trained on, eight batches at most
 WEIGHING = 512  # samples that tell each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam does not notice
 FEW_SAMPLES = 4  # for one timestep
@@ -54,7 +54,7 @@ class Distillation:
     """How to train a quantized UNet towards its floating-point self.
 
     Args:
-        samples: drawn from the calibration set, as many of each timestep as of any other.
+        samples: drawn from the calibration set, more of those timesteps that matter more to the image.
         batch_size: samples of a step.
         iterations: steps of each block; 0 leaves it at error feedback.
         error_feedback: whether to round weights anew, in closed form, before a block's first step.
@@ -119,8 +119,14 @@ def distil(
     """
     assert config.timesteps is not None
     grid = TimestepGrid(config.timesteps).to(unet.device)
-    batches = mixed_batches(calibration_set, settings.samples, settings.batch_size, settings.seed)
-    _warn_of_few_samples(batches, grid)
+    samples = min(settings.samples, calibration_set.num_samples)
+    batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed)
+    if batches.fewest < FEW_SAMPLES:
+        logger.warning(
+            "Only %d samples of some timesteps are there to distil on (%d of all %d timesteps): record more runs, or "
+            "raise Distillation(samples=...)",
+            batches.fewest, samples, len(calibration_set.timesteps),
+        )  # fmt: skip
     with (
         _work_folder(settings.folder) as folder,
         simulated(unet, layers, tensors, sharing, config, grid) as stand_ins,
@@ -139,7 +145,7 @@ def distil(
                 trainer.free_quantizers.discard(layer.input_quantizer)
         if settings.polish_iterations:
             wanted = settings.polish_iterations * settings.batch_size
-            batches = mixed_batches(calibration_set, wanted, settings.batch_size, settings.seed + 1)
+            batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed + 1)
             _Trainer(unet, stand_ins, batches, trainer.store, grid, settings).polish()
         return {name: layer.tensors() for name, layer in stand_ins.items()}
 
@@ -147,14 +153,14 @@ def distil(
 class _Trainer:
     """A UNet with stand-in layers, and the batches that they are trained on.
 
-    A lesson is a function from a batch's number to the squared error of each of its samples, [B].
+    A lesson is a function from a batch's number to the weighted squared error of each of its samples, [B].
     """
 
     def __init__(
         self,
         unet: Any,
         stand_ins: Mapping[str, SimulatedLayer],
-        batches: Sequence[UNetCall],
+        batches: MixedBatches,
         store: TensorStore,
         grid: TimestepGrid,
         settings: Distillation,
@@ -162,9 +168,8 @@ class _Trainer:
         self.unet, self.stand_ins, self.batches, self.store, self.grid = unet, stand_ins, batches, store, grid
         self.settings = settings
         self.indices = [grid.nearest(b.timestep.to(unet.device), b.sample.shape[0], unet.device) for b in batches]
-        held_out = min(len(batches) // HELD_OUT, MAX_HELD_OUT)
-        self.training = range(len(batches) - held_out)
-        self.judging = range(len(batches) - held_out, len(batches)) if held_out else self.training
+        self.shares = [batches.share(i).to(unet.device) for i in range(len(batches))]
+        self.training, self.judging = batches.training, batches.judging
         weighing = -(-WEIGHING // settings.batch_size)
         self.weighing = range(max(0, len(batches) - weighing), len(batches))
         # Who shares an input quantizer with an earlier block finds it fixed.
@@ -173,7 +178,7 @@ class _Trainer:
     def distil(self, name: str, block: nn.Module, layers: Mapping[str, SimulatedLayer]) -> None:
         """Trains one block's layers; the blocks before it are quantized already."""
 
-        def lesson(i: int) -> torch.Tensor:
+        def error(i: int) -> torch.Tensor:
             return _squared_error(self._run_block(block, i), self.store[f"target_{i}"])
 
         try:
@@ -182,20 +187,26 @@ class _Trainer:
             with self._in_floating_point():
                 for i, batch in enumerate(self.batches):
                     self.store[f"target_{i}"] = output_of(self.unet, block, batch)
-            steps = self._feedback(block, layers) if self.settings.error_feedback else {}
+            start = self._feedback(block, layers) if self.settings.error_feedback else {}
             for layer in layers.values():
                 layer.quantized = True
-            self._train(name, lesson, layers, steps, self.settings.iterations, self.settings.learning_rate)
+            present = self._error_of_timesteps(error)
+            weights = [1 / present[self.indices[i]] / self.shares[i] for i in range(len(self.batches))]
+            self._train(
+                name, lambda i: error(i) * weights[i], layers, start,
+                self.settings.iterations, self.settings.learning_rate,
+            )  # fmt: skip
         finally:
             self.store.clear()
 
     def polish(self) -> None:
-        """Trains all layers together on the noise that the UNet predicts."""
+        """Trains all layers together on what the UNet predicts."""
 
         def lesson(i: int) -> torch.Tensor:
             with self._in_floating_point(), torch.autocast(self.unet.device.type, enabled=False):
                 target = result_tensor(self.batches[i].run(self.unet))
-            return _squared_error(result_tensor(self.batches[i].run_with_gradients(self.unet)), target)
+            error = _squared_error(result_tensor(self.batches[i].run_with_gradients(self.unet)), target)
+            return error * self.batches.importance(i).to(error.device) / self.shares[i]
 
         settings = self.settings
         checkpointed = settings.gradient_checkpointing and not self.unet.is_gradient_checkpointing
@@ -214,32 +225,32 @@ class _Trainer:
         name: str,
         lesson: Lesson,
         layers: Mapping[str, SimulatedLayer],
-        steps: Mapping[str, torch.Tensor],
+        start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
         learning_rate: float,
     ) -> None:
         """Takes layers from their present state through error feedback and training, and keeps the best of the three.
 
         Args:
-            steps: weights in steps, after error feedback; where training starts. Empty: from the present weights.
+            start: weights after error feedback, where training starts. Empty: from the present weights.
         """
-        weights = self._timestep_weights(lesson)
         states = [states_of(layers)]
-        errors = [self._judge(lesson, weights)]
+        errors = [self._judge(lesson)]
         with tqdm(total=iterations, desc=name) as progress:
-            if steps:
+            if start:
                 for layer_name, layer in layers.items():
-                    layer.thaw(steps[layer_name])
+                    layer.thaw(start[layer_name])
                     layer.freeze()
                 states.append(states_of(layers))
-                errors.append(self._judge(lesson, weights))
+                errors.append(self._judge(lesson))
             if iterations:
-                self._descend(lesson, weights, layers, steps, iterations, learning_rate, progress)
+                scale = LOSS_SCALE / max(errors[0], torch.finfo(torch.float32).tiny)
+                self._descend(lambda i: scale * lesson(i).mean(), layers, start, iterations, learning_rate, progress)
                 states.append(states_of(layers))
-                errors.append(self._judge(lesson, weights))
+                errors.append(self._judge(lesson))
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
             set_states(layers, states[best])
-            progress.set_postfix_str(f"squared error {errors[0]:.2f} -> {errors[best]:.2f}")
+            progress.set_postfix_str(f"squared error {errors[0]:.2g} -> {errors[best]:.2g}")
         if not errors[-1] <= errors[0]:
             logger.warning(
                 "%s: training took the squared error on unseen samples from %.3g to %.3g; undone, it stays at %.3g",
@@ -249,10 +260,9 @@ class _Trainer:
     @torch.enable_grad()
     def _descend(
         self,
-        lesson: Lesson,
-        weights: torch.Tensor,
+        loss_of: Callable[[int], torch.Tensor],
         layers: Mapping[str, SimulatedLayer],
-        steps: Mapping[str, torch.Tensor],
+        start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
         learning_rate: float,
         progress: Any,
@@ -263,7 +273,7 @@ class _Trainer:
         in_steps: list[torch.Tensor] = [quantizer.zero_point for quantizer in quantizers]
         logarithms: list[torch.Tensor] = [quantizer.log_ratio for quantizer in quantizers]
         for name, layer in layers.items():
-            layer_in_steps, layer_logarithms = layer.thaw(steps.get(name))
+            layer_in_steps, layer_logarithms = layer.thaw(start.get(name))
             in_steps += layer_in_steps
             logarithms += layer_logarithms
         groups = [
@@ -277,8 +287,7 @@ class _Trainer:
             parameter.requires_grad_(True)
         for batch in _shuffled(self.training, iterations, generator):
             with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=self.settings.autocast):
-                errors = lesson(batch)
-            loss = LOSS_SCALE * (errors * weights[self.indices[batch]]).mean()
+                loss = loss_of(batch)
             if not bool(loss.isfinite()):
                 break  # the judge will see to it
             optimizer.zero_grad()
@@ -292,25 +301,26 @@ class _Trainer:
             layer.freeze()
 
     @torch.no_grad()
-    def _timestep_weights(self, lesson: Lesson) -> torch.Tensor:
-        """1 / mean error of each timestep in the present state, [T]; of one without a sample, that of all samples."""
+    def _error_of_timesteps(self, error: Lesson) -> torch.Tensor:
+        """The present mean error of each timestep, [T]; of one that was not met, that of all."""
         total, count = (torch.zeros(self.grid.num_timesteps, device=self.unet.device) for _ in range(2))
         for i in self.weighing:
-            errors = lesson(i)
+            errors = error(i)
             total.index_add_(0, self.indices[i], errors)
             count.index_add_(0, self.indices[i], torch.ones_like(errors))
-        error = torch.where(count > 0, total / count, total.sum() / count.sum())
-        return 1 / error.clamp(min=torch.finfo(torch.float32).tiny)
+        mean = torch.where(count > 0, total / count, total.sum() / count.sum())
+        return mean.clamp(min=torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
-    def _judge(self, lesson: Lesson, weights: torch.Tensor) -> float:
-        """The weighted error over the samples that are not trained on: about 1 in the state that set the weights."""
-        errors = [lesson(i) * weights[self.indices[i]] for i in self.judging]
-        return torch.cat(errors).mean().item()
+    def _judge(self, lesson: Lesson) -> float:
+        """The mean over the samples that are not trained on."""
+        return torch.cat([lesson(i) for i in self.judging]).mean().item()
 
     @torch.no_grad()
-    def _feedback(self, block: nn.Module, layers: Mapping[str, SimulatedLayer]) -> dict[str, torch.Tensor]:
-        """Each layer's weights in steps, moved by error feedback on what it sees in training."""
+    def _feedback(
+        self, block: nn.Module, layers: Mapping[str, SimulatedLayer]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's weights after error feedback on what it sees in training."""
         moments = {name: SecondMoments(layer) for name, layer in layers.items()}
         handles = [layers[name].register_forward_pre_hook(moments[name].add) for name in layers]
         try:
@@ -319,7 +329,7 @@ class _Trainer:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: moments[name].rounded() for name in layers}
+        return {name: moments.pop(name).rounded() for name in layers}
 
     def _run_block(self, block: nn.Module, i: int) -> torch.Tensor:
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.unet.device), self.store[f"inputs_{i}"])
@@ -350,17 +360,6 @@ def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) ->
         for i in torch.randperm(len(batches), generator=generator)[:count].tolist():
             yield batches[i]
         count -= len(batches)
-
-
-def _warn_of_few_samples(batches: Sequence[UNetCall], grid: TimestepGrid) -> None:
-    indices = torch.cat([grid.nearest(b.timestep, b.sample.shape[0], b.timestep.device) for b in batches])
-    least = int(torch.bincount(indices, minlength=grid.num_timesteps).min())
-    if least < FEW_SAMPLES:
-        logger.warning(
-            "Only %d samples of some timesteps are there to distil on (%d in all, %d timesteps): record more runs, or "
-            "raise Distillation(samples=...)",
-            least, len(indices), grid.num_timesteps,
-        )  # fmt: skip
 
 
 @contextmanager

@@ -47,13 +47,28 @@ class SecondMoments:
             patches = F.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
             yield patches.transpose(1, 2).flatten(0, 1)
 
-    def rounded(self) -> torch.Tensor:
-        """The layer's weights in steps, after error feedback."""
+    def rounded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's weights after error feedback, where training starts (see ``SimulatedLayer.thaw``).
+
+        Each output channel's scale is then the one of least squared error for the values that its weights have got.
+
+        Returns:
+            weights in steps of the present scale, and the ratio of the new scale to it, shaped like ``weight_scale``.
+        """
         steps = self.layer.dilated_weight() / self.layer.weight_scale
+        moved = steps.clone()
+        products, squares = (torch.zeros(len(steps), device=steps.device) for _ in range(2))
         for part, total in zip(self.parts, self.sums, strict=True):
             if isinstance(total, torch.Tensor):  # else no drawn sample has reached the layer
-                steps[:, part] = round_with_feedback(steps[:, part].flatten(1), total).view_as(steps[:, part])
-        return steps
+                exact = steps[:, part].flatten(1)
+                moved[:, part] = round_with_feedback(exact, total).view_as(steps[:, part])
+                values = round_to_int4(moved[:, part].flatten(1))
+                seen = values @ total
+                products += (seen * exact).sum(1)
+                squares += (seen * values).sum(1)
+        usable = (products > 0) & (squares > 0)
+        ratio = torch.where(usable, products / squares, 1.0).view_as(self.layer.weight_scale)
+        return moved * ratio, ratio
 
 
 @torch.no_grad()
@@ -78,7 +93,7 @@ def round_with_feedback(steps: torch.Tensor, second_moment: torch.Tensor) -> tor
     order = second_moment.diagonal().argsort(descending=True)
     left = steps[:, order].clone()
     moved = torch.empty_like(left)
-    factor = _inverse_factor(second_moment[order][:, order])
+    factor = _inverse_factor(second_moment[order[:, None], order])
     for start in range(0, left.shape[1], BLOCK):
         block = slice(start, start + BLOCK)
         triangle, columns, errors = factor[block, block], left[:, block], torch.empty_like(left[:, block])

@@ -1,4 +1,4 @@
-"""Replaying recorded calls: in batches that mix timesteps, up to one block, with what it sees kept on disk."""
+"""Replaying recorded calls up to one block, with what it sees kept on disk."""
 
 from __future__ import annotations
 
@@ -16,64 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from dq_runtime.calibration.collect import CalibrationSet, UNetCall
+from dq_runtime.calibration.collect import UNetCall
 
 BLOCKS = (ResnetBlock2D, Transformer2DModel, Attention, Downsample2D, Upsample2D)
-
-
-def mixed_batches(calibration_set: CalibrationSet, samples: int, batch_size: int, seed: int) -> list[UNetCall]:
-    """Draws single samples, as many of each timestep as of any other, and batches them in random order.
-
-    Args:
-        samples: how many to draw, at most; fewer where there are not so many.
-        batch_size: samples of a batch. Only those whose arguments have the same shapes share one.
-
-    Returns:
-        calls whose samples have a timestep each.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    at_timestep: dict[float, list[tuple[UNetCall, int]]] = {}
-    for call in calibration_set.calls:
-        timesteps = call.timestep.expand(call.sample.shape[0]).tolist()
-        for row, timestep in enumerate(timesteps):
-            at_timestep.setdefault(timestep, []).append((call, row))
-    shuffled = [[rows[i] for i in torch.randperm(len(rows), generator=generator)] for rows in at_timestep.values()]
-    rounds = [rows[i] for i in range(max(map(len, shuffled))) for rows in shuffled if i < len(rows)]
-    drawn = rounds[:samples]
-
-    by_shape: dict[str, list[tuple[torch.Tensor, torch.Tensor, list[Any]]]] = {}
-    structures: dict[str, Any] = {}
-    for i in torch.randperm(len(drawn), generator=generator):
-        call, row = drawn[i]
-        flat, structure = tree_flatten(call.arguments)
-        parts = [_row(leaf, row, call.sample.shape[0]) for leaf in flat]
-        key = repr((structure, call.sample.shape[1:], [_signature(part) for part in parts]))
-        structures[key] = structure
-        own_timestep = call.timestep.expand(call.sample.shape[0])[row]
-        by_shape.setdefault(key, []).append((call.sample[row], own_timestep, parts))
-    batches = []
-    for key, rows in by_shape.items():
-        for start in range(0, len(rows), batch_size):
-            sample, timestep, leaves = zip(*rows[start : start + batch_size], strict=True)
-            arguments = tree_unflatten([_joined(column) for column in zip(*leaves, strict=True)], structures[key])
-            batches.append(UNetCall(torch.stack(sample), torch.stack(timestep), arguments))
-    return batches
-
-
-def _row(leaf: Any, row: int, batch: int) -> Any:
-    """One sample's part of an argument; what has no row for each sample is everyone's."""
-    return leaf[row] if isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch else (leaf,)
-
-
-def _signature(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.dtype
-    (shared,) = leaf
-    return shared.tolist() if isinstance(shared, torch.Tensor) else shared
-
-
-def _joined(column: tuple[Any, ...]) -> Any:
-    return torch.stack(column) if isinstance(column[0], torch.Tensor) else column[0][0]
 
 
 class _Reached(Exception):

@@ -153,15 +153,21 @@ class SimulatedLayer(nn.Module):
         weight = self.layer.weight.detach().float()
         return weight * self.input_quantizer.weight_dilation.view(1, -1, *[1] * (weight.ndim - 2))
 
-    def thaw(self, steps: torch.Tensor | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Makes weights and bias learnable; weights start from ``steps``, by default from where they were fixed.
+    def thaw(
+        self, start: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Makes weights and bias learnable.
+
+        Args:
+            start: weights in steps of the present scale, and the ratio of the scale to start with to that one; by
+                default from where they were fixed.
 
         Returns:
             what is learned in steps, and what is learned as a logarithm; the input quantizer's part is not in them.
         """
-        start = self.unrounded if steps is None else steps
-        self.steps = start.to(torch.float32, copy=True).requires_grad_()
-        self.log_ratio = torch.zeros_like(self.weight_scale).requires_grad_()
+        steps, ratio = start or (self.unrounded, torch.ones_like(self.weight_scale))
+        self.steps = steps.to(torch.float32, copy=True).requires_grad_()
+        self.log_ratio = ratio.log().requires_grad_()
         in_steps = [self.steps]
         if self.fixed_bias is not None:
             self.bias = torch.zeros_like(self.fixed_bias).requires_grad_()

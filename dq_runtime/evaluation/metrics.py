@@ -8,16 +8,33 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+PEAK = 2.0  # images lie in [-1, 1]
+LARGEST_PSNR = 100.0
 
-def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio, in dB, of the mean squared error over all images.
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image, in dB; at most 100, where there is no difference.
+
+    Usual is their mean. A sampler can draw another picture from nearly the same noise, and one such image in a hundred
+    hides all others in ``pooled_psnr``.
 
     Args:
         images, reference: [B, C, H, W] in [-1, 1].
+
+    Returns:
+        [B] fp64.
     """
     from skimage.metrics import peak_signal_noise_ratio
 
-    return float(peak_signal_noise_ratio(_array(reference), _array(images), data_range=2.0))
+    pairs = zip(_array(reference), _array(images), strict=True)
+    with np.errstate(divide="ignore"):
+        values = [peak_signal_noise_ratio(a, b, data_range=PEAK) for a, b in pairs]
+    return np.minimum(values, LARGEST_PSNR)
+
+
+def pooled_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio, in dB, of the mean squared error over all images (see ``psnr``)."""
+    return float(-10 * np.log10(np.mean(10 ** (-psnr(images, reference) / 10))))
 
 
 def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
@@ -29,7 +46,7 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     from skimage.metrics import structural_similarity
 
     pairs = zip(_array(reference), _array(images), strict=True)
-    return float(np.mean([structural_similarity(a, b, data_range=2.0, channel_axis=0) for a, b in pairs]))
+    return float(np.mean([structural_similarity(a, b, data_range=PEAK, channel_axis=0) for a, b in pairs]))
 
 
 def frechet_distance(features: torch.Tensor, reference_features: torch.Tensor) -> float:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from distilling import (
     FEW_BLOCKS,
+    TIMESTEPS,
     UNTRAINED,
     Subject,
     assert_same_state,
@@ -24,6 +26,7 @@ from distilling import (
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, calibrate, record
 from dq_runtime.calibration import distillation
+from dq_runtime.calibration.importance import timestep_importance
 
 
 @pytest.fixture(scope="module", params=[unet2d, unet2d_condition])
@@ -243,10 +246,10 @@ def test_few_samples_of_a_timestep_are_worth_a_warning(plain, log):
     plain.distil(**UNTRAINED | {"samples": 12})
     assert not messages(log, logging.WARNING)
 
-    plain.distil(**UNTRAINED | {"samples": 11})
+    plain.distil(**UNTRAINED | {"samples": 9})
     (line,) = messages(log, logging.WARNING)
     assert line.startswith("Only 3 samples of some timesteps")
-    assert "11 in all, 3 timesteps" in line
+    assert "9 of all 3 timesteps" in line
 
 
 @pytest.mark.parametrize("settings", [{"learning_rate": 1e6}, {"scale_learning_rate": 1e6}], ids=str)
@@ -300,39 +303,70 @@ def test_autocast_trains_nearly_as_well(plain):
     assert result.dtype == torch.float32
 
 
-def test_every_timestep_has_a_weight_that_makes_up_for_its_error(monkeypatch):
-    unet = unet2d()
-    calibration_set = recorded(unet, rows=1, timesteps=range(10, 970, 40))
-    original, seen = distillation._Trainer._timestep_weights, []
+def lessons(monkeypatch):
+    """What every call of ``_train`` is to teach, by name: trainer and lesson."""
+    original, seen = distillation._Trainer._train, {}
 
-    def timestep_weights(self, lesson):
-        weights = original(self, lesson)
-        error = torch.zeros(24)
-        for i, index in enumerate(self.indices):
-            error[index] = lesson(i)
-        seen.append((weights, error))
-        return weights
+    def train(self, name, lesson, *arguments):
+        with torch.no_grad():
+            seen[name] = self, [lesson(i) for i in range(len(self.batches))]
+        original(self, name, lesson, *arguments)
 
-    monkeypatch.setattr(distillation._Trainer, "_timestep_weights", timestep_weights)
-    distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED | {"batch_size": 1})
+    monkeypatch.setattr(distillation._Trainer, "_train", train)
+    return seen
+
+
+def by_timestep(trainer, errors):
+    """Sums over the training batches, and how many there are of each timestep."""
+    total, count = torch.zeros(trainer.grid.num_timesteps), torch.zeros(trainer.grid.num_timesteps)
+    for i in trainer.training:
+        total.index_add_(0, trainer.indices[i], errors[i])
+        count.index_add_(0, trainer.indices[i], torch.ones_like(errors[i]))
+    return total, count
+
+
+def test_in_a_block_every_timestep_counts_the_same(monkeypatch):
+    unet, seen = unet2d(), lessons(monkeypatch)
+    calibration_set = recorded(unet, scheduler=DDPMScheduler())
+    distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED | {"samples": 48})
+
     assert len(seen) == 6
-    for weights, error in seen:
-        assert error.max() > 1.2 * error.min()
-        torch.testing.assert_close(weights * error, (weights * error).mean().expand(24), rtol=1e-4, atol=0)
+    for trainer, errors in seen.values():
+        total, count = by_timestep(trainer, errors)
+        assert count.max() > 3 * count.min()
+        torch.testing.assert_close(total, total.mean().expand(3), rtol=1e-4, atol=0)
 
 
-def test_held_out_batches_are_judged_and_not_trained_on(plain, monkeypatch):
+def test_a_polish_weighs_timesteps_by_what_they_do_to_the_image(monkeypatch):
+    unet, seen = unet2d(), lessons(monkeypatch)
+    calibration_set = recorded(unet, scheduler=DDPMScheduler())
+    settings = {"samples": 48, "polish_iterations": 8, "polish_learning_rate": 1e-9, "scale_learning_rate": 1e-9}
+    rounded = distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED | settings)
+
+    trainer, errors = seen["whole UNet"]
+    total, count = by_timestep(trainer, errors)
+    importance = torch.tensor(timestep_importance(DDPMScheduler(), TIMESTEPS))
+    error = torch.stack(
+        [(call.run(rounded).sample - call.run(unet).sample).square().mean() for call in calibration_set.calls]
+    )
+    # The samples are not drawn equally often, a batch computes them together: not bit by bit.
+    torch.testing.assert_close(total / count.sum(), importance * error, rtol=0.2, atol=0)
+
+
+def test_held_out_samples_are_judged_and_not_trained_on(monkeypatch):
+    unet = unet2d()
     trained, replayed = set(), set()
     original = distillation._Trainer._run_block
 
     def run_block(self, block, i):
-        (trained if torch.is_grad_enabled() else replayed).add(i)
+        (trained if torch.is_grad_enabled() else replayed).update(self.batches[i].sample[:, 0, 0, 0].tolist())
         return original(self, block, i)
 
     monkeypatch.setattr(distillation._Trainer, "_run_block", run_block)
-    plain.distil(batch_size=3, iterations=7)
-    assert trained == set(range(7))
-    assert 7 in replayed
+    calibration_set = recorded(unet, rows=32)
+    distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), batch_size=24, samples=96, iterations=5)
+    assert len(trained) == 3 * 28
+    assert len(replayed - trained) == 3 * 4
 
 
 def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plain, monkeypatch, tmp_path):

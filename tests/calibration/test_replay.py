@@ -1,158 +1,16 @@
-"""Replaying recorded calls: what batches are drawn, in which order blocks come, and what is seen of each."""
+"""Replaying recorded calls: in which order blocks come, and what is seen of each."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from dq_runtime import CalibrationSet, DilateQuantConfig
+from dq_runtime import DilateQuantConfig
 from dq_runtime.calibration.collect import UNetCall
-from dq_runtime.calibration.replay import (
-    TensorStore,
-    blocks_in_order,
-    inputs_of,
-    mixed_batches,
-    output_of,
-    result_tensor,
-)
+from dq_runtime.calibration.replay import TensorStore, blocks_in_order, inputs_of, output_of, result_tensor
 from dq_runtime.convert import plan_conversion
-
-
-def numbered_calls(timesteps, batch=3, shape=(2, 4, 4), first=0, **constants):
-    """Calls in which everything that belongs to a sample is filled with that sample's number."""
-    calls = []
-    for i, timestep in enumerate(timesteps):
-        number = torch.arange(batch, dtype=torch.float32) + first + i * batch
-        calls.append(
-            UNetCall(
-                sample=number.view(-1, 1, 1, 1).expand(batch, *shape).clone(),
-                timestep=torch.as_tensor(timestep, dtype=torch.float32).reshape(-1),
-                arguments={
-                    "encoder_hidden_states": number.view(-1, 1, 1).expand(batch, 5, 6).clone(),
-                    "class_labels": number.long(),
-                    "added_cond_kwargs": {"text_embeds": number.view(-1, 1).expand(batch, 7).clone(), "nothing": None},
-                    **constants,
-                },
-            )
-        )
-    return calls
-
-
-def numbers(batch):
-    return batch.sample[:, 0, 0, 0].long().tolist()
-
-
-def timestep_of_each(calls):
-    found = {}
-    for call in calls:
-        for row, number in enumerate(numbers(call)):
-            found[number] = call.timestep.expand(call.sample.shape[0])[row].item()
-    return found
-
-
-CALLS = numbered_calls([900, 900, 900, 900, [500, 10, 500], 10, 500])  # 12, 5 and 4 samples of 900, 500 and 10
-
-
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [
-        (1000, {900: 12, 500: 5, 10: 4}),
-        (12, {900: 4, 500: 4, 10: 4}),
-        (14, {900: 5, 500: 5, 10: 4}),
-        (17, {900: 8, 500: 5, 10: 4}),
-        (2, {900: 1, 500: 1}),
-        (1, {900: 1}),
-    ],
-)
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_every_timestep_is_drawn_as_often_as_there_are_samples_for(samples, expected, batch_size):
-    batches = mixed_batches(CalibrationSet(CALLS), samples, batch_size, seed=0)
-
-    drawn = Counter(timestep for batch in batches for timestep in batch.timestep.tolist())
-    if samples >= 3:
-        assert drawn == expected
-    assert sum(drawn.values()) == sum(expected.values()) <= samples
-    assert max(drawn.values()) == max(expected.values())
-    sizes = [batch.sample.shape[0] for batch in batches]
-    assert all(size == batch_size for size in sizes[:-1])
-    assert 1 <= sizes[-1] <= batch_size
-
-
-@pytest.mark.parametrize("samples", [9, 1000])
-def test_each_sample_comes_once_with_its_own_timestep_and_arguments(samples):
-    expected = timestep_of_each(CALLS)
-    seen = []
-    for batch in mixed_batches(CalibrationSet(CALLS), samples, 4, seed=3):
-        rows = batch.sample.shape[0]
-        assert batch.timestep.shape == (rows,)
-        assert batch.arguments["encoder_hidden_states"].shape == (rows, 5, 6)
-        assert batch.arguments["added_cond_kwargs"]["text_embeds"].shape == (rows, 7)
-        assert batch.arguments["added_cond_kwargs"]["nothing"] is None
-        assert batch.arguments["class_labels"].dtype == torch.int64
-        assert batch.arguments["class_labels"].tolist() == numbers(batch)
-        for row, number in enumerate(numbers(batch)):
-            assert batch.timestep[row] == expected[number]
-            assert bool((batch.sample[row] == number).all())
-            assert bool((batch.arguments["encoder_hidden_states"][row] == number).all())
-            assert bool((batch.arguments["added_cond_kwargs"]["text_embeds"][row] == number).all())
-        seen += numbers(batch)
-    assert len(seen) == len(set(seen)) == min(samples, len(expected))
-
-
-def test_batches_mix_timesteps():
-    (batch,) = mixed_batches(CalibrationSet(CALLS), 12, 12, seed=0)
-    timesteps = batch.timestep.tolist()
-
-    assert timesteps != timesteps[:3] * 4  # in turn, as they were drawn
-    assert timesteps not in (sorted(timesteps), sorted(timesteps, reverse=True))
-    halves = mixed_batches(CalibrationSet(numbered_calls([1, 2] * 40)), 200, 40, seed=0)
-    assert all(5 < (half.timestep == 1).sum() < 35 for half in halves)
-
-
-def test_the_seed_alone_decides():
-    def drawn(seed):
-        batches = mixed_batches(CalibrationSet(CALLS), 9, 4, seed)
-        return [number for batch in batches for number in numbers(batch)]
-
-    first = drawn(0)
-    torch.manual_seed(5)
-    torch.rand(3)
-    assert drawn(0) == first
-    assert drawn(1) != first
-    assert len({frozenset(drawn(seed)) for seed in range(5)}) > 1  # not the order alone
-
-
-def test_samples_of_different_shapes_or_constants_share_no_batch():
-    calls = [
-        *numbered_calls([1, 2], first=0),
-        *numbered_calls([1, 2], shape=(2, 4, 6), first=100),
-        *numbered_calls([1, 2], first=200, cross_attention_kwargs={"scale": 0.5}),
-        *numbered_calls([1, 2], first=300, cross_attention_kwargs={"scale": 1.0}),
-        *numbered_calls([1, 2], first=400, table=torch.arange(2.0)),
-        *numbered_calls([1, 2], first=500, table=torch.arange(2.0) + 1),
-        *numbered_calls([1, 2], first=600, mask=torch.ones(3, 5)),
-        *numbered_calls([1, 2], first=700, mask=torch.ones(3, 6)),
-    ]
-
-    batches = mixed_batches(CalibrationSet(calls), 1000, 100, seed=0)
-    assert sorted(min(numbers(batch)) for batch in batches) == [100 * i for i in range(8)]
-    assert all(len(batch.sample) == 6 for batch in batches)
-    by_kind = {min(numbers(batch)): batch for batch in batches}
-    assert by_kind[100].sample.shape == (6, 2, 4, 6)
-    assert "cross_attention_kwargs" not in by_kind[0].arguments
-    assert by_kind[200].arguments["cross_attention_kwargs"] == {"scale": 0.5}
-    assert by_kind[500].arguments["table"].tolist() == [1, 2]  # has no row for each sample
-    assert by_kind[700].arguments["mask"].shape == (6, 6)
-
-
-def test_calls_of_different_batch_sizes_share_a_batch():
-    calls = numbered_calls([1, 2], batch=1) + numbered_calls([1, 2], batch=4, first=100)
-
-    (batch,) = mixed_batches(CalibrationSet(calls), 1000, 100, seed=0)
-    assert sorted(numbers(batch)) == [0, 1, *range(100, 108)]
 
 
 def unet2d():
@@ -196,22 +54,6 @@ def unet(request):
 @pytest.fixture
 def layers(unet):
     return plan_conversion(unet, DilateQuantConfig(modules_to_not_convert=[])).layers
-
-
-def test_a_mixed_batch_gives_what_the_recorded_calls_gave(unet):
-    calls = some_calls(unet)
-    expected = {}
-    for call in calls:
-        output = call.run(unet).sample
-        for row, sample in enumerate(call.sample):
-            expected[sample.numpy().tobytes()] = output[row]
-
-    batches = mixed_batches(CalibrationSet(calls), 100, 4, seed=1)
-    assert [len(batch.sample) for batch in batches] == [4, 2]
-    for batch in batches:
-        for sample, output in zip(batch.sample, batch.run(unet).sample, strict=True):
-            # Other batches have other orders of fp32 sums; another sample's timestep or condition moves far more.
-            torch.testing.assert_close(output, expected[sample.numpy().tobytes()], rtol=1e-4, atol=1e-5)
 
 
 UNET2D_BLOCKS = [

@@ -265,19 +265,21 @@ def test_thawing_and_freezing_without_a_step_changes_nothing(kind):
     assert stand_in.values.dtype == torch.int8
 
 
-def test_training_may_start_between_the_steps(kind):
+def test_training_may_start_between_the_steps_and_from_another_scale(kind):
     stand_in, _ = simulated_layer(kind, 8)
-    exact = stand_in.dilated_weight() / stand_in.weight_scale
-    values = stand_in.values.clone()
+    exact = 1.25 * stand_in.dilated_weight() / stand_in.weight_scale
+    values, scale = stand_in.values.clone(), stand_in.weight_scale.clone()
 
-    learned = stand_in.thaw(exact)
+    learned = stand_in.thaw((exact, torch.full_like(stand_in.weight_scale, 1.25)))
     assert torch.equal(stand_in.steps, exact)
     assert any(parameter is stand_in.steps for group in learned for parameter in group)
     with torch.no_grad():
-        stand_in.steps += 1
-    assert torch.equal(exact, stand_in.dilated_weight() / stand_in.weight_scale)  # the parameter is a copy
+        stand_in.steps += 1.25
+    assert torch.equal(exact, 1.25 * stand_in.dilated_weight() / scale)  # the parameter is a copy
     stand_in.freeze()
-    assert torch.equal(stand_in.values, (values + 1).clamp(max=7))
+    torch.testing.assert_close(stand_in.weight_scale, 1.25 * scale)
+    moved = stand_in.values != (values + 1).clamp(max=7)
+    assert moved.float().mean() < 0.01  # half-way between two values
     assert not list(stand_in.parameters(recurse=False))
 
 

@@ -6,31 +6,38 @@ import numpy as np
 import pytest
 import torch
 
-from dq_runtime.evaluation.metrics import frechet_distance, psnr, ssim
+from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
 
 
 def random_images(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_psnr_is_the_formula_over_all_images():
+def test_psnr_of_each_image_and_of_all_are_the_formula():
     images, reference = random_images(5, 3, 8, 9), random_images(5, 3, 8, 9, seed=1)
-    images[0] = reference[0]  # one equal image lowers the mean, it does not make the result infinite
+    images[1] = 0.9 * reference[1] + 0.1 * images[1]
 
-    mean_squared_error = (images.double() - reference.double()).square().mean().item()
-    assert psnr(images, reference) == pytest.approx(10 * math.log10(2.0**2 / mean_squared_error), rel=1e-12)
+    squared_error = (images.double() - reference.double()).square().flatten(1).mean(1)
+    np.testing.assert_allclose(psnr(images, reference), 10 * np.log10(2.0**2 / squared_error.numpy()), rtol=1e-12)
+    expected = 10 * math.log10(2.0**2 / squared_error.mean().item())
+    assert pooled_psnr(images, reference) == pytest.approx(expected, rel=1e-12)
 
 
 def test_psnr_of_a_known_difference():
     reference = torch.zeros(2, 1, 8, 8)
 
-    assert psnr(reference + 0.5, reference) == pytest.approx(20 * math.log10(2 / 0.5), rel=1e-12)
-    assert psnr(reference + 0.5, reference) == psnr(reference, reference + 0.5)
+    np.testing.assert_allclose(psnr(reference + 0.5, reference), 20 * math.log10(2 / 0.5), rtol=1e-12)
+    assert (psnr(reference + 0.5, reference) == psnr(reference, reference + 0.5)).all()
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero")
-def test_psnr_of_equal_images_is_infinite():
-    assert psnr(random_images(2, 1, 8, 8), random_images(2, 1, 8, 8)) == math.inf
+@pytest.mark.filterwarnings("error")
+def test_psnr_of_an_equal_image_is_100_db():
+    images, reference = random_images(2, 1, 8, 8), random_images(2, 1, 8, 8)
+    images[1] += 0.2
+
+    equal, other = psnr(images, reference)
+    assert (equal, other) == (100, pytest.approx(20))
+    assert pooled_psnr(images, reference) == pytest.approx(20 + 10 * math.log10(2))
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 8, 8), (2, 3, 16, 7)], ids=str)
@@ -118,5 +125,5 @@ def test_frechet_distance_takes_features_that_never_fire():
 def test_half_precision_images_are_measured_in_fp64():
     images, reference = random_images(2, 1, 8, 8).bfloat16(), random_images(2, 1, 8, 8, seed=1).bfloat16()
 
-    assert psnr(images, reference) == psnr(images.double(), reference.double())
+    assert (psnr(images, reference) == psnr(images.double(), reference.double())).all()
     assert ssim(images, reference) == ssim(images.double(), reference.double())

@@ -1,0 +1,153 @@
+"""Training data: single samples of recorded calls, drawn by how much their timestep matters, in mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dq_runtime.calibration.collect import CalibrationSet, UNetCall
+from dq_runtime.calibration.importance import timestep_importance
+
+HELD_OUT = 8  # one sample in eight is not trained on
+MAX_JUDGING = 8  # batches
+LEAST = 4  # samples of a timestep
+
+
+class Row(NamedTuple):
+    """One sample of a recorded call."""
+
+    call: UNetCall
+    number: int  # in its batch
+    timestep: float
+
+
+class MixedBatches(Sequence[UNetCall]):
+    """Calls whose samples have a timestep each; one is put together when it is asked for.
+
+    A timestep is drawn in proportion to the square root of its importance (see ``timestep_importance``), the least
+    important a few times: errors divided by its share have unbiased means, which vary less than if all timesteps were
+    drawn alike. Where a timestep has fewer samples than are drawn they come again.
+
+    Args:
+        samples: how many to draw for training, about; an eighth of that, of other samples, is to judge by.
+        batch_size: samples of a batch. Only those whose arguments have the same shapes share one.
+
+    Attributes:
+        training: numbers of the batches to train on.
+        judging: of those to judge by; the same ones where there are too few samples to hold some out.
+        fewest: different samples that one timestep is trained on, at least.
+    """
+
+    def __init__(self, calibration_set: CalibrationSet, samples: int, batch_size: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        timesteps = calibration_set.timesteps
+        importance = timestep_importance(calibration_set.scheduler, timesteps)
+        self._importance = dict(zip(timesteps, importance, strict=True))
+        counts = judging_counts = self._counts(samples)
+        rows = {timestep: _shuffled(rows, generator) for timestep, rows in _rows_by_timestep(calibration_set).items()}
+        held_out = {timestep: len(of_timestep) // HELD_OUT for timestep, of_timestep in rows.items()}
+        if min(held_out.values()) < LEAST:
+            held_out = dict.fromkeys(rows, 0)
+        for_training = {timestep: of_timestep[held_out[timestep] :] for timestep, of_timestep in rows.items()}
+        for_judging = {timestep: of_timestep[: held_out[timestep]] for timestep, of_timestep in rows.items()}
+        self.fewest = min(min(counts[timestep], len(rows)) for timestep, rows in for_training.items())
+        self._batches = _draw(for_training, counts, batch_size, generator)
+        self.training = self.judging = range(len(self._batches))
+        if all(held_out.values()):
+            few = min(-(-samples // HELD_OUT), MAX_JUDGING * batch_size)
+            judging_counts = self._counts(few)
+            self._batches += _draw(for_judging, judging_counts, batch_size, generator)
+            self.judging = range(len(self.training), len(self._batches))
+        self._training_share, self._judging_share = _shares(counts), _shares(judging_counts)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, i: int) -> UNetCall:  # type: ignore[override]
+        return _joined(self._batches[i])
+
+    def importance(self, i: int) -> torch.Tensor:
+        """That of each sample's timestep in a batch, [B] fp32."""
+        return torch.tensor([self._importance[row.timestep] for row in self._batches[i]])
+
+    def share(self, i: int) -> torch.Tensor:
+        """That which each sample's timestep has in all that is drawn to train on, or to judge by, [B] fp32."""
+        shares = self._training_share if i in self.training else self._judging_share
+        return torch.tensor([shares[row.timestep] for row in self._batches[i]])
+
+    def _counts(self, samples: int) -> dict[float, int]:
+        """How many to draw of each timestep."""
+        total = sum(importance**0.5 for importance in self._importance.values())
+        least = max(1, min(LEAST, samples // len(self._importance)))
+        return {t: max(least, round(samples * value**0.5 / total)) for t, value in self._importance.items()}
+
+
+def _shares(counts: Mapping[float, int]) -> dict[float, float]:
+    return {timestep: count / sum(counts.values()) for timestep, count in counts.items()}
+
+
+def _draw(
+    rows: Mapping[float, Sequence[Row]], counts: Mapping[float, int], batch_size: int, generator: torch.Generator
+) -> list[list[Row]]:
+    """Batches of so many rows of each timestep, in random order."""
+    drawn: list[Row] = []
+    for timestep, count in counts.items():
+        drawn += islice(_again_and_again(rows[timestep], generator), count)
+    by_shape: dict[str, list[Row]] = {}
+    for row in _shuffled(drawn, generator):
+        by_shape.setdefault(_shape(row), []).append(row)
+    return [
+        alike[start : start + batch_size] for alike in by_shape.values() for start in range(0, len(alike), batch_size)
+    ]
+
+
+def _rows_by_timestep(calibration_set: CalibrationSet) -> dict[float, list[Row]]:
+    rows: dict[float, list[Row]] = {}
+    for call in calibration_set.calls:
+        for i, timestep in enumerate(call.timestep.expand(call.sample.shape[0]).tolist()):
+            rows.setdefault(timestep, []).append(Row(call, i, timestep))
+    return rows
+
+
+def _shuffled(rows: Sequence[Row], generator: torch.Generator) -> list[Row]:
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator)]
+
+
+def _again_and_again(rows: Sequence[Row], generator: torch.Generator) -> Iterator[Row]:
+    while True:
+        yield from rows
+        rows = _shuffled(rows, generator)
+
+
+def _parts(row: Row) -> tuple[list[Any], Any]:
+    """One sample's part of each argument, and how they are nested; what has no row for each sample is everyone's."""
+    call, i, _ = row
+    leaves, structure = tree_flatten(call.arguments)
+    batch = call.sample.shape[0]
+    own = [isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch for leaf in leaves]
+    return [leaf[i] if is_own else (leaf,) for leaf, is_own in zip(leaves, own, strict=True)], structure
+
+
+def _shape(row: Row) -> str:
+    """Samples for which it is the same can share a batch."""
+
+    def signature(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return part.shape, part.dtype
+        (shared,) = part
+        return shared.tolist() if isinstance(shared, torch.Tensor) else shared
+
+    parts, structure = _parts(row)
+    return repr((structure, row.call.sample.shape[1:], [signature(part) for part in parts]))
+
+
+def _joined(rows: Sequence[Row]) -> UNetCall:
+    sample = torch.stack([row.call.sample[row.number] for row in rows])
+    timestep = torch.tensor([row.timestep for row in rows])
+    columns = zip(*(_parts(row)[0] for row in rows), strict=True)
+    arguments = [torch.stack(column) if isinstance(column[0], torch.Tensor) else column[0][0] for column in columns]
+    return UNetCall(sample, timestep, tree_unflatten(arguments, _parts(rows[0])[1]))

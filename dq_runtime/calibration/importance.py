@@ -1,0 +1,59 @@
+"""How much the UNet's error at each timestep matters to the image.
+
+A sampler integrates x / sqrt(ᾱ) over the noise level σ = sqrt((1 - ᾱ) / ᾱ); its derivative is the predicted noise, so
+an error e of that noise moves the result of a step from σ to σ' by (σ - σ') e. What is left of it in the image? Were
+images normal with unit variance, the way from σ' down to 0 would divide it by sqrt(1 + σ'²). The importance of a
+timestep is the square of both factors: the squared error of the image for a squared error of 1 in the prediction.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+SMALLEST_ALPHA = 2.0**-24  # keeps the noise level finite where the schedule ends in pure noise
+SMALLEST_IMPORTANCE = 1e-9  # of the largest: every timestep counts
+
+
+def timestep_importance(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
+    """What a squared error of 1 in the prediction at each timestep adds to the squared error of the image.
+
+    Args:
+        scheduler: the one that sampled. Where it has no ``alphas_cumprod`` or does not sample with them (None, flow
+            matching) diffusers' default noise schedule stands in: nearer to any than no schedule at all.
+        timesteps: those of a sampling run, sorted, in the unit of the UNet's ``timestep`` argument.
+
+    Returns:
+        a positive number for each timestep; all 1 where timesteps are no positions in a noise schedule.
+    """
+    if not _has_noise_schedule(scheduler):
+        scheduler = DDPMScheduler()
+    alphas = torch.as_tensor(scheduler.alphas_cumprod).double().cpu().clamp(SMALLEST_ALPHA, 1 - SMALLEST_ALPHA).numpy()
+    if timesteps[0] < 0 or timesteps[-1] > len(alphas) - 1:
+        return [1.0] * len(timesteps)
+    levels = np.exp(np.interp(timesteps, np.arange(len(alphas)), 0.5 * np.log((1 - alphas) / alphas)))
+    importance = [
+        (level - following) ** 2 / (1 + following**2) * _noise_per_prediction(scheduler, level)
+        for following, level in itertools.pairwise([0.0, *levels])
+    ]
+    return [max(float(value), SMALLEST_IMPORTANCE * float(max(importance))) for value in importance]
+
+
+def _has_noise_schedule(scheduler: Any) -> bool:
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        return False
+    config = scheduler.config
+    return not (config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction")
+
+
+def _noise_per_prediction(scheduler: Any, level: float) -> float:
+    """The squared error of the noise for a squared error of 1 in what the UNet predicts."""
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type == "v_prediction":
+        return 1 / (1 + level**2)
+    return 1 / level**2 if prediction_type == "sample" else 1.0
