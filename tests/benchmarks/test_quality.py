@@ -56,7 +56,6 @@ def test_every_method_is_a_row_at_each_number_of_bits(benchmarks):
         ("SmoothQuant", 1, True),
         ("one static scale", 1, False),
         ("WD", 1, True),
-        ("TPQ", 2, False),
         ("WD as published + TPQ", 2, True),
     ],
 )

@@ -1,9 +1,13 @@
 """Error feedback: against a slow version in float64, on correlated inputs and on hard ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
-from dq_runtime.calibration.error_feedback import DAMPING, round_with_feedback
+from dq_runtime.calibration import error_feedback
+from dq_runtime.calibration.error_feedback import DAMPING, SecondMoments, round_with_feedback
 
 
 def correlated_inputs(rows=2000, channels=48, seed=0):
@@ -158,3 +162,61 @@ def test_second_moments_that_are_not_finite_are_refused(value):
 
     with pytest.raises(ValueError, match="NaN or infinity"):
         round_with_feedback(random_steps(), moment)
+
+
+def stand_in(weight, scale):
+    """What error feedback needs of a simulated layer, without an input quantizer."""
+    return SimpleNamespace(
+        layer=nn.Linear(*reversed(weight.shape), bias=False),
+        values=torch.zeros(weight.shape, dtype=torch.int8),
+        weight_scale=scale,
+        dilated_weight=lambda: weight,
+        quantized_input=lambda x: x,
+    )
+
+
+def test_the_new_scale_is_the_best_one_for_the_rounded_values():
+    x, scale = correlated_inputs().float(), 0.02 * torch.rand(24, 1, generator=torch.Generator().manual_seed(1)) + 0.01
+    weight = random_steps() * scale
+    weight[3] = 0
+    moments = SecondMoments(stand_in(weight, scale))
+    for rows in x.split(700):
+        moments.add(None, (rows,))
+
+    moved, ratio = moments.rounded()
+    values = nearest(moved / ratio)
+
+    def errors(ratio):
+        return (x.double() @ (values * scale * ratio - weight).double().T).square().sum(0)
+
+    best = errors(ratio)
+    assert ratio.shape == scale.shape
+    assert ratio[3] == 1
+    assert 0.8 < ratio.min() < 0.999
+    for other in (0.998 * ratio, 1.002 * ratio):
+        assert (errors(other) >= best).all()
+    assert best.sum() < 0.999 * errors(torch.ones_like(ratio)).sum()
+
+
+def test_wide_layers_are_rounded_in_parts(monkeypatch):
+    x, scale = correlated_inputs().float(), torch.ones(24, 1)
+    weight = random_steps()
+    monkeypatch.setattr(error_feedback, "MAX_COLUMNS", 20)
+    moments = SecondMoments(stand_in(weight, scale))
+    moments.add(None, (x,))
+
+    moved, ratio = moments.rounded()
+
+    assert [len(total) for total in moments.sums] == [20, 20, 8]
+    for part in (slice(0, 20), slice(20, 40), slice(40, 48)):
+        expected = round_with_feedback(weight[:, part], x[:, part].T @ x[:, part])
+        torch.testing.assert_close((moved / ratio)[:, part], expected)
+
+
+def test_a_layer_that_no_sample_reaches_keeps_its_weights():
+    weight, scale = random_steps(), torch.ones(24, 1)
+
+    moved, ratio = SecondMoments(stand_in(weight, scale)).rounded()
+
+    assert torch.equal(moved, weight)
+    assert torch.equal(ratio, torch.ones(24, 1))

@@ -1,0 +1,76 @@
+"""Whether an error of the prediction at each timestep moves the image as ``timestep_importance`` says.
+
+    python benchmarks/timestep_importance.py [--task digits/cross_attention] [--output FILE]
+
+Samples with the floating-point UNet, once as it is and once with a small random error added to its prediction at one
+timestep, and compares the squared error of the images, over that of the prediction, with the closed form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import environment
+import torch
+from quality import ROOT, STEPS
+from tasks import TASKS
+
+from dq_runtime.calibration.importance import timestep_importance
+
+IMAGES = 64
+ERROR = 0.02  # standard deviation, where a prediction has about 1
+SEED = 55
+
+
+@torch.no_grad()
+def measured_importance(task_name: str) -> dict[float, float]:
+    """By timestep."""
+    task = TASKS[task_name]
+    unet, scheduler, condition = task.unet(), task.noise_scheduler(), task.condition(task.labels(IMAGES))
+    scheduler.set_timesteps(STEPS)
+    error = ERROR * torch.randn(IMAGES, *task.image_shape, generator=torch.Generator().manual_seed(SEED + 1))
+
+    def draw(wrong_at: float | None) -> torch.Tensor:
+        images = task.noise(IMAGES, SEED)
+        for timestep in scheduler.timesteps:
+            prediction = unet(images, timestep, **condition).sample
+            prediction = prediction + error if timestep == wrong_at else prediction
+            images = scheduler.step(prediction, timestep, images).prev_sample
+        return images.clamp(-1, 1)
+
+    right = draw(None)
+    return {
+        timestep: float((draw(timestep) - right).square().mean() / error.square().mean())
+        for timestep in map(float, scheduler.timesteps.flip(0))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    measured = measured_importance(arguments.task)
+    expected = timestep_importance(TASKS[arguments.task].noise_scheduler(), list(measured))
+    rows = [
+        {"timestep": timestep, "measured": value, "closed_form": closed_form, "ratio": value / closed_form}
+        for (timestep, value), closed_form in zip(measured.items(), expected, strict=True)
+    ]
+    for row in rows:
+        print(f"{row['timestep']:5.0f}  {row['measured']:.2e}  {row['closed_form']:.2e}  {row['ratio']:.2f}")
+    slug = arguments.task.replace("/", "_")
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"timestep_importance_{slug}.json"
+    report = {
+        "command": f"python benchmarks/timestep_importance.py --task {arguments.task}",
+        "environment": environment.describe(),
+        "task": arguments.task,
+        "images": IMAGES,
+        "rows": rows,
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
