@@ -47,22 +47,18 @@ class MixedBatches(Sequence[UNetCall]):
         timesteps = calibration_set.timesteps
         importance = timestep_importance(calibration_set.scheduler, timesteps)
         self._importance = dict(zip(timesteps, importance, strict=True))
-        counts = judging_counts = self._counts(samples)
-        rows = {timestep: _shuffled(rows, generator) for timestep, rows in _rows_by_timestep(calibration_set).items()}
-        held_out = {timestep: len(of_timestep) // HELD_OUT for timestep, of_timestep in rows.items()}
-        if min(held_out.values()) < LEAST:
-            held_out = dict.fromkeys(rows, 0)
-        for_training = {timestep: of_timestep[held_out[timestep] :] for timestep, of_timestep in rows.items()}
-        for_judging = {timestep: of_timestep[: held_out[timestep]] for timestep, of_timestep in rows.items()}
+        for_training, for_judging = _split(_rows_by_timestep(calibration_set), generator)
+
+        counts = self._counts(samples)
         self.fewest = min(min(counts[timestep], len(rows)) for timestep, rows in for_training.items())
         self._batches = _draw(for_training, counts, batch_size, generator)
+        self._training_share = self._judging_share = _shares(counts)
         self.training = self.judging = range(len(self._batches))
-        if all(held_out.values()):
-            few = min(-(-samples // HELD_OUT), MAX_JUDGING * batch_size)
-            judging_counts = self._counts(few)
-            self._batches += _draw(for_judging, judging_counts, batch_size, generator)
+        if for_judging:
+            counts = self._counts(min(-(-samples // HELD_OUT), MAX_JUDGING * batch_size))
+            self._batches += _draw(for_judging, counts, batch_size, generator)
+            self._judging_share = _shares(counts)
             self.judging = range(len(self.training), len(self._batches))
-        self._training_share, self._judging_share = _shares(counts), _shares(judging_counts)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -111,6 +107,18 @@ def _rows_by_timestep(calibration_set: CalibrationSet) -> dict[float, list[Row]]
         for i, timestep in enumerate(call.timestep.expand(call.sample.shape[0]).tolist()):
             rows.setdefault(timestep, []).append(Row(call, i, timestep))
     return rows
+
+
+def _split(
+    rows: Mapping[float, Sequence[Row]], generator: torch.Generator
+) -> tuple[dict[float, list[Row]], dict[float, list[Row]]]:
+    """Rows to train on, and of each timestep an eighth to judge by; none where one timestep would have too few."""
+    shuffled = {timestep: _shuffled(of_timestep, generator) for timestep, of_timestep in rows.items()}
+    held_out = {timestep: len(of_timestep) // HELD_OUT for timestep, of_timestep in shuffled.items()}
+    if min(held_out.values()) < LEAST:
+        return shuffled, {}
+    for_training = {timestep: shuffled[timestep][count:] for timestep, count in held_out.items()}
+    return for_training, {timestep: shuffled[timestep][:count] for timestep, count in held_out.items()}
 
 
 def _shuffled(rows: Sequence[Row], generator: torch.Generator) -> list[Row]:
