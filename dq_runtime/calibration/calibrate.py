@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation
 from dq_runtime.calibration.distillation import Distillation, distil
+from dq_runtime.calibration.importance import timestep_importance
 from dq_runtime.calibration.temporal import Samples, layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.config import DilateQuantConfig
@@ -61,11 +62,12 @@ def calibrate(
         logger.warning("Kept in floating point: %s (calibration never reached them)", ", ".join(unreached))
         config.modules_to_not_convert = [*(config.modules_to_not_convert or ()), *unreached]
 
+    importance = timestep_importance(calibration_set.scheduler, config.timesteps)
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     sharing = layers_by_input(samples)
     with tqdm(total=len(samples), desc="Quantizing layers") as progress:
         for names in sharing:
-            tensors |= _quantize_group({name: layers[name] for name in names}, samples, config)
+            tensors |= _quantize_group({name: layers[name] for name in names}, samples, importance, config)
             for name in names:
                 del samples[name]
             progress.update(len(names))
@@ -78,7 +80,7 @@ def calibrate(
 
 @torch.no_grad()
 def _quantize_group(
-    layers: Mapping[str, nn.Linear | nn.Conv2d], samples: Samples, config: DilateQuantConfig
+    layers: Mapping[str, nn.Linear | nn.Conv2d], samples: Samples, importance: list[float], config: DilateQuantConfig
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The state dicts of layers that see one tensor: they share one dilation and one activation quantizer."""
     bits_of = {name: config.activation_bits_of(name) for name in layers}
@@ -91,7 +93,7 @@ def _quantize_group(
     weights = [layer.weight for layer in layers.values()]
     seen = samples[next(iter(layers))]
     if config.dilation == "joint":
-        dilation = joint_dilation(weights, seen, bits, config.max_dilation)
+        dilation = joint_dilation(weights, seen, bits, config.max_dilation, importance)
     elif config.dilation == "weight":
         dilation = shared_weight_dilation(weights, config.max_dilation)
     else:

@@ -5,8 +5,9 @@ The layer's result stays as it was; what changes is how much of their quantizers
 - ``weight_dilation``, DilateQuant's (arXiv 2409.14307): stretch unsaturated input channels of the weights, those in
   which no weight is the largest of its output channel. No weight range grows, and the activations' can only shrink.
 - ``joint_dilation``: among factors that follow the size of weights and activations, that rule and none at all, the one
-  with which the quantized layer errs least on calibration data. A weight range may grow where activations gain more,
-  and the other way round. Its candidates include the exponents of SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978).
+  with which the quantized layer errs least on calibration data, each timestep by what it does to the image. A weight
+  range may grow where activations gain more, and the other way round. Its candidates include the exponents of
+  SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978).
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def shared_weight_dilation(weights: Sequence[torch.Tensor], max_dilation: float)
 
 
 def joint_dilation(
-    weights: Sequence[torch.Tensor], per_timestep: list[torch.Tensor], bits: int, max_dilation: float
+    weights: Sequence[torch.Tensor],
+    per_timestep: list[torch.Tensor],
+    bits: int,
+    max_dilation: float,
+    importance: Sequence[float] | None = None,
 ) -> torch.Tensor:
     """The candidate with the least squared error of the layers' outputs, weights and activations quantized.
 
@@ -57,10 +62,12 @@ def joint_dilation(
         per_timestep: T tensors [rows, K], samples of that tensor. For a convolution each tap is taken by itself.
         bits: of the activations.
         max_dilation: s lies between its inverse and itself.
+        importance: T factors of the squared errors (see ``timestep_importance``); by default all alike.
 
     Returns:
         [K] fp32.
     """
+    factors = torch.tensor(importance or [1.0] * len(per_timestep), device=weights[0].device)
     few = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
     some = [part[:few] for part in per_timestep]
     size_x = torch.cat(some).square().mean(0).sqrt()
@@ -68,10 +75,10 @@ def joint_dilation(
     none = torch.ones_like(size_x)
     candidates = [none, shared_weight_dilation(weights, max_dilation)]
     candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
-    errors = _output_errors(weights, some, bits, candidates, SCALES)
+    errors = _output_errors(weights, some, factors, bits, candidates, SCALES)
     best = candidates[int(errors.argmin())]
     # The choice was made on a few samples: on all of them it must not lose to none.
-    with_none, with_best = _output_errors(weights, per_timestep, bits, [none, best], 2 * SCALES)
+    with_none, with_best = _output_errors(weights, per_timestep, factors, bits, [none, best], 2 * SCALES)
     return best if bool(with_best < with_none) else none
 
 
@@ -88,13 +95,18 @@ def _from_sizes(size_x: torch.Tensor, size_w: torch.Tensor, a: float, b: float, 
 def _output_errors(
     weights: Sequence[torch.Tensor],
     per_timestep: list[torch.Tensor],
+    factors: torch.Tensor,
     bits: int,
     dilations: Sequence[torch.Tensor],
     scales: int,
 ) -> torch.Tensor:
-    """The squared error of the layers' outputs with each dilation; ``scales`` are tried for every quantizer."""
+    """The squared error of the layers' outputs with each dilation, times its timestep's factor.
+
+    ``scales`` are tried for every quantizer.
+    """
     x = torch.cat(per_timestep)
     rows = torch.tensor([len(part) for part in per_timestep], device=x.device)
+    factor = factors.repeat_interleave(rows)[:, None]
     expected = [x @ _rows(weight).T for weight in weights]
     errors = []
     for dilation in dilations:
@@ -105,7 +117,7 @@ def _output_errors(
         for weight, y in zip(weights, expected, strict=True):
             values, weight_scale = quantize_weight(_channels_last(weight) * dilation, scales)
             restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))
-            error += (quantized @ restored.flatten(0, -2).T - y).square().sum()
+            error += ((quantized @ restored.flatten(0, -2).T - y).square() * factor).sum()
         errors.append(error)
     return torch.stack(errors)
 

@@ -237,6 +237,18 @@ def test_all_layers_of_a_group_count_in_the_joint_dilation():
     assert error <= 1.03 * quantized_output_error([first, second], x, 4, other)
 
 
+def test_timesteps_count_by_their_importance():
+    weight = random_weight((8, 12))
+    first, second = activations(seed=1)[0], 3 * activations(seed=2)[0].flip(1)
+
+    def error_of_the_first(importance):
+        dilation = joint_dilation([weight], [first, second], 4, 8.0, importance)
+        return quantized_output_error([weight], [first], 4, dilation)
+
+    assert error_of_the_first([1.0, 1e-9]) < error_of_the_first([1e-9, 1.0])
+    assert error_of_the_first([1.0, 1.0]) == error_of_the_first(None)
+
+
 def test_scaling_all_weights_or_all_inputs_changes_no_factor():
     weights, x = [random_weight((8, 12))], activations()
     expected = joint_dilation(weights, x, 8, 8.0)
