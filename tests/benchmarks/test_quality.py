@@ -161,7 +161,7 @@ def test_end_to_end_training_comes_closer_than_rounding(benchmarks, unet, calibr
     with cost.training_by(lambda distil, *arguments: cost.train_end_to_end(*arguments[:-1], 3.0), record):
         dq_runtime.calibrate(trained, calibration_set, config, dq_runtime.Distillation())
 
-    call = calibration_set.calls[0]
+    call = calibration_set.calls[-1]  # the timestep that matters most
     expected = call.run(unet).sample
     errors = [(call.run(model).sample - expected).square().mean().item() for model in (rounded, trained)]
     assert errors[1] < 0.8 * errors[0]
