@@ -88,8 +88,9 @@ def fingerprint(
         digest.update(name.encode())
         for tensor in (*layer_tensors.values(), *layers[name].parameters()):
             digest.update(_bytes(tensor))
-    for leaf in tree_leaves([(batch.sample, batch.timestep, batch.arguments) for batch in batches]):
-        digest.update(_bytes(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
+    for batch in batches:
+        for leaf in tree_leaves((batch.sample, batch.timestep, batch.arguments)):
+            digest.update(_bytes(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
     return digest.hexdigest()
 
 
