@@ -14,7 +14,7 @@ from dq_runtime.calibration.weights import round_to_int4
 
 DAMPING = (0.01, 0.1, 1.0, 10.0)  # of the second moments' mean, added to their diagonal; more where less fails
 BLOCK = 64  # columns between two updates of all that are left
-MAX_COLUMNS = 1152  # that share their errors: bounds the memory and time of error feedback in wide layers
+MAX_COLUMNS = 576  # that share their errors: bounds the memory and time of error feedback in wide layers
 PATCH_ELEMENTS = 2**20  # of a convolution's unfolded input, at a time
 
 
