@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import environment
 import peak_memory
@@ -107,11 +108,8 @@ def training_by(train: Any, record: dict[str, float]) -> Iterator[None]:
         record.update(seconds=time.perf_counter() - start, peak_mb=peak["mb"])
         return tensors
 
-    calibration.distil = measured
-    try:
+    with mock.patch.object(calibration, "distil", measured):
         yield
-    finally:
-        calibration.distil = original
 
 
 @contextmanager
@@ -124,11 +122,8 @@ def timing_blocks(seconds: dict[str, float]) -> Iterator[None]:
         original(self, name, *arguments)
         seconds[name] = time.perf_counter() - start
 
-    distillation._Trainer.distil = timed  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(distillation._Trainer, "distil", timed):
         yield
-    finally:
-        distillation._Trainer.distil = original  # type: ignore[method-assign]
 
 
 def measure(task_name: str, way: str, samples: int, seconds: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ the memory that it took at its peak on top of what the process held before (Linu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -45,6 +46,12 @@ CALIBRATION_SAMPLES = 200
 IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
 FIRST_IMAGE_SEED = 1000  # calibration uses the seeds below
 ACTIVATION_BITS = (8, 4)
+PAIRS = (  # a part, a method without it and the same with it
+    ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
+    ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
+    ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
+    ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
+)
 FP32 = "fp32"
 COLUMNS = {
     "label_accuracy": ("accuracy", "{:.1%}"),
@@ -165,6 +172,18 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def contributions(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each part adds to the PSNR in dB, seed by seed: rows with it against rows without."""
+    found = []
+    for (part, without, with_it), bits in itertools.product(PAIRS, ACTIVATION_BITS):
+        before, after = (results.get(f"{name}, W4A{bits}", {}) for name in (without, with_it))
+        gains = [after[seed]["psnr_db"] - before[seed]["psnr_db"] for seed in before if seed in after]
+        if len(gains) > 1:
+            mean, deviation = statistics.mean(gains), statistics.stdev(gains)
+            found.append({"part": part, "activation_bits": bits, "psnr_db": mean, "psnr_db_std": deviation})
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The summary in Markdown."""
     lines = [
@@ -251,6 +270,7 @@ def main() -> None:
             "images": arguments.images,
             "calibration_samples": CALIBRATION_SAMPLES,
             "summary": summary(ordered),
+            "contributions": contributions(ordered),
             "results": ordered,
         }
         output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -260,6 +280,9 @@ def main() -> None:
     rows = json.loads(output.read_text())["summary"]
     plot([row for row in rows if row["psnr_db"] is not None], output.with_suffix(".png"))
     print(table(rows))
+    for part in contributions(results):
+        gain = f"{part['psnr_db']:+.1f} ± {part['psnr_db_std']:.1f} dB"
+        print(f"{part['part']} at W4A{part['activation_bits']}: {gain}")
 
 
 if __name__ == "__main__":

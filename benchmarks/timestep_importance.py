@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import environment
 import torch
@@ -24,21 +25,23 @@ ERROR = 0.02  # standard deviation, where a prediction has about 1
 SEED = 55
 
 
-@torch.no_grad()
 def measured_importance(task_name: str) -> dict[float, float]:
     """By timestep."""
-    task = TASKS[task_name]
-    unet, scheduler, condition = task.unet(), task.noise_scheduler(), task.condition(task.labels(IMAGES))
+    task, generator = TASKS[task_name], torch.Generator().manual_seed(SEED + 1)
+    unet, scheduler = task.unet(), task.noise_scheduler()
     scheduler.set_timesteps(STEPS)
-    error = ERROR * torch.randn(IMAGES, *task.image_shape, generator=torch.Generator().manual_seed(SEED + 1))
+    error = ERROR * torch.randn(IMAGES, *task.image_shape, generator=generator)
 
     def draw(wrong_at: float | None) -> torch.Tensor:
-        images = task.noise(IMAGES, SEED)
-        for timestep in scheduler.timesteps:
-            prediction = unet(images, timestep, **condition).sample
-            prediction = prediction + error if timestep == wrong_at else prediction
-            images = scheduler.step(prediction, timestep, images).prev_sample
-        return images.clamp(-1, 1)
+        def add_error(module: Any, arguments: Any, output: Any) -> None:
+            if arguments[1] == wrong_at:
+                output.sample = output.sample + error
+
+        handle = unet.register_forward_hook(add_error)
+        try:
+            return task.sample(unet, task.labels(IMAGES), SEED, STEPS)
+        finally:
+            handle.remove()
 
     right = draw(None)
     return {

@@ -25,7 +25,7 @@ class Row(NamedTuple):
     timestep: float
 
 
-class MixedBatches(Sequence[UNetCall]):
+class MixedBatches:
     """Calls whose samples have a timestep each; one is put together when it is asked for.
 
     A timestep is drawn in proportion to the square root of its importance (see ``timestep_importance``), the least
@@ -63,8 +63,11 @@ class MixedBatches(Sequence[UNetCall]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, i: int) -> UNetCall:  # type: ignore[override]
+    def __getitem__(self, i: int) -> UNetCall:
         return _joined(self._batches[i])
+
+    def __iter__(self) -> Iterator[UNetCall]:
+        return map(_joined, self._batches)
 
     def importance(self, i: int) -> torch.Tensor:
         """That of each sample's timestep in a batch, [B] fp32."""

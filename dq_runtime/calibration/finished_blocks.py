@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class FinishedBlocks:
 def fingerprint(
     layers: Mapping[str, nn.Module],
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    batches: Sequence[UNetCall],
+    batches: Iterable[UNetCall],
     settings: Mapping[str, Any],
 ) -> str:
     """Of the weights, the training data and the settings, which JSON can hold."""

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import tiny_unets
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
@@ -51,22 +52,8 @@ def _silent_progress_bars():
 
 @pytest.fixture(scope="session")
 def new_unet():
-    """Makes a ``UNet2DModel`` with random weights; keyword arguments replace these."""
-
-    def new_unet(**arguments):
-        torch.manual_seed(0)
-        defaults = {
-            "sample_size": 8,
-            "layers_per_block": 1,
-            "block_out_channels": (32, 64),
-            "norm_num_groups": 8,
-            "attention_head_dim": 8,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        }
-        return UNet2DModel(**defaults | arguments).eval()
-
-    return new_unet
+    """Makes a ``UNet2DModel`` with random weights; keyword arguments replace its defaults."""
+    return tiny_unets.unet2d
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,10 @@ from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+import tiny_unets
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.downsampling import Downsample2D
@@ -37,11 +38,6 @@ BATCH = len(MIXED)
 
 CONDITION = {
     "sample_size": 16,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,  # which diffusers takes for the number of heads
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
@@ -63,22 +59,12 @@ UNETS = {
     "class labels": {"num_class_embeds": 4},
     "prompt left out": {"mid_block_type": None},
 }
-UNCONDITIONAL = {
-    "sample_size": 16,
-    "layers_per_block": 1,
-    "block_out_channels": (32, 64),
-    "norm_num_groups": 8,
-    "attention_head_dim": 8,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
 
 
 def new_unet(name, **options):
-    torch.manual_seed(0)
     if name == "UNet2DModel":
-        return UNet2DModel(**UNCONDITIONAL | options).eval()
-    return UNet2DConditionModel(**CONDITION | UNETS[name] | options).eval()
+        return tiny_unets.unet2d(**{"sample_size": 16} | options)
+    return tiny_unets.unet2d_condition(**CONDITION | UNETS[name] | options)
 
 
 def arguments_of(unet, seed=0):
