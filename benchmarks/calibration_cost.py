@@ -105,7 +105,7 @@ def training_by(train: Any, record: dict[str, float]) -> Iterator[None]:
         start = time.perf_counter()
         with peak_memory.above_now() as peak:
             tensors = train(original, *arguments)
-        record.update(seconds=time.perf_counter() - start, peak_mb=peak["mb"])
+        record.update(seconds=time.perf_counter() - start, **peak)
         return tensors
 
     with mock.patch.object(calibration, "distil", measured):
@@ -168,7 +168,8 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         print(
-            f"{way}, {samples} samples: {row['seconds']:.0f} s, {row['peak_mb']:.0f} MB, {row['psnr_db']:.1f} dB",
+            f"{way}, {samples} samples: {row['seconds']:.0f} s, {row['allocated_mb']:.0f} MB "
+            f"({row['resident_mb']:.0f} resident), {row['psnr_db']:.1f} dB",
             flush=True,
         )
         return row
@@ -177,7 +178,8 @@ def main() -> None:
     for way, settings in BLOCK_WISE.items():
         block_wise = in_own_process(way, settings.samples)
         end_to_end = in_own_process(END_TO_END, QAT_SAMPLES, block_wise["seconds"])
-        rows.append(block_wise | {"end_to_end": end_to_end, "memory": block_wise["peak_mb"] / end_to_end["peak_mb"]})
+        shares = {name: block_wise[f"{name}_mb"] / end_to_end[f"{name}_mb"] for name in ("allocated", "resident")}
+        rows.append(block_wise | {"end_to_end": end_to_end, "share_of_memory": shares})
     budgets = [in_own_process("block-wise", samples) for samples in arguments.budgets]
     report = {
         "command": f"python benchmarks/calibration_cost.py --task {arguments.task}",
@@ -191,7 +193,11 @@ def main() -> None:
     output = arguments.output or ROOT / "benchmarks" / "results" / f"calibration_cost_{slug}.json"
     output.write_text(json.dumps(report, indent=1) + "\n")
     for row in rows:
-        print(f"{row['way']}: {row['memory']:.0%} of the memory of end-to-end training")
+        shares = row["share_of_memory"]
+        print(
+            f"{row['way']}: {shares['allocated']:.0%} of the memory that end-to-end training allocates "
+            f"({shares['resident']:.0%} resident)"
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ there already (from an interrupted run) are not measured again; delete the file 
 Columns: label accuracy; PSNR in dB against fp32 at equal noise, of each image (mean) and of all together (pooled: the
 few images that became others decide about it); SSIM; Fréchet distance to real images in the
 classifier's features, and what it is more than fp32's; MB (10^6 bytes) of the whole UNet; seconds of calibration, and
-the memory that it took at its peak on top of what the process held before (Linux: anonymous pages).
+the memory that it allocated at its peak on top of what the process held before.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
         "unet_mb": quality_peers.size_mb(model),
         "quantized_weight_share": None if name == FP32 else quality_peers.coverage(model, task.unet()).weight_share,
         "calibration_seconds": None if name == FP32 else seconds,
-        "calibration_peak_mb": None if name == FP32 else peak["mb"],
+        "calibration_peak_mb": None if name == FP32 else peak["allocated_mb"],
     }
 
 
