@@ -2,13 +2,13 @@
 
     python benchmarks/calibration_cost.py [--task digits/cross_attention] [--budgets 64 ... 1024] [--output FILE]
 
-Both start from the same post-training quantization (W4A4), draw the same timesteps, and are told apart by nothing but
-what they train at a time; each runs in a process of its own, on one thread. End-to-end training (quantization-aware
-training towards the floating-point UNet's noise prediction, the baseline of DilateQuant's paper) gets as many seconds
-as block-wise distillation took. So does a second one for block-wise distillation that ends in a polish, with
-activations computed twice. Reports seconds (of each block too), peak memory on top of what the process held before
-training, and PSNR to fp32 over the images of ``quality.py``'s first seed; then block-wise distillation with fewer and
-more samples.
+Both start from the same post-training quantization (W4A4) and draw timesteps alike; each runs in a process of its own,
+on one thread. The baseline is that of DilateQuant's paper, quantization-aware training: all layers at once, from
+rounding to nearest, towards the floating-point UNet's prediction, with learning rates of its own and as many seconds as
+block-wise distillation took (its own targets are computed before its clock starts). A second one gets as many as
+block-wise distillation that ends in a polish, with activations computed twice. Reports seconds (of each block too),
+peak memory on top of what the process held before training, and PSNR to fp32 over the images of ``quality.py``'s first
+seed; then block-wise distillation with fewer and more samples.
 """
 
 from __future__ import annotations

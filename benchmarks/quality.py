@@ -23,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,7 +82,7 @@ def quantized(name: str, unet: Any, calibration_set: Any, seed: int) -> tuple[An
         peer = quality_peers.PEERS[name]
         return peer.quantize(unet, calibration_set), peer.weight_bits, peer.activation_bits
     method, bits = name.rsplit(", W4A", 1)
-    return METHODS[method].quantize(unet, calibration_set, int(bits), seed), 4, int(bits)
+    return METHODS[method](unet, calibration_set, int(bits), seed), 4, int(bits)
 
 
 def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> dict[str, Any]:
@@ -100,7 +101,9 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
     drawn = task.sample(model, labels, FIRST_IMAGE_SEED + seed, STEPS)
     reference_file = folder / f"fp32_{seed}.pt"
     if name == FP32:
-        torch.save(drawn, reference_file)
+        partial = reference_file.with_suffix(".partial")
+        torch.save(drawn, partial)
+        partial.replace(reference_file)
     reference = torch.load(reference_file)
     with torch.no_grad():
         real = classifier.features(task.real_images()[0])
@@ -122,10 +125,11 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
     }
 
 
-def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any], save: Any) -> None:
-    """Measures what is missing, each row of each seed in its own process; fp32 first."""
+def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any], save: Any) -> bool:
+    """Measures what is missing, each row of each seed in its own process, fp32 first; whether all of it succeeded."""
     seeds, images = range(arguments.seeds), arguments.images
     wanted = arguments.row or row_names(arguments.quick)
+    one_at_a_time, failed = threading.Lock(), []
 
     def one(job: tuple[str, int]) -> None:
         name, seed = job
@@ -143,18 +147,24 @@ def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         if done.returncode:
             print(f"{name}, seed {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            failed.append(name)
             return
-        results.setdefault(name, {})[str(seed)] = json.loads(done.stdout.splitlines()[-1])
-        save()
+        with one_at_a_time:
+            results.setdefault(name, {})[str(seed)] = json.loads(done.stdout.splitlines()[-1])
+            save()
         print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}", flush=True)
 
     for names in ([FP32], [name for name in wanted if name != FP32]):
         # Seed by seed: an interrupted run has whole tables of fewer seeds.
         jobs = [(name, seed) for seed in seeds for name in names if str(seed) not in results.get(name, {})]
         if names == [FP32]:
-            jobs = [(FP32, seed) for seed in seeds if not (folder / f"fp32_{seed}.pt").exists() or FP32 not in results]
+            images_there = {seed for seed in seeds if (folder / f"fp32_{seed}.pt").exists()}
+            jobs = [
+                (FP32, seed) for seed in seeds if seed not in images_there or str(seed) not in results.get(FP32, {})
+            ]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(one, jobs))
+    return not failed
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -255,9 +265,12 @@ def main() -> None:
         arguments.images, arguments.seeds = QUICK_IMAGES, 1
     slug = arguments.task.replace("/", "_") + ("_quick" if arguments.quick else "")
     output = arguments.output or ROOT / "benchmarks" / "results" / f"quality_{slug}.json"
-    folder = ROOT / "out" / f"quality_{slug}"
+    folder = ROOT / "out" / f"quality_{slug}_{arguments.images}"
     folder.mkdir(parents=True, exist_ok=True)
-    results = json.loads(output.read_text())["results"] if output.exists() else {}
+    before = json.loads(output.read_text()) if output.exists() else {"images": arguments.images, "results": {}}
+    results = before["results"]
+    if before["images"] != arguments.images:
+        parser.error(f"{output} has rows of {before['images']} images: delete it, or give --images or --output")
 
     def save() -> None:
         ordered = {name: results[name] for name in row_names(False) if name in results}
@@ -273,9 +286,11 @@ def main() -> None:
             "contributions": contributions(ordered),
             "results": ordered,
         }
-        output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        partial.replace(output)
 
-    run_rows(arguments, folder, results, save)
+    complete = run_rows(arguments, folder, results, save)
     save()
     rows = json.loads(output.read_text())["summary"]
     plot([row for row in rows if row["psnr_db"] is not None], output.with_suffix(".png"))
@@ -283,6 +298,8 @@ def main() -> None:
     for part in contributions(results):
         gain = f"{part['psnr_db']:+.1f} ± {part['psnr_db_std']:.1f} dB"
         print(f"{part['part']} at W4A{part['activation_bits']}: {gain}")
+    if not complete:
+        sys.exit("Some rows failed; run it again for those")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """Ways to quantize a whole UNet to W4A8 and W4A4, for ``quality.py``: DilateQuant part by part, and what was before it.
 
-Every method quantizes the same layers (all but ``conv_in`` and ``conv_out``), to the same packed format, with one
-weight scale for each output channel, and runs on the same kernels; only how the numbers are found differs.
+Every method quantizes the same layers (all but ``conv_in`` and ``conv_out``; one row leaves all convolutions alone, as
+some libraries do), to the same packed format, with one weight scale for each output channel, and runs on the same
+kernels; only how the numbers are found differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, temporal_quantizer
@@ -20,28 +22,20 @@ from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import TimestepGrid, grouped
 
-Quantize = Callable[[Any, CalibrationSet, int, int], Any]  # UNet, calibration set, activation bits, seed
+# From an fp32 UNet, its calibration set, the activation bits and a seed for what is random: a quantized copy
+Quantize = Callable[[Any, CalibrationSet, int, int], Any]
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table, for each number of activation bits.
-
-    Attributes:
-        parts: which of DilateQuant's parts it has.
-        quantize: a quantized copy of an fp32 UNet; the seed is for what is random in it.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    quantize: Quantize
-
-
-def dilatequant(dilation: str, groups: int | None, distillation: Distillation | None) -> Quantize:
+def dilatequant(
+    dilation: str, groups: int | None, distillation: Distillation | None, linears_alone: bool = False
+) -> Quantize:
     """Our own calibration; ``groups`` of timesteps, one of them is a static scale."""
 
     def quantize(unet: Any, calibration_set: CalibrationSet, bits: int, seed: int) -> Any:
         config = DilateQuantConfig(activation_bits=bits, dilation=dilation, timestep_groups=groups)
+        if linears_alone:
+            convs = [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
+            config = replace(config, modules_to_not_convert=convs)
         settings = None if distillation is None else replace(distillation, seed=seed)
         return calibrate(deepcopy(unet), calibration_set, config, settings)
 
@@ -49,7 +43,7 @@ def dilatequant(dilation: str, groups: int | None, distillation: Distillation | 
 
 
 def min_max(smoothing: float | None) -> Quantize:
-    """Ranges from the least to the largest value, one for all timesteps; weights rounded to nearest.
+    """Ranges from the least to the largest of the sampled values, one for all timesteps; weights rounded to nearest.
 
     ``smoothing``: SmoothQuant's exponent (arXiv 2211.10438): s_k = max|x_k|^a / max|w_k|^(1 - a).
     """
@@ -82,20 +76,17 @@ def min_max(smoothing: float | None) -> Quantize:
 
 BLOCKWISE = Distillation()
 POLISHED = Distillation(polish_iterations=200)
-WD, TPQ, BKD, POLISH = "WD", "TPQ", "BKD", "polish"
 
-METHODS = {
-    method.name: method
-    for method in (
-        Method("round to nearest, min-max", (), min_max(None)),
-        Method("SmoothQuant", (), min_max(0.5)),
-        Method("one static scale", (), dilatequant("none", 1, None)),
-        Method("WD", (WD,), dilatequant("joint", 1, None)),
-        Method("WD as published + TPQ", (WD, TPQ), dilatequant("weight", None, None)),
-        Method("WD + TPQ", (WD, TPQ), dilatequant("joint", None, None)),
-        Method("TPQ + BKD", (TPQ, BKD), dilatequant("none", None, BLOCKWISE)),
-        Method("WD + BKD", (WD, BKD), dilatequant("joint", 1, BLOCKWISE)),
-        Method("WD + TPQ + BKD", (WD, TPQ, BKD), dilatequant("joint", None, BLOCKWISE)),
-        Method("WD + TPQ + BKD, polished", (WD, TPQ, BKD, POLISH), dilatequant("joint", None, POLISHED)),
-    )
+METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activation bits
+    "round to nearest, min-max": min_max(None),
+    "SmoothQuant": min_max(0.5),
+    "one static scale": dilatequant("none", 1, None),
+    "WD": dilatequant("joint", 1, None),
+    "WD as published + TPQ": dilatequant("weight", None, None),
+    "WD + TPQ": dilatequant("joint", None, None),
+    "TPQ + BKD": dilatequant("none", None, BLOCKWISE),
+    "WD + BKD": dilatequant("joint", 1, BLOCKWISE),
+    "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),
+    "WD + TPQ + BKD, polished": dilatequant("joint", None, POLISHED),
+    "linears alone, polished": dilatequant("joint", None, POLISHED, linears_alone=True),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -115,13 +116,26 @@ def _rows_by_timestep(calibration_set: CalibrationSet) -> dict[float, list[Row]]
 def _split(
     rows: Mapping[float, Sequence[Row]], generator: torch.Generator
 ) -> tuple[dict[float, list[Row]], dict[float, list[Row]]]:
-    """Rows to train on, and of each timestep an eighth to judge by; none where one timestep would have too few."""
+    """Rows to train on, and of each timestep an eighth to judge by; none where one timestep would have too few.
+
+    With guidance a latent comes twice, with and without its prompt: it is either trained on or judged by.
+    """
     shuffled = {timestep: _shuffled(of_timestep, generator) for timestep, of_timestep in rows.items()}
-    held_out = {timestep: len(of_timestep) // HELD_OUT for timestep, of_timestep in shuffled.items()}
-    if min(held_out.values()) < LEAST:
+    held_out = {timestep: of_timestep[: len(of_timestep) // HELD_OUT] for timestep, of_timestep in shuffled.items()}
+    if min(map(len, held_out.values())) < LEAST:
         return shuffled, {}
-    for_training = {timestep: shuffled[timestep][count:] for timestep, count in held_out.items()}
-    return for_training, {timestep: shuffled[timestep][:count] for timestep, count in held_out.items()}
+    judged = {timestep: {_latent(row) for row in some} for timestep, some in held_out.items()}
+    for_training = {
+        timestep: [row for row in of_timestep[len(held_out[timestep]) :] if _latent(row) not in judged[timestep]]
+        for timestep, of_timestep in shuffled.items()
+    }
+    return (for_training, held_out) if all(for_training.values()) else (shuffled, {})
+
+
+def _latent(row: Row) -> bytes:
+    """Equal for rows that have the same ``sample``."""
+    sample = row.call.sample[row.number].contiguous()
+    return hashlib.sha256(sample.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _shuffled(rows: Sequence[Row], generator: torch.Generator) -> list[Row]:

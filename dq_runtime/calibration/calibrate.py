@@ -91,7 +91,7 @@ def _quantize_group(
         )
     bits = next(iter(bits_of.values()))
     weights = [layer.weight for layer in layers.values()]
-    seen = samples[next(iter(layers))]
+    seen = [rows.to(weights[0].device) for rows in samples[next(iter(layers))]]
     if config.dilation == "joint":
         dilation = joint_dilation(weights, seen, bits, config.max_dilation, importance)
     elif config.dilation == "weight":

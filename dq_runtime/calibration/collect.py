@@ -6,15 +6,21 @@ The inputs are recorded, not the activations: whoever needs activations (ranges,
 from __future__ import annotations
 
 import inspect
+import json
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 from tqdm import tqdm
+
+PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # what a file can hold
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,43 @@ class CalibrationSet:
         """Of all calls together."""
         return sum(call.sample.shape[0] for call in self.calls)
 
+    def save(self, file: str | Path) -> None:
+        """Writes everything to one file: an interrupted calibration goes on with the same data only.
+
+        Raises:
+            ValueError: for an argument that is neither tensor, number, string nor None, or a container of such.
+        """
+        for call in self.calls:
+            for path, leaf in tree_flatten_with_path(call.arguments)[0]:
+                if not isinstance(leaf, PLAIN):
+                    name = "".join(map(str, path))
+                    raise ValueError(f"The UNet's argument {name} is a {type(leaf).__name__}, which cannot be saved")
+        known = isinstance(self.scheduler, diffusers.ConfigMixin)
+        content = {
+            "calls": [(call.sample, call.timestep, call.arguments) for call in self.calls],
+            "scheduler": self.scheduler.to_json_string() if known else None,
+        }
+        file = Path(file)
+        partial = file.with_name(f"{file.name}.partial")
+        torch.save(content, partial)
+        partial.replace(file)
+
+    @classmethod
+    def load(cls, file: str | Path) -> CalibrationSet:
+        """What ``save`` has written. A scheduler that diffusers does not have is None.
+
+        Raises:
+            ValueError: if the file is no calibration set, or was damaged.
+        """
+        try:
+            content = torch.load(file, weights_only=True)
+            calls = [UNetCall(*call) for call in content["calls"]]
+            scheduler = None if content["scheduler"] is None else json.loads(content["scheduler"])
+        except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{file} holds no calibration set: record it again") from error
+        scheduler_class = getattr(diffusers, scheduler["_class_name"], None) if scheduler else None
+        return cls(calls, scheduler_class.from_config(scheduler) if scheduler_class else None)
+
 
 @contextmanager
 def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
@@ -76,6 +119,8 @@ def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
 
     >>> with dq_runtime.record(pipeline.unet, pipeline.scheduler) as calibration_set:
     ...     pipeline("a lighthouse at dusk")
+
+    All that the UNet is called with stays in the CPU's memory, a ControlNet's residuals too: record few runs of those.
 
     Args:
         scheduler: the one that samples; from it ``Distillation`` learns how much each timestep matters.

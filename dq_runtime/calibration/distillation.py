@@ -5,8 +5,8 @@ the floating-point UNet computes in its place. First its weights are rounded ane
 scales and zero points learn together; a batch mixes timesteps, and each sample learns its own timestep's scale. In a
 block every timestep counts the same, measured by its error before, since errors inside the UNet do not compare between
 timesteps; in the polish, which sees the prediction itself, each counts by what it does to the image. Of all states that
-a block went through it keeps the one that does best on samples that it was not trained on, so that no block ends up
-worse than rounded to nearest.
+a block went through it keeps the one that does best on samples that it was not trained on (where there are enough to
+hold some out), so that no block ends up worse than rounded to nearest.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
+from dq_runtime import __version__
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.error_feedback import SecondMoments
@@ -62,7 +63,8 @@ class Distillation:
         scale_learning_rate: of the logarithms of scales.
         polish_iterations: steps of training the whole UNet on its predicted noise, after the last block.
         polish_learning_rate: ``learning_rate`` of that.
-        gradient_checkpointing: whether polishing computes activations twice instead of keeping them.
+        gradient_checkpointing: whether the transformers of a block, and everything in the polish, compute activations
+            twice instead of keeping them.
         autocast: whether training computes in bfloat16 where torch's autocast does.
         folder: where finished blocks are written, so that an interrupted calibration goes on behind the last one; the
             activations that a block is trained on lie there too. By default a temporary folder.
@@ -121,18 +123,24 @@ def distil(
     grid = TimestepGrid(config.timesteps).to(unet.device)
     samples = min(settings.samples, calibration_set.num_samples)
     batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed)
+    if batches.judging == batches.training:
+        logger.warning(
+            "Too few samples of some timesteps to hold any out: training is judged by the samples it sees. Record more"
+        )
     if batches.fewest < FEW_SAMPLES:
         logger.warning(
             "Only %d samples of some timesteps are there to distil on (%d of all %d timesteps): record more runs, or "
             "raise Distillation(samples=...)",
             batches.fewest, samples, len(calibration_set.timesteps),
         )  # fmt: skip
+    decisive = fingerprint(unet, batches, _decisive(config, settings))
     with (
         _work_folder(settings.folder) as folder,
+        _checkpointing(unet, settings.gradient_checkpointing),
         simulated(unet, layers, tensors, sharing, config, grid) as stand_ins,
-        torch.backends.cudnn.flags(deterministic=True),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
     ):
-        finished = FinishedBlocks(folder, fingerprint(layers, tensors, batches, _decisive(config, settings)))
+        finished = FinishedBlocks(folder, decisive)
         trainer = _Trainer(unet, stand_ins, batches, TensorStore(folder / "activations"), grid, settings)
         for name, block in blocks_in_order(unet, stand_ins.values(), batches[0]).items():
             inside = set(block.modules())
@@ -209,16 +217,7 @@ class _Trainer:
             return error * self.batches.importance(i).to(error.device) / self.shares[i]
 
         settings = self.settings
-        checkpointed = settings.gradient_checkpointing and not self.unet.is_gradient_checkpointing
-        if checkpointed:
-            self.unet.enable_gradient_checkpointing()
-        try:
-            self._train(
-                "whole UNet", lesson, self.stand_ins, {}, settings.polish_iterations, settings.polish_learning_rate
-            )
-        finally:
-            if checkpointed:
-                self.unet.disable_gradient_checkpointing()
+        self._train("whole UNet", lesson, self.stand_ins, {}, settings.polish_iterations, settings.polish_learning_rate)
 
     def _train(
         self,
@@ -253,7 +252,7 @@ class _Trainer:
             progress.set_postfix_str(f"squared error {errors[0]:.2g} -> {errors[best]:.2g}")
         if not errors[-1] <= errors[0]:
             logger.warning(
-                "%s: training took the squared error on unseen samples from %.3g to %.3g; undone, it stays at %.3g",
+                "%s: training took the squared error from %.3g to %.3g; undone, it stays at %.3g",
                 name, errors[0], errors[-1], errors[best],
             )  # fmt: skip
 
@@ -303,17 +302,18 @@ class _Trainer:
     @torch.no_grad()
     def _error_of_timesteps(self, error: Lesson) -> torch.Tensor:
         """The present mean error of each timestep, [T]; of one that was not met, that of all."""
-        total, count = (torch.zeros(self.grid.num_timesteps, device=self.unet.device) for _ in range(2))
+        # On the CPU, where sums have an order.
+        total, count = (torch.zeros(self.grid.num_timesteps) for _ in range(2))
         for i in self.weighing:
-            errors = error(i)
-            total.index_add_(0, self.indices[i], errors)
-            count.index_add_(0, self.indices[i], torch.ones_like(errors))
+            errors, index = error(i).cpu(), self.indices[i].cpu()
+            total.index_add_(0, index, errors)
+            count.index_add_(0, index, torch.ones_like(errors))
         mean = torch.where(count > 0, total / count, total.sum() / count.sum())
-        return mean.clamp(min=torch.finfo(torch.float32).tiny)
+        return mean.clamp(min=torch.finfo(torch.float32).tiny).to(self.unet.device)
 
     @torch.no_grad()
     def _judge(self, lesson: Lesson) -> float:
-        """The mean over the samples that are not trained on."""
+        """The mean over the samples to judge by."""
         return torch.cat([lesson(i) for i in self.judging]).mean().item()
 
     @torch.no_grad()
@@ -329,7 +329,11 @@ class _Trainer:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: moments.pop(name).rounded() for name in layers}
+        try:
+            return {name: moments.pop(name).rounded() for name in layers}
+        except ValueError as error:
+            logger.warning("%s: no error feedback, %s", ", ".join(layers), error)
+            return {}
 
     def _run_block(self, block: nn.Module, i: int) -> torch.Tensor:
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.unet.device), self.store[f"inputs_{i}"])
@@ -372,10 +376,24 @@ def _work_folder(folder: str | Path | None) -> Iterator[Path]:
             yield Path(temporary)
 
 
+@contextmanager
+def _checkpointing(unet: Any, wanted: bool) -> Iterator[None]:
+    """diffusers' gradient checkpointing, for a while."""
+    if not wanted or unet.is_gradient_checkpointing:
+        yield
+        return
+    unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()
+
+
 def _decisive(config: DilateQuantConfig, settings: Distillation) -> dict[str, Any]:
     """The settings on which a block's result depends."""
     others = ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate")
     return {
+        "version": __version__,
         "config": config.to_dict(),
         "distillation": {name: value for name, value in asdict(settings).items() if name not in others},
     }

@@ -41,8 +41,8 @@ class FinishedBlocks:
                 found = "unreadable"
             if found != fingerprint:
                 raise ValueError(
-                    f"{folder} holds the blocks of another calibration (other weights, data or settings): "
-                    "delete it, or give Distillation another folder"
+                    f"{folder} holds the blocks of another calibration (other weights, data or settings). Load the "
+                    "calibration set that was saved with it to go on; or delete it, or give Distillation another folder"
                 )
         else:
             record.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
@@ -76,18 +76,12 @@ class FinishedBlocks:
         return self.folder / f"{name}.safetensors"
 
 
-def fingerprint(
-    layers: Mapping[str, nn.Module],
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
-    batches: Iterable[UNetCall],
-    settings: Mapping[str, Any],
-) -> str:
-    """Of the weights, the training data and the settings, which JSON can hold."""
+def fingerprint(unet: nn.Module, batches: Iterable[UNetCall], settings: Mapping[str, Any]) -> str:
+    """Of the floating-point weights, the training data and the settings, which JSON can hold."""
     digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
-    for name, layer_tensors in sorted(tensors.items()):
+    for name, parameter in sorted(unet.named_parameters()):
         digest.update(name.encode())
-        for tensor in (*layer_tensors.values(), *layers[name].parameters()):
-            digest.update(_bytes(tensor))
+        digest.update(_bytes(parameter))
     for batch in batches:
         for leaf in tree_leaves((batch.sample, batch.timestep, batch.arguments)):
             digest.update(_bytes(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.timesteps import TimestepGrid
 
-VALUES_PER_TIMESTEP = 8192  # of each layer's input, for the search
+VALUES_PER_TIMESTEP = 8192  # of each layer's input, for the search; a group of timesteps gets so many of each
+LEAST_ROWS = 4  # of a timestep, however wide
 CANDIDATES = 24
 ROUNDS = 2
 
@@ -29,15 +30,19 @@ def sample_inputs(
     """Replays the calibration set and keeps a random part of what each layer sees.
 
     Returns:
-        for each layer that was reached, a list of T tensors [rows, K]: inputs at each timestep of the grid. Layers that
-        see one tensor get equal samples.
+        for each layer that was reached, a list of T tensors [rows, K] fp32 on the CPU: inputs at each timestep of the
+        grid. Layers that see one tensor get equal samples.
 
     Raises:
         ValueError: if an input is not finite, its batch is not the UNet's, or a timestep never reached the layer; names
             the layer.
     """
     indices = [grid.nearest(c.timestep, c.sample.shape[0], c.timestep.device) for c in calibration_set.calls]
-    calls_at = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices]).sum(0).tolist()
+    meets = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices])  # [calls, T]
+    earlier_calls = meets.cumsum(0) - 1
+    calls_at = meets.sum(0).tolist()
+    timesteps = torch.tensor(calibration_set.timesteps)
+    members = torch.bincount(grid.nearest(timesteps, len(timesteps), timesteps.device), minlength=grid.num_timesteps)
     samples: dict[str, list[list[torch.Tensor]]] = {}
     position = 0  # of the call that is running
 
@@ -56,11 +61,14 @@ def sample_inputs(
             )
         parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
         for t in indices[position].unique().tolist():
+            wanted = int(members[t]) * max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
+            if earlier_calls[position, t] % -(-calls_at[t] // wanted):
+                continue  # a row of each call would be too many
             rows = x[index == t].flatten(0, -2)
-            wanted = -(-VALUES_PER_TIMESTEP // (rows.shape[1] * calls_at[t]))
             # The same rows for layers that see one tensor.
-            chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(position))[:wanted]
-            parts[t].append(rows[chosen.to(rows.device)].float())
+            chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(position))
+            chosen = chosen[: -(-wanted // calls_at[t])]
+            parts[t].append(rows[chosen.to(rows.device)].float().cpu())
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
@@ -83,7 +91,7 @@ def sample_inputs(
                 f"{name}: calibration reached it at some timesteps only. Record calls that take the same path at every "
                 "timestep, or add it to modules_to_not_convert"
             )
-    return {name: [torch.cat(rows) for rows in parts] for name, parts in samples.items()}
+    return {name: [torch.cat(rows) for rows in samples.pop(name)] for name in list(samples)}
 
 
 def layers_by_input(samples: Samples) -> list[list[str]]:

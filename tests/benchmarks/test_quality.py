@@ -1,14 +1,17 @@
 """The quality benchmark: what its methods do, what it measures, and that an interrupted run goes on."""
 
 import importlib
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from torch import nn
 
 import dq_runtime
 from dq_runtime.convert import quantized_layers
@@ -60,7 +63,7 @@ def test_every_method_is_a_row_at_each_number_of_bits(benchmarks):
     ],
 )
 def test_a_method_has_the_parts_that_its_name_says(benchmarks, unet, calibration_set, method, scales, dilated):
-    quantized = benchmarks["quality_methods"].METHODS[method].quantize(unet, calibration_set, 4, 0)
+    quantized = benchmarks["quality_methods"].METHODS[method](unet, calibration_set, 4, 0)
 
     layers = quantized_layers(quantized).values()
     assert quantized is not unet
@@ -74,7 +77,7 @@ def test_a_method_has_the_parts_that_its_name_says(benchmarks, unet, calibration
 
 
 def test_min_max_covers_the_whole_range(benchmarks, unet, calibration_set):
-    quantized = benchmarks["quality_methods"].METHODS["round to nearest, min-max"].quantize(unet, calibration_set, 8, 0)
+    quantized = benchmarks["quality_methods"].METHODS["round to nearest, min-max"](unet, calibration_set, 8, 0)
     seen = []
     handle = unet.mid_block.resnets[0].conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for call in calibration_set.calls:
@@ -86,6 +89,16 @@ def test_min_max_covers_the_whole_range(benchmarks, unet, calibration_set):
     assert layer.act_scale.item() == pytest.approx(width / 255, rel=1e-5)
     stock = unet.mid_block.resnets[0].conv1.weight
     torch.testing.assert_close(layer.weight_scale, stock.abs().flatten(1).amax(1) / 7)
+
+
+def test_one_row_leaves_all_convolutions_alone(benchmarks, unet, calibration_set):
+    methods = benchmarks["quality_methods"]
+
+    quantized = methods.dilatequant("none", None, None, linears_alone=True)(unet, calibration_set, 8, 0)
+
+    linears = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+    assert set(quantized_layers(quantized)) == linears
+    assert len(linears) > 4
 
 
 def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(benchmarks):
@@ -150,11 +163,19 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
     report = json.loads(output.read_text())
     assert set(report["results"]["WD, W4A8"]) == {"0", "1"}
     assert report["environment"]["device"]
+    asked.clear()
+    next(tmp_path.rglob("fp32_1.pt")).unlink()
+    run("--row", "WD, W4A8", "--seeds", "2")
+    assert asked == [("fp32", "1")]
+    with pytest.raises(SystemExit):
+        run("--images", "7")  # the file holds rows of another number of images
     assert output.with_suffix(".png").exists()
 
 
-def test_end_to_end_training_comes_closer_than_rounding(benchmarks, unet, calibration_set):
+def test_end_to_end_training_comes_closer_than_rounding(benchmarks, unet, calibration_set, monkeypatch):
     cost = benchmarks["calibration_cost"]
+    clock = itertools.count(0.0, 0.05)  # a step of training takes that long, on every machine
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     record, rounded, trained = {}, *(UNet2DModel.from_config(unet.config).eval() for _ in range(2))
     for copy in (rounded, trained):
         copy.load_state_dict(unet.state_dict())

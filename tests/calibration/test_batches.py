@@ -354,3 +354,30 @@ def test_a_mixed_batch_gives_what_the_recorded_calls_gave(conditional):
         for image, output in zip(batch.sample, batch.run(unet).sample, strict=True):
             # Other batches have other orders of fp32 sums; another sample's timestep or condition moves far more.
             torch.testing.assert_close(output, expected[image.numpy().tobytes()], rtol=1e-4, atol=1e-5)
+
+
+def with_guidance(timesteps):
+    """Calls whose second half repeats the latents of the first, as classifier-free guidance makes them."""
+    calls = numbered_calls(timesteps, batch=4)
+    for call in calls:
+        call.sample[2:] = call.sample[:2]
+    return calls
+
+
+def test_a_latent_that_is_judged_by_is_not_trained_on_with_another_prompt():
+    batches = MixedBatches(CalibrationSet(with_guidance(MANY), ALIKE), 10_000, 8, seed=0)
+
+    training, judging = (set(drawn(batches, part)) for part in (batches.training, batches.judging))
+    assert judging
+    assert not training & judging
+    assert len(training | judging) == 2 * len(MANY)  # every latent is used
+
+
+def test_where_all_latents_are_one_nothing_is_held_out():
+    calls = numbered_calls(MANY)
+    for call in calls:
+        call.sample.zero_()
+
+    batches = MixedBatches(CalibrationSet(calls, ALIKE), 90, 8, seed=0)
+
+    assert batches.judging == batches.training

@@ -1,6 +1,7 @@
 """Collecting calibration data: the UNet's calls as a sampling run makes them, and nothing of them shared."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from torch.utils._pytree import tree_flatten
 
 from dq_runtime import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
+from dq_runtime.calibration.collect import UNetCall
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedulers and NumPy 2
 
@@ -326,3 +329,69 @@ def test_collecting_from_a_pipeline_records_each_of_its_runs(unconditional_unet,
     start = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(calibration_set.calls[0].sample, start)
     assert not forward_hooks(pipeline.unet)
+
+
+def test_a_saved_calibration_set_is_read_as_it_was(unconditional_unet, tmp_path):
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    calibration_set = collect_from_scheduler(unconditional_unet, scheduler, torch.randn(3, 3, 8, 8), 2)
+    nested = {
+        "added_cond_kwargs": {"text_embeds": torch.randn(3, 4).half(), "time_ids": None},
+        "down_block_additional_residuals": (torch.randn(3, 2, 4, 4), torch.arange(3)),
+        "return_dict": False,
+        "scale": 0.5,
+    }
+    calibration_set.calls[0].arguments.update(nested)
+
+    calibration_set.save(tmp_path / "calls.pt")
+    loaded = CalibrationSet.load(tmp_path / "calls.pt")
+
+    assert [file.name for file in tmp_path.iterdir()] == ["calls.pt"]
+    assert loaded.timesteps == calibration_set.timesteps
+    for call, expected in zip(loaded.calls, calibration_set.calls, strict=True):
+        torch.testing.assert_close((call.sample, call.timestep), (expected.sample, expected.timestep), rtol=0, atol=0)
+        leaves, structure = tree_flatten(call.arguments)
+        expected_leaves, expected_structure = tree_flatten(expected.arguments)
+        assert structure == expected_structure
+        for leaf, expected_leaf in zip(leaves, expected_leaves, strict=True):
+            assert type(leaf) is type(expected_leaf)
+            if isinstance(leaf, torch.Tensor):
+                assert leaf.dtype == expected_leaf.dtype
+            assert torch.equal(leaf, expected_leaf) if isinstance(leaf, torch.Tensor) else leaf == expected_leaf
+    assert type(loaded.scheduler) is DDIMScheduler
+    assert torch.equal(loaded.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
+    assert loaded.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_what_cannot_be_saved_is_named_and_leaves_the_file_alone(tmp_path):
+    file = tmp_path / "calls.pt"
+    one = UNetCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})
+    CalibrationSet([one]).save(file)
+    before = file.read_bytes()
+
+    with pytest.raises(ValueError, match=r"argument \['cross_attention_kwargs'\]\['gligen'\] is a object"):
+        CalibrationSet([replace(one, arguments={"cross_attention_kwargs": {"gligen": object()}})]).save(file)
+    assert file.read_bytes() == before
+    loaded = CalibrationSet.load(file)
+    assert (len(loaded.calls), loaded.scheduler) == (1, None)
+
+
+@pytest.mark.parametrize("damage", ["half", "garbage", "empty", "another", "tensor"])
+def test_a_damaged_calibration_set_is_refused(tmp_path, damage):
+    file = tmp_path / "calls.pt"
+    CalibrationSet([UNetCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})]).save(file)
+    content = file.read_bytes()
+    if damage in ("another", "tensor"):
+        torch.save({"state": 1} if damage == "another" else torch.zeros(3), file)
+    else:
+        file.write_bytes({"half": content[: len(content) // 2], "garbage": b"\xff" * 99, "empty": b""}[damage])
+
+    with pytest.raises(ValueError, match=f"{file} holds no calibration set: record it again"):
+        CalibrationSet.load(file)
+
+
+def test_a_scheduler_that_diffusers_does_not_have_is_not_known(tmp_path):
+    class Ours(DDIMScheduler):
+        pass
+
+    CalibrationSet([UNetCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})], Ours()).save(tmp_path / "calls.pt")
+    assert CalibrationSet.load(tmp_path / "calls.pt").scheduler is None

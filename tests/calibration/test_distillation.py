@@ -3,11 +3,13 @@
 import copy
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.attention import BasicTransformerBlock
 from distilling import (
     FEW_BLOCKS,
     TIMESTEPS,
@@ -243,12 +245,14 @@ def test_arguments_without_dimensions_are_no_reason_to_fail():
 
 
 def test_few_samples_of_a_timestep_are_worth_a_warning(plain, log):
+    def lines():
+        return [line for line in messages(log, logging.WARNING) if line.startswith("Only 3 samples of some timesteps")]
+
     plain.distil(**UNTRAINED | {"samples": 12})
-    assert not messages(log, logging.WARNING)
+    assert not lines()
 
     plain.distil(**UNTRAINED | {"samples": 9})
-    (line,) = messages(log, logging.WARNING)
-    assert line.startswith("Only 3 samples of some timesteps")
+    (line,) = lines()
     assert "9 of all 3 timesteps" in line
 
 
@@ -415,3 +419,64 @@ def test_the_temporary_folder_is_removed(plain, monkeypatch, tmp_path):
 def test_settings_that_cannot_be_are_named(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be"):
         Distillation(**{name: value})
+
+
+def test_convolutions_keep_their_library_while_it_trains(plain, monkeypatch):
+    # torch.backends.cudnn.flags turns off what it is not told about.
+    seen, original = [], distillation._Trainer.distil
+
+    def distil(self, *arguments):
+        cudnn = torch.backends.cudnn
+        seen.append((cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32))
+        original(self, *arguments)
+
+    monkeypatch.setattr(distillation._Trainer, "distil", distil)
+    plain.distil(iterations=0)
+    assert set(seen) == {(True, False, True, False)}
+
+
+def test_transformers_of_a_block_may_compute_activations_twice(monkeypatch):
+    unet = unet2d_condition()
+    calibration_set, config, forwards = recorded(unet), DilateQuantConfig(), []
+    monkeypatch.setattr(
+        BasicTransformerBlock,
+        "forward",
+        lambda self, *args, _forward=BasicTransformerBlock.forward, **kwargs: (
+            forwards.append(torch.is_grad_enabled()) or _forward(self, *args, **kwargs)
+        ),
+    )
+
+    results, counts = [], []
+    for twice in (False, True):
+        forwards.clear()
+        results.append(distilled(unet, calibration_set, config, gradient_checkpointing=twice))
+        counts.append(sum(forwards))
+    assert counts[1] == 2 * counts[0] > 0
+    assert not results[1].is_gradient_checkpointing
+    errors = [output_error(result, unet, calibration_set) for result in results]
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
+
+
+def test_a_block_without_finite_second_moments_does_without_error_feedback(plain, monkeypatch, log):
+    def overflow(self):
+        raise ValueError("the inputs' second moments hold NaN or infinity")
+
+    monkeypatch.setattr(distillation.SecondMoments, "rounded", overflow)
+    result = plain.distil()
+
+    assert plain.error(result) < plain.error(plain.rounded)
+    assert any("mid_block" not in line and "no error feedback" in line for line in messages(log, logging.WARNING))
+
+
+def test_training_that_is_judged_by_what_it_sees_says_so(plain, log):
+    many = CalibrationSet(plain.calibration_set.calls * 4, plain.calibration_set.scheduler)
+    for calibration_set, expected in ((plain.calibration_set, True), (varied(many), False)):
+        log.clear()
+        distilled(plain.unet, calibration_set, plain.config, iterations=0)
+        assert any("judged by the samples it sees" in line for line in messages(log, logging.WARNING)) == expected
+
+
+def varied(calibration_set):
+    """The same calls, each with other latents."""
+    calls = [replace(call, sample=call.sample * (1 + i / 10)) for i, call in enumerate(calibration_set.calls)]
+    return CalibrationSet(calls, calibration_set.scheduler)

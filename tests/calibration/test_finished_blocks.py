@@ -6,17 +6,20 @@ import tempfile
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from distilling import (
     FEW_BLOCKS,
     SMALL,
     assert_same_state,
     assert_unchanged,
+    distilled,
     interrupt,
     messages,
+    recorded,
     snapshot,
 )
 
-from dq_runtime import DilateQuantConfig, Distillation, calibrate
+from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from dq_runtime.calibration import distillation, error_feedback, finished_blocks
 
 
@@ -66,6 +69,23 @@ def test_an_interrupted_calibration_goes_on_behind_the_last_finished_block(plain
         calls = interrupt(patch, distillation._Trainer, "distil", -1)
         assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
         assert not calls  # and how it is polished is no matter
+
+
+def test_another_process_goes_on_with_the_calibration_set_that_was_saved(plain, monkeypatch, tmp_path):
+    calibration_set, folder = recorded(plain.unet, scheduler=DDPMScheduler()), tmp_path / "blocks"
+    calibration_set.save(tmp_path / "calls.pt")
+    expected = distilled(plain.unet, calibration_set, plain.config)
+    with monkeypatch.context() as patch:
+        interrupt(patch, distillation._Trainer, "distil", 2)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(plain.unet, calibration_set, plain.config, folder=folder)
+
+    with monkeypatch.context() as patch:
+        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        loaded = CalibrationSet.load(tmp_path / "calls.pt")
+        result = distilled(plain.unet, loaded, plain.config, folder=folder)
+        assert len(calls) == 4
+    assert_same_state(result, expected)
 
 
 @pytest.mark.parametrize(

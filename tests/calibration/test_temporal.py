@@ -5,6 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from dq_runtime.calibration import temporal
 from dq_runtime.calibration.collect import CalibrationSet, UNetCall, record
 from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, search_range, temporal_quantizer
 from dq_runtime.timesteps import TimestepGrid
@@ -399,3 +400,34 @@ def test_layers_of_a_unet_are_grouped_exactly_where_they_see_one_tensor(make):
         cross_attentions = [name for name in layers if name.endswith(("attn2.to_k", "attn2.to_v"))]
         assert len(cross_attentions) >= 6
         assert frozenset(cross_attentions) in groups
+
+
+def many_calls(count, timesteps, channels):
+    return [(normal(1, channels, 4, 4, seed=i), [timesteps[i % len(timesteps)]], {}) for i in range(count)]
+
+
+def test_many_runs_of_a_wide_layer_take_no_more_memory_than_few(monkeypatch):
+    monkeypatch.setattr(temporal, "VALUES_PER_TIMESTEP", 64)
+    monkeypatch.setattr(temporal, "LEAST_ROWS", 5)
+
+    few, many = (net_samples(Net(32), many_calls(count, [3.0, 9.0], 32))["to_q"] for count in (2, 96))
+
+    assert [len(rows) for rows in few] == [5, 5]
+    assert all(4 <= len(rows) <= 5 for rows in many)  # of 48 calls each, every tenth
+    assert len({tuple(row) for rows in many for row in rows.tolist()}) == sum(map(len, many))
+
+
+def test_a_group_of_timesteps_gets_the_samples_of_each(monkeypatch):
+    monkeypatch.setattr(temporal, "VALUES_PER_TIMESTEP", 64)
+    calibration_set = CalibrationSet(
+        [UNetCall(sample, torch.tensor(t), {}) for sample, t, _ in many_calls(12, [1.0, 2.0, 3.0, 900.0], 8)]
+    )
+    net = Net(8)
+
+    (together,) = sample_inputs(net, {"conv": net.conv}, calibration_set, TimestepGrid([450.0]))["conv"]
+    groups = sample_inputs(net, {"conv": net.conv}, calibration_set, TimestepGrid([2.0, 900.0]))["conv"]
+    apart = sample_inputs(net, {"conv": net.conv}, calibration_set, TimestepGrid([1.0, 2.0, 3.0, 900.0]))["conv"]
+
+    assert [len(rows) for rows in apart] == [9] * 4  # 8 rows, 3 from each of 3 calls
+    assert [len(rows) for rows in groups] == [27, 9]
+    assert len(together) == 36
