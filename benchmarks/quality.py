@@ -33,7 +33,7 @@ import environment
 import peak_memory
 import quality_peers
 import torch
-from quality_methods import METHODS
+from quality_methods import EIGHT_BITS_ONLY, METHODS, QUICK
 
 import dq_runtime
 from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
@@ -69,7 +69,13 @@ COLUMNS = {
 
 def row_names(quick: bool) -> list[str]:
     """fp32; every method at each number of activation bits; the libraries that are installed."""
-    ours = [f"{name}, W4A{bits}" for bits in ACTIVATION_BITS for name in METHODS]
+    methods = [
+        (name, bits)
+        for bits in ACTIVATION_BITS
+        for name in (QUICK if quick else METHODS)
+        if bits == 8 or name not in EIGHT_BITS_ONLY
+    ]
+    ours = [f"{name}, W4A{bits}" for name, bits in methods]
     peers = [] if quick else [peer.name for peer in quality_peers.PEERS.values() if not quality_peers.missing(peer)]
     return [FP32, *ours, *peers]
 
@@ -247,7 +253,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 images, no other libraries")
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 images, five methods, no other libraries")
     parser.add_argument("--images", type=int, default=IMAGES, help="that each row of each seed draws")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--row", action="append", help="only this row; may be given several times")

@@ -77,7 +77,7 @@ def min_max(smoothing: float | None) -> Quantize:
 BLOCKWISE = Distillation()
 POLISHED = Distillation(polish_iterations=200)
 
-METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activation bits
+METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activation bits but where it says so below
     "round to nearest, min-max": min_max(None),
     "SmoothQuant": min_max(0.5),
     "one static scale": dilatequant("none", 1, None),
@@ -90,3 +90,5 @@ METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activa
     "WD + TPQ + BKD, polished": dilatequant("joint", None, POLISHED),
     "linears alone, polished": dilatequant("joint", None, POLISHED, linears_alone=True),
 }
+EIGHT_BITS_ONLY = ("linears alone, polished",)  # as the libraries that it stands beside
+QUICK = ("round to nearest, min-max", "SmoothQuant", "one static scale", "WD + TPQ", "WD + TPQ + BKD")

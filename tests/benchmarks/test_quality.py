@@ -45,11 +45,15 @@ def calibration_set(unet):
     return recorded
 
 
-def test_every_method_is_a_row_at_each_number_of_bits(benchmarks):
-    names = benchmarks["quality"].row_names(quick=True)
+def test_every_method_is_a_row_at_its_numbers_of_bits(benchmarks):
+    quality, methods = benchmarks["quality"], benchmarks["quality_methods"]
+    names, quick = quality.row_names(quick=False), quality.row_names(quick=True)
 
-    assert names[0] == "fp32"
-    assert len(names) == len(set(names)) == 1 + 2 * len(benchmarks["quality_methods"].METHODS)
+    assert names[0] == quick[0] == "fp32"
+    ours = [name for name in names if ", W4A" in name]
+    assert len(ours) == len(set(ours)) == 2 * len(methods.METHODS) - len(methods.EIGHT_BITS_ONLY)
+    assert set(quick) < set(names)
+    assert {f"{name}, W4A4" for name in methods.QUICK} < set(quick)
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_evaluate_measures_every_model_against_the_first(demo, tasks, monkeypatc
 
 
 def test_the_documented_commands_exist():
-    documents = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run")]
+    documents = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "docs/measurements.md", ".ci/run")]
     text = "\n".join(path.read_text() for path in documents)
     makefile = (REPOSITORY / "Makefile").read_text()
     commands = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE))
