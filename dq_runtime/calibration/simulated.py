@@ -137,7 +137,7 @@ class SimulatedLayer(nn.Module):
         # Leaves, but no nn.Parameters: the UNet's dtype is that of its first parameter.
         self.steps: torch.Tensor | None = None
         self.log_ratio: torch.Tensor | None = None
-        self.bias: torch.Tensor | None = None
+        self.bias_steps: torch.Tensor | None = None
         self.register_buffer("weight_scale", _per_output(tensors["weight_scale"], layer.weight))
         values = unpack_int4(tensors["weight"])[..., : layer.weight.shape[1]].movedim(-1, 1).contiguous()
         self._fix(self.dilated_weight() / self.weight_scale, values)
@@ -147,6 +147,11 @@ class SimulatedLayer(nn.Module):
     def weight(self) -> torch.Tensor:
         """The floating-point weights: some of diffusers' blocks ask for their dtype."""
         return self.layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The floating-point bias."""
+        return self.layer.bias
 
     def dilated_weight(self) -> torch.Tensor:
         """s_k w_nk, fp32, in the layout of the layer's own weights."""
@@ -170,8 +175,8 @@ class SimulatedLayer(nn.Module):
         self.log_ratio = ratio.log().requires_grad_()
         in_steps = [self.steps]
         if self.fixed_bias is not None:
-            self.bias = torch.zeros_like(self.fixed_bias).requires_grad_()
-            in_steps.append(self.bias)
+            self.bias_steps = torch.zeros_like(self.fixed_bias).requires_grad_()
+            in_steps.append(self.bias_steps)
         return in_steps, [self.log_ratio]
 
     @torch.no_grad()
@@ -184,15 +189,15 @@ class SimulatedLayer(nn.Module):
         self._fix(self.steps / ratio)
         self.weight_scale = self.weight_scale * ratio
         self.fixed_bias = bias
-        self.steps = self.log_ratio = self.bias = None
+        self.steps = self.log_ratio = self.bias_steps = None
 
     def state(self) -> dict[str, torch.Tensor]:
         """What training changes, its input quantizer's part included."""
         quantizer = self.input_quantizer
         state = {"unrounded": self.unrounded, "weight_scale": self.weight_scale}
         state |= {
-            "log_ratio": quantizer.log_ratio.detach().clone(),
-            "zero_point": quantizer.zero_point.detach().clone(),
+            "act_log_ratio": quantizer.log_ratio.detach().clone(),
+            "act_zero_point": quantizer.zero_point.detach().clone(),
         }
         return state if self.fixed_bias is None else state | {"bias": self.fixed_bias}
 
@@ -203,8 +208,8 @@ class SimulatedLayer(nn.Module):
         self._fix(state["unrounded"].to(device))
         self.weight_scale = state["weight_scale"].to(device)
         self.fixed_bias = state["bias"].to(device) if "bias" in state else None
-        self.input_quantizer.log_ratio.copy_(state["log_ratio"])
-        self.input_quantizer.zero_point.copy_(state["zero_point"])
+        self.input_quantizer.log_ratio.copy_(state["act_log_ratio"])
+        self.input_quantizer.zero_point.copy_(state["act_zero_point"])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state dict of the packed layer."""
@@ -234,11 +239,11 @@ class SimulatedLayer(nn.Module):
         return y.to(x.dtype)
 
     def _bias(self) -> torch.Tensor | None:
-        if self.bias is None:
+        if self.bias_steps is None:
             return self.fixed_bias
         quantizer = self.input_quantizer
         typical_input = quantizer.initial_scale.mean() * (quantizer.high - quantizer.low) * TYPICAL_INPUT
-        return self.fixed_bias + self.bias * self.weight_scale.flatten() * typical_input
+        return self.fixed_bias + self.bias_steps * self.weight_scale.flatten() * typical_input
 
     def _fix(self, steps: torch.Tensor, values: torch.Tensor | None = None) -> None:
         """Sets both forms of the weights; fp16 must not move one across the middle between two values."""

@@ -117,8 +117,8 @@ def learn(stand_in, seed=2):
         stand_in.log_ratio.copy_(uniform(stand_in.log_ratio, 0.3))
         whole = stand_in.values + torch.randint(-4, 5, stand_in.values.shape, generator=generator)
         stand_in.steps.copy_(between(whole, generator) * stand_in.log_ratio.exp())
-        if stand_in.bias is not None:
-            stand_in.bias.copy_(uniform(stand_in.bias, 3.0))
+        if stand_in.bias_steps is not None:
+            stand_in.bias_steps.copy_(uniform(stand_in.bias_steps, 3.0))
 
 
 def assert_close(actual, expected, what=""):
@@ -232,8 +232,8 @@ def test_gradients_are_those_of_the_straight_through_estimator(kind, bits):
         "steps": stand_in.steps,
         "log_ratio": stand_in.log_ratio,
     }
-    if stand_in.bias is not None:
-        learned["bias"] = stand_in.bias
+    if stand_in.bias_steps is not None:
+        learned["bias"] = stand_in.bias_steps
     leaves = {name: parameter.detach().double().requires_grad_() for name, parameter in learned.items()}
     x64 = x.detach().double().requires_grad_()
 
