@@ -92,13 +92,16 @@ def quantized(name: str, unet: Any, calibration_set: Any, seed: int) -> tuple[An
 
 
 def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> dict[str, Any]:
-    """Quantizes and samples; the fp32 row of a seed has to have been measured before the others."""
+    """Quantizes and samples; the fp32 row of a seed, which the others' data comes from, has to have been measured."""
     task = TASKS[task_name]
     unet = task.unet()
-    calibration_set = dq_runtime.collect_from_scheduler(
-        unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, seed), STEPS,
-        task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
-    )  # fmt: skip
+    calibration_file = folder / f"calibration_{seed}.pt"
+    if name == FP32:
+        dq_runtime.collect_from_scheduler(
+            unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, seed), STEPS,
+            task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
+        ).save(calibration_file)  # fmt: skip
+    calibration_set = dq_runtime.CalibrationSet.load(calibration_file)
     start = time.perf_counter()
     with peak_memory.above_now() as peak:
         model, weight_bits, activation_bits = quantized(name, unet, calibration_set, seed)

@@ -480,3 +480,16 @@ def varied(calibration_set):
     """The same calls, each with other latents."""
     calls = [replace(call, sample=call.sample * (1 + i / 10)) for i, call in enumerate(calibration_set.calls)]
     return CalibrationSet(calls, calibration_set.scheduler)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("autocast", [False, True])
+def test_on_a_gpu_it_comes_as_close_as_on_the_cpu(plain, autocast):
+    unet = copy.deepcopy(plain.unet).to("cuda")
+
+    twice = [
+        distilled(unet, plain.calibration_set, plain.config, autocast=autocast, polish_iterations=1) for _ in range(2)
+    ]
+
+    assert_same_state(*twice)
+    assert plain.error(twice[0]) < (1.3 if autocast else 1.1) * plain.error(plain.distilled)
