@@ -29,7 +29,7 @@ from unittest import mock
 import environment
 import peak_memory
 import torch
-from quality import BATCH, CALIBRATION_SAMPLES, FIRST_IMAGE_SEED, ROOT, STEPS
+from quality import FIRST_IMAGE_SEED, ROOT, STEPS, collect
 from tasks import TASKS
 from torch import nn
 
@@ -130,10 +130,7 @@ def measure(task_name: str, way: str, samples: int, seconds: float) -> dict[str,
     """Trains in one way and draws images."""
     task = TASKS[task_name]
     unet, stock = task.unet(), task.unet()
-    calibration_set = dq_runtime.collect_from_scheduler(
-        unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, 0), STEPS,
-        task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
-    )  # fmt: skip
+    calibration_set = collect(task, unet, seed=0)
 
     def train(distil: Any, *arguments: Any) -> Any:
         if way == END_TO_END:

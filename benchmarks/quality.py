@@ -40,6 +40,7 @@ from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, s
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "small_unets"))
+from task import Task  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
 STEPS, BATCH = 20, 100
@@ -80,6 +81,14 @@ def row_names(quick: bool) -> list[str]:
     return [FP32, *ours, *peers]
 
 
+def collect(task: Task, unet: Any, seed: int) -> dq_runtime.CalibrationSet:
+    """A seed's calibration data: the UNet's calls while it samples."""
+    return dq_runtime.collect_from_scheduler(
+        unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, seed), STEPS,
+        task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
+    )  # fmt: skip
+
+
 def quantized(name: str, unet: Any, calibration_set: Any, seed: int) -> tuple[Any, int, int]:
     """The row's UNet, its weight bits and its activation bits."""
     if name == FP32:
@@ -97,10 +106,7 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
     unet = task.unet()
     calibration_file = folder / f"calibration_{seed}.pt"
     if name == FP32:
-        dq_runtime.collect_from_scheduler(
-            unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, seed), STEPS,
-            task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
-        ).save(calibration_file)  # fmt: skip
+        collect(task, unet, seed).save(calibration_file)
     calibration_set = dq_runtime.CalibrationSet.load(calibration_file)
     start = time.perf_counter()
     with peak_memory.above_now() as peak:
