@@ -33,7 +33,7 @@ import environment
 import peak_memory
 import quality_peers
 import torch
-from quality_methods import EIGHT_BITS_ONLY, METHODS, QUICK
+from quality_methods import METHODS, ONLY_AT, QUICK
 
 import dq_runtime
 from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
@@ -74,7 +74,7 @@ def row_names(quick: bool) -> list[str]:
         (name, bits)
         for bits in ACTIVATION_BITS
         for name in (QUICK if quick else METHODS)
-        if bits == 8 or name not in EIGHT_BITS_ONLY
+        if ONLY_AT.get(name, bits) == bits
     ]
     ours = [f"{name}, W4A{bits}" for name, bits in methods]
     peers = [] if quick else [peer.name for peer in quality_peers.PEERS.values() if not quality_peers.missing(peer)]

@@ -2,7 +2,8 @@
 
 Every method quantizes the same layers (all but ``conv_in`` and ``conv_out``; one row leaves all convolutions alone, as
 some libraries do), to the same packed format, with one weight scale for each output channel, and runs on the same
-kernels; only how the numbers are found differs.
+kernels; only how the numbers are found differs. Of W4A4 the inputs of ``conv_shortcut`` have 8 bits, as is the
+config's default; one row has 4 there too.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Quantize = Callable[[Any, CalibrationSet, int, int], Any]
 
 
 def dilatequant(
-    dilation: str, groups: int | None, distillation: Distillation | None, linears_alone: bool = False
+    dilation: str, groups: int | None, distillation: Distillation | None, linears_alone: bool = False, **others: Any
 ) -> Quantize:
-    """Our own calibration; ``groups`` of timesteps, one of them is a static scale."""
+    """Our own calibration; ``groups`` of timesteps, one is a static scale. ``others`` of the config's fields."""
 
     def quantize(unet: Any, calibration_set: CalibrationSet, bits: int, seed: int) -> Any:
-        config = DilateQuantConfig(activation_bits=bits, dilation=dilation, timestep_groups=groups)
+        config = DilateQuantConfig(activation_bits=bits, dilation=dilation, timestep_groups=groups, **others)
         if linears_alone:
             convs = [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
             config = replace(config, modules_to_not_convert=convs)
@@ -62,7 +63,7 @@ def min_max(smoothing: float | None) -> Quantize:
                 weights = torch.cat([layers[name].weight.detach().transpose(0, 1).flatten(1) for name in names], dim=1)
                 sizes = x.abs().amax(0).clamp(min=1e-5), weights.abs().amax(1).clamp(min=1e-5)
                 dilation = sizes[0] ** smoothing / sizes[1] ** (1 - smoothing)
-            tables = temporal_quantizer([x], dilation, bits, candidates=1)
+            tables = temporal_quantizer([x], dilation, config.activation_bits_of(names[0]), candidates=1)
             for name in names:
                 weight = layers[name].weight.detach().movedim(1, -1) * dilation
                 rounded = quantize_weight(weight, candidates=1)
@@ -89,6 +90,10 @@ METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activa
     "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),
     "WD + TPQ + BKD, polished": dilatequant("joint", None, POLISHED),
     "linears alone, polished": dilatequant("joint", None, POLISHED, linears_alone=True),
+    "shortcuts alike, polished": dilatequant("joint", None, POLISHED, layer_activation_bits={}),
 }
-EIGHT_BITS_ONLY = ("linears alone, polished",)  # as the libraries that it stands beside
+ONLY_AT = {  # activation bits: as the libraries that the first stands beside; where the second makes a difference
+    "linears alone, polished": 8,
+    "shortcuts alike, polished": 4,
+}
 QUICK = ("round to nearest, min-max", "SmoothQuant", "one static scale", "WD + TPQ", "WD + TPQ + BKD")

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 DILATIONS = ("joint", "weight", "none")
+SHORTCUTS = {"conv_shortcut": 8}  # the default exceptions from ``activation_bits``
 
 
 def is_part(entry: str, name: str) -> bool:
@@ -29,8 +30,9 @@ class DilateQuantConfig(QuantizationConfigMixin):
     Args:
         weight_bits: 4; weights are packed two to a byte.
         activation_bits: 8, 6 or 4; activations are stored as int8 whatever the number.
-        layer_activation_bits: other numbers for some layers, by dotted name or part of one: {"conv_shortcut": 8}.
-            Where several entries fit, the longest counts.
+        layer_activation_bits: other numbers for some layers, by dotted name or part of one. Where several entries fit,
+            the longest counts. By default a resnet's ``conv_shortcut`` has 8: what it rounds goes past all other layers
+            straight into the result, and its input, stored as int8 anyway, costs no more. {} for no exception.
         dilation: "weight", the paper's rule, stretches unsaturated input channels of the weights as far as no weight
             range grows; "joint" chooses, layer by layer, among that and rules that look at the activations too, by the
             layer's error on the calibration data; "none" turns it off.
@@ -47,7 +49,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
 
     weight_bits: int = 4
     activation_bits: int = 8
-    layer_activation_bits: dict[str, int] | None = None
+    layer_activation_bits: dict[str, int] | None = field(default_factory=lambda: dict(SHORTCUTS))
     dilation: str = "joint"
     max_dilation: float = 8.0
     timestep_groups: int | None = None

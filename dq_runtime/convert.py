@@ -13,7 +13,7 @@ from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
-from dq_runtime.config import DilateQuantConfig, is_part
+from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
 from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, conv2d_arguments
 from dq_runtime.timesteps import TimestepGrid
 
@@ -74,11 +74,12 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
     if not layers:
         reasons = ", ".join(sorted(set(kept.values()))) or "the UNet has no linear and no convolution"
         raise ValueError(f"No layer is left to quantize ({reasons}); shorten modules_to_not_convert if it is the cause")
+    own_bits = None if config.layer_activation_bits == SHORTCUTS else config.layer_activation_bits
     unmatched = [
         f"{place}: {entry!r}"
         for place, entries, names in (
             ("modules_to_not_convert", config.modules_to_not_convert, kept),
-            ("layer_activation_bits", config.layer_activation_bits, layers),
+            ("layer_activation_bits", own_bits, layers),
         )
         for entry in entries or ()
         if not any(is_part(entry, name) for name in names)

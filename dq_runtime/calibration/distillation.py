@@ -153,7 +153,7 @@ def distil(
                 trainer.free_quantizers.discard(layer.input_quantizer)
         if settings.polish_iterations:
             wanted = settings.polish_iterations * settings.batch_size
-            batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed + 1)
+            batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed)
             _Trainer(unet, stand_ins, batches, trainer.store, grid, settings).polish()
         return {name: layer.tensors() for name, layer in stand_ins.items()}
 
@@ -243,8 +243,8 @@ class _Trainer:
                 states.append(states_of(layers))
                 errors.append(self._judge(lesson))
             if iterations:
-                scale = LOSS_SCALE / max(errors[0], torch.finfo(torch.float32).tiny)
-                self._descend(lambda i: scale * lesson(i).mean(), layers, start, iterations, learning_rate, progress)
+                scale = LOSS_SCALE / self.settings.batch_size / max(errors[0], torch.finfo(torch.float32).tiny)
+                self._descend(lambda i: scale * lesson(i).sum(), layers, start, iterations, learning_rate, progress)
                 states.append(states_of(layers))
                 errors.append(self._judge(lesson))
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)

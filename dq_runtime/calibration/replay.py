@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dq_runtime.calibration.collect import UNetCall
 
-BLOCKS = (ResnetBlock2D, Transformer2DModel, Attention, Downsample2D, Upsample2D)
+BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, Attention, Downsample2D, Upsample2D)
 
 
 class _Reached(Exception):
@@ -29,7 +30,7 @@ def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall
     """The parts of a UNet that are distilled one after the other, in the order in which a call reaches them.
 
     The outermost resnet, transformer, attention or resampler around each layer; a layer outside of all is a block
-    itself.
+    itself. A transformer of several layers is taken apart: at SDXL's ten it would need too much memory at once.
 
     Args:
         layers: the layers to be distilled; blocks without one are left out.
@@ -38,7 +39,8 @@ def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall
     found: dict[nn.Module, str] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        if module in wanted or (isinstance(module, BLOCKS) and not wanted.isdisjoint(module.modules())):
+        is_block = isinstance(module, BLOCKS) and len(getattr(module, "transformer_blocks", "")) < 2
+        if module in wanted or (is_block and not wanted.isdisjoint(module.modules())):
             found.setdefault(module, name)
         else:
             for child_name, child in module.named_children():

@@ -51,7 +51,8 @@ def test_every_method_is_a_row_at_its_numbers_of_bits(benchmarks):
 
     assert names[0] == quick[0] == "fp32"
     ours = [name for name in names if ", W4A" in name]
-    assert len(ours) == len(set(ours)) == 2 * len(methods.METHODS) - len(methods.EIGHT_BITS_ONLY)
+    assert len(ours) == len(set(ours)) == 2 * len(methods.METHODS) - len(methods.ONLY_AT)
+    assert {f"{name}, W4A{bits}" for name, bits in methods.ONLY_AT.items()} < set(ours)
     assert set(quick) < set(names)
     assert {f"{name}, W4A4" for name in methods.QUICK} < set(quick)
 
@@ -69,11 +70,15 @@ def test_every_method_is_a_row_at_its_numbers_of_bits(benchmarks):
 def test_a_method_has_the_parts_that_its_name_says(benchmarks, unet, calibration_set, method, scales, dilated):
     quantized = benchmarks["quality_methods"].METHODS[method](unet, calibration_set, 4, 0)
 
-    layers = quantized_layers(quantized).values()
+    by_name = quantized_layers(quantized)
+    layers = by_name.values()
     assert quantized is not unet
     assert not quantized_layers(unet)
     assert {len(layer.act_scale) for layer in layers} == {scales}
-    assert {layer.activation_bits for layer in layers} == {4}
+    for name, layer in by_name.items():
+        bits = 8 if "conv_shortcut" in name else 4
+        assert layer.activation_bits == bits
+        assert layer.act_zero_point.abs().max() <= 2 ** (bits - 1)
     assert any(bool((layer.weight_dilation != 1).any()) for layer in layers) == dilated
     output = quantized(calibration_set.calls[0].sample, 10).sample
     expected = calibration_set.calls[0].run(unet).sample

@@ -265,7 +265,7 @@ def test_timesteps_share_scales_in_groups_of_neighbours(groups, timesteps):
 @pytest.mark.parametrize("bits", [6, 4])
 def test_the_configs_activation_bits_reach_every_layer(bits):
     unet = unet2d()
-    calibrate(unet, recorded(unet), DilateQuantConfig(activation_bits=bits))
+    calibrate(unet, recorded(unet), DilateQuantConfig(activation_bits=bits, layer_activation_bits={}))
 
     layers = quantized_layers(unet).values()
     limit = 2 ** (bits - 1)

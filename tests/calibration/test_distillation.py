@@ -373,6 +373,50 @@ def test_held_out_samples_are_judged_and_not_trained_on(monkeypatch):
     assert len(replayed - trained) == 3 * 4
 
 
+def test_a_polish_holds_out_the_same_samples(monkeypatch):
+    unet, sets = unet2d(), []
+    original = distillation._Trainer.__init__
+
+    def init(self, unet, stand_ins, batches, *arguments):
+        sets.append(batches)
+        original(self, unet, stand_ins, batches, *arguments)
+
+    monkeypatch.setattr(distillation._Trainer, "__init__", init)
+    calibration_set = recorded(unet, rows=32)
+    settings = {"samples": 24, "batch_size": 24, "iterations": 0, "polish_iterations": 3}
+    distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **settings)
+
+    blocks, polish = (
+        [
+            {value for i in part for value in batches[i].sample[:, 0, 0, 0].tolist()}
+            for part in (batches.training, batches.judging)
+        ]
+        for batches in sets
+    )
+    assert len(polish[0]) > len(blocks[0])
+    assert not (blocks[0] | polish[0]) & (blocks[1] | polish[1])
+
+
+def test_a_batch_counts_as_much_as_it_has_samples(monkeypatch):
+    unet, losses = unet2d(), {}
+    original = distillation._Trainer._descend
+
+    def descend(self, loss_of, *arguments):
+        losses.setdefault(len(losses), [(len(self.batches[i].sample), loss_of(i).item()) for i in self.training])
+        original(self, loss_of, *arguments)
+
+    monkeypatch.setattr(distillation._Trainer, "_descend", descend)
+    calibration_set = recorded(unet)
+    for batch_size in (5, 48):
+        settings = {"samples": 48, "batch_size": batch_size, "iterations": 1, "error_feedback": False}
+        distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **settings)
+
+    blocks = len(losses) // 2
+    for small, (whole,) in zip(list(losses.values())[:blocks], list(losses.values())[blocks:], strict=True):
+        assert small[-1][0] == whole[0] % 5 > 0
+        assert sum(loss for _, loss in small) * 5 == pytest.approx(whole[1] * 48, rel=0.05)
+
+
 def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plain, monkeypatch, tmp_path):
     original, sizes = distillation._Trainer._train, {}
 

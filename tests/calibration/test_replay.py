@@ -22,13 +22,14 @@ def unet2d():
     ).eval()  # fmt: skip
 
 
-def unet2d_condition():
+def unet2d_condition(**changes):
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=2,
         cross_attention_dim=6, in_channels=2, out_channels=2, addition_embed_type="text",
         addition_embed_type_num_heads=2, encoder_hid_dim=6,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **changes,
     ).eval()  # fmt: skip
 
 
@@ -79,6 +80,17 @@ def test_blocks_come_in_forward_order(unet, layers):
         assert all(order.index(name) < order.index("conv_in") for name in others)
     for name, block in blocks.items():
         assert block is unet.get_submodule(name)
+
+
+def test_a_transformer_of_several_layers_is_taken_apart():
+    deep = unet2d_condition(transformer_layers_per_block=(1, 2))
+    layers = plan_conversion(deep, DilateQuantConfig()).layers
+
+    blocks = list(blocks_in_order(deep, layers.values(), some_calls(deep)[0]))
+    attention = "mid_block.attentions.0"
+    assert [name for name in blocks if name.startswith(attention)] == [
+        f"{attention}.{part}" for part in ("proj_in", "transformer_blocks.0", "transformer_blocks.1", "proj_out")
+    ]
 
 
 def test_every_layer_is_in_exactly_one_block(unet, layers):

@@ -47,7 +47,7 @@ def test_saved_files_are_safetensors_and_a_config(saved):
         "quant_method": "dilatequant",
         "weight_bits": 4,
         "activation_bits": 8,
-        "layer_activation_bits": None,
+        "layer_activation_bits": {"conv_shortcut": 8},
         "dilation": "joint",
         "max_dilation": 8.0,
         "timestep_groups": None,

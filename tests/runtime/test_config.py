@@ -38,6 +38,18 @@ def test_diffusers_finds_the_class_of_a_stored_config(config):
 def test_only_fields_that_differ_are_in_the_diff_dict():
     assert DilateQuantConfig().to_diff_dict() == {}
     assert DilateQuantConfig(activation_bits=4).to_diff_dict() == {"activation_bits": 4}
+    assert DilateQuantConfig(layer_activation_bits={}).to_diff_dict() == {"layer_activation_bits": {}}
+
+
+@pytest.mark.parametrize("nothing", [{}, None])
+def test_only_shortcuts_have_other_bits_by_default(nothing):
+    config = DilateQuantConfig(activation_bits=4)
+    assert config.activation_bits_of("up_blocks.0.resnets.0.conv_shortcut") == 8
+    assert config.activation_bits_of("up_blocks.0.resnets.0.conv1") == 4
+    strict = DilateQuantConfig(activation_bits=4, layer_activation_bits=nothing)
+    assert strict.activation_bits_of("up_blocks.0.resnets.0.conv_shortcut") == 4
+    config.layer_activation_bits["conv1"] = 6
+    assert DilateQuantConfig().layer_activation_bits == {"conv_shortcut": 8}
 
 
 def test_config_survives_in_the_config_file_of_a_unet(subject, tmp_path):

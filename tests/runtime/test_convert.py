@@ -184,6 +184,13 @@ def test_only_what_the_user_asked_for_is_no_warning(new_unet, quantize, caplog):
     assert line.getMessage() == "Kept in floating point: conv_in, conv_out (in modules_to_not_convert)"
 
 
+def test_the_default_bits_of_shortcuts_are_no_warning_where_none_is_quantized(new_unet):
+    shortcuts = ["conv_in", "conv_out", "conv_shortcut"]
+    assert plan_conversion(new_unet(), DilateQuantConfig(modules_to_not_convert=shortcuts)).unmatched == []
+    config = DilateQuantConfig(modules_to_not_convert=shortcuts, layer_activation_bits={"conv_shortcut": 6})
+    assert plan_conversion(new_unet(), config).unmatched == ["layer_activation_bits: 'conv_shortcut'"]
+
+
 def test_layer_that_calibration_never_reached_stays_and_a_warning_says_so(new_unet, quantize, caplog):
     unet = new_unet()
     unet.mid_block.spare = nn.Linear(8, 8)
