@@ -53,6 +53,7 @@ PAIRS = (  # a part, a method without it and the same with it
     ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
     ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
     ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
+    ("8 bits for shortcuts", "shortcuts alike, polished", "WD + TPQ + BKD, polished"),
 )
 FP32 = "fp32"
 COLUMNS = {

@@ -10,13 +10,23 @@ sample, on the device; out-of-range values are clamped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from dq_kernels import conv2d, cpu, linear, norm
 from dq_kernels import quantize as triton_quantize
+from dq_kernels.checks import (
+    COMPUTE_DTYPES,
+    check_bits,
+    check_floats,
+    check_operands,
+    check_padding,
+    check_parameters,
+    check_quantizer,
+    check_size,
+    check_tables,
+    check_tensor,
+)
 from dq_kernels.conv2d import conv2d_output_size, statistics_shape
 from dq_kernels.cpu import prepacked_bytes
 from dq_kernels.gemm import STATISTICS_ROWS
@@ -40,12 +50,10 @@ __all__ = [
     "unpack_int4",
 ]
 
-COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ACTIVATIONS = ("none", "gelu", "geglu")
 MAX_LAYER_NORM_CHANNELS = 8192  # one program holds a row
 
 _library = torch.library.Library("dq_kernels", "DEF")
-_FLOATS = "float16, bfloat16 or float32"
 _TABLES = "Tensor act_scale, Tensor act_zero_point, Tensor timestep_index"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_sum"
 _QUANTIZER = f"Tensor weight_dilation, {_TABLES}, int bits"
@@ -111,119 +119,6 @@ def _(x, weight, *arguments):  # type: ignore[no-untyped-def]
     )
 
 
-def _check(
-    op: str,
-    name: str,
-    tensor: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: Sequence[int | str],
-    any_strides: bool = False,
-) -> None:
-    """Raises unless the tensor is contiguous and has one of the dtypes and the shape, where a letter is any size.
-
-    The message is put together only when it is needed: formatting sizes makes torch.compile specialize on them.
-    """
-    if (
-        tensor.dtype not in dtypes
-        or tensor.ndim != len(shape)
-        or any(not isinstance(size, str) and size != tensor.shape[i] for i, size in enumerate(shape))
-        or not (any_strides or tensor.is_contiguous())
-    ):
-        raise ValueError(
-            f"{op}: {name} must be {'' if any_strides else 'contiguous '}{' or '.join(str(dtype) for dtype in dtypes)} "
-            f"[{', '.join(str(size) for size in shape)}], "
-            f"got {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}"
-        )
-
-
-def _check_tables(
-    op: str, batch: int, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor, prefix: str = "act"
-) -> None:
-    _check(op, f"{prefix}_scale", act_scale, (torch.float32,), ("T",))
-    _check(op, f"{prefix}_zero_point", act_zero_point, (torch.int32,), act_scale.shape)
-    _check(op, "timestep_index", timestep_index, (torch.int32,), (batch,))
-
-
-def _check_quantizer(
-    op: str,
-    batch: int,
-    channels: int,
-    weight_dilation: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    timestep_index: Tensor,
-    bits: int,
-) -> None:
-    _check(op, "weight_dilation", weight_dilation, (torch.float32,), (channels,))
-    _check_tables(op, batch, act_scale, act_zero_point, timestep_index)
-    _check_bits(op, bits)
-
-
-def _check_floats(op: str, name: str, x: Tensor, shape: Sequence[int | str]) -> None:
-    """x: any strides; the kernels count a sample's elements in int32."""
-    if "..." not in shape:
-        _check(op, name, x, COMPUTE_DTYPES, shape, any_strides=True)
-    elif x.dtype not in COMPUTE_DTYPES or x.ndim < 2:
-        raise ValueError(f"{op}: {name} must be {_FLOATS} [B, ..., K], got {x.dtype} {list(x.shape)}")
-    if x[:1].numel() >= 2**31:
-        raise ValueError(f"{op}: a sample of {name} {list(x.shape)} has 2^31 elements or more")
-
-
-def _check_bits(op: str, bits: int, name: str = "bits") -> None:
-    if bits < 2 or bits > 8:
-        raise ValueError(f"{op}: {name} must be 2 to 8, got {bits}")
-
-
-def _check_padding(op: str, x: Tensor, padding: tuple[int, int]) -> None:
-    if min(padding) < 0 or (max(padding) > 0 and x.ndim != 4):
-        raise ValueError(
-            f"{op}: padding must not be negative, and only an image [B, H, W, K] takes any; "
-            f"got {padding} for x {list(x.shape)}"
-        )
-
-
-def _check_operands(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    bias: Tensor | None,
-    x_shape: Sequence[int | str],
-    weight_shape: Sequence[int | str],
-    out_dtype: torch.dtype,
-    source: str = "x",
-) -> None:
-    prefix = "" if source == "x" else f"{source}_"
-    _check(op, source, x, (torch.int8,), x_shape)
-    _check(op, f"{prefix}weight", weight, (torch.uint8,), weight_shape)
-    if x.shape[-1] != 2 * weight.shape[-1]:
-        raise ValueError(
-            f"{op}: the packed {prefix}weight {list(weight.shape)} takes {2 * weight.shape[-1]} input channels, "
-            f"{source} {list(x.shape)} has {x.shape[-1]}"
-        )
-    _check(op, "weight_scale", weight_scale, (torch.float32,), weight.shape[:1])
-    _check(op, f"{prefix}weight_sum", weight_sum, (torch.int32,), weight.shape[:1])
-    if bias is not None:
-        _check(op, "bias", bias, COMPUTE_DTYPES, weight.shape[:1])
-    if out_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
-
-
-def _check_parameters(op: str, channels: int, parameters: dict[str, Tensor | None]) -> None:
-    for name, parameter in parameters.items():
-        if parameter is not None:
-            _check(op, name, parameter, COMPUTE_DTYPES, (channels,))
-
-
-def _check_size(op: str, x: Tensor, rows: int, out_channels: int) -> None:
-    """The kernels count elements in int32."""
-    if x.numel() >= 2**31 or rows * out_channels >= 2**31:
-        raise ValueError(
-            f"{op}: x {list(x.shape)} or the result [{rows}, {out_channels}] has 2^31 elements or more; split the batch"
-        )
-
-
 def quantize(
     x: Tensor,
     weight_dilation: Tensor,
@@ -252,15 +147,15 @@ def quantize(
         ValueError: on any other dtype, shape or number of bits.
     """
     op = "quantize"
-    _check_floats(op, "x", x, ("B", "...", "K"))
+    check_floats(op, "x", x, ("B", "...", "K"))
     channels = x.shape[-1]
     if skip is not None:
-        _check_floats(op, "skip", skip, (*x.shape[:-1], "K2"))
+        check_floats(op, "skip", skip, (*x.shape[:-1], "K2"))
         if channels % 2:
             raise ValueError(f"{op}: x must have an even number of channels before a skip, got {channels}")
         channels += skip.shape[-1]
-    _check_quantizer(op, x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
-    _check_padding(op, x, padding)
+    check_quantizer(op, x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    check_padding(op, x, padding)
     return torch.ops.dq_kernels.quantize.default(
         x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding, skip
     )
@@ -291,15 +186,15 @@ def layer_norm_quantize(
     Raises:
         ValueError: on any other dtype or shape.
     """
-    _check_floats("layer_norm_quantize", "x", x, ("B", "...", "K"))
+    check_floats("layer_norm_quantize", "x", x, ("B", "...", "K"))
     channels = x.shape[-1]
     if channels % 2 or channels > MAX_LAYER_NORM_CHANNELS:
         raise ValueError(
             f"layer_norm_quantize: the channels must be even and at most {MAX_LAYER_NORM_CHANNELS}, got {channels}; "
             "use torch.nn.functional.layer_norm and quantize instead"
         )
-    _check_parameters("layer_norm_quantize", channels, {"weight": weight, "bias": bias})
-    _check_quantizer(
+    check_parameters("layer_norm_quantize", channels, {"weight": weight, "bias": bias})
+    check_quantizer(
         "layer_norm_quantize", x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits
     )
     return torch.ops.dq_kernels.layer_norm_quantize.default(
@@ -344,11 +239,11 @@ def group_norm_quantize(
         ValueError: on any other dtype or shape.
     """
     op = "group_norm_quantize"
-    _check_floats(op, "x", x, ("B", "H", "W", "K"))
+    check_floats(op, "x", x, ("B", "H", "W", "K"))
     channels = x.shape[3]
     sources = [(x, "statistics", statistics)]
     if skip is not None:
-        _check_floats(op, "skip", skip, (*x.shape[:3], "K2"))
+        check_floats(op, "skip", skip, (*x.shape[:3], "K2"))
         channels += skip.shape[3]
         sources.append((skip, "skip_statistics", skip_statistics))
     elif skip_statistics is not None:
@@ -358,12 +253,12 @@ def group_norm_quantize(
             if source.shape[1] * source.shape[2] % STATISTICS_ROWS:
                 raise ValueError(f"{op}: {name} are given for whole runs of {STATISTICS_ROWS} pixels alone")
             shape = statistics_shape(source.shape[0], source.shape[1:3], source.shape[3], True)
-            _check(op, name, given, (torch.float32,), shape)
+            check_tensor(op, name, given, (torch.float32,), shape)
     if num_groups < 1 or channels % num_groups or channels % 2:
         raise ValueError(f"{op}: the {channels} channels must be even and divide into {num_groups} groups")
-    _check_parameters(op, channels, {"weight": weight, "bias": bias})
-    _check_quantizer(op, x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
-    _check_padding(op, x, padding)
+    check_parameters(op, channels, {"weight": weight, "bias": bias})
+    check_quantizer(op, x.shape[0], channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    check_padding(op, x, padding)
     return torch.ops.dq_kernels.group_norm_quantize.default(
         x, skip, statistics, skip_statistics, num_groups, weight, bias, eps, silu, weight_dilation, act_scale,
         act_zero_point, timestep_index, bits, padding,
@@ -402,13 +297,15 @@ def int4_linear(
     """
     if x.ndim < 2:
         raise ValueError(f"int4_linear: x must be [B, ..., K'], got {list(x.shape)}")
-    _check_operands(
+    check_operands(
         "int4_linear", x, weight, weight_scale, weight_sum, bias, (*x.shape[:-1], "K'"), ("N", "K'/2"), out_dtype
     )
-    _check_tables("int4_linear", x.shape[0], act_scale, act_zero_point, timestep_index)
-    _check_size("int4_linear", x, x.numel() // x.shape[-1], weight.shape[0])
+    check_tables("int4_linear", x.shape[0], act_scale, act_zero_point, timestep_index)
+    check_size("int4_linear", x, x.numel() // x.shape[-1], weight.shape[0])
     if residual is not None:
-        _check("int4_linear", "residual", residual, COMPUTE_DTYPES, (*x.shape[:-1], weight.shape[0]), any_strides=True)
+        check_tensor(
+            "int4_linear", "residual", residual, COMPUTE_DTYPES, (*x.shape[:-1], weight.shape[0]), any_strides=True
+        )
         residual = residual.contiguous()
     return torch.ops.dq_kernels.int4_linear.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, residual, out_dtype
@@ -450,17 +347,17 @@ def int4_linear_quantize(
         raise ValueError(f"{op}: x must be [B, ..., K'], got {list(x.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    _check_operands(op, x, weight, weight_scale, weight_sum, bias, (*x.shape[:-1], "K'"), ("N", "K'/2"), torch.float32)
-    _check_tables(op, x.shape[0], act_scale, act_zero_point, timestep_index)
-    _check_size(op, x, x.numel() // x.shape[-1], weight.shape[0])
+    check_operands(op, x, weight, weight_scale, weight_sum, bias, (*x.shape[:-1], "K'"), ("N", "K'/2"), torch.float32)
+    check_tables(op, x.shape[0], act_scale, act_zero_point, timestep_index)
+    check_size(op, x, x.numel() // x.shape[-1], weight.shape[0])
     out_channels = weight.shape[0] // 2 if activation == "geglu" else weight.shape[0]
     if out_channels % 2 or (activation == "geglu" and weight.shape[0] % 2):
         raise ValueError(f"{op}: the result must have an even number of channels, got a weight {list(weight.shape)}")
-    _check(op, "next_dilation", next_dilation, (torch.float32,), (out_channels,))
-    _check_tables(op, x.shape[0], next_scale, next_zero_point, timestep_index, "next")
+    check_tensor(op, "next_dilation", next_dilation, (torch.float32,), (out_channels,))
+    check_tables(op, x.shape[0], next_scale, next_zero_point, timestep_index, "next")
     if next_scale.shape != act_scale.shape:
         raise ValueError(f"{op}: next_scale has {next_scale.numel()} timesteps, act_scale {act_scale.numel()}")
-    _check_bits(op, next_bits, "next_bits")
+    check_bits(op, next_bits, "next_bits")
     return torch.ops.dq_kernels.int4_linear_quantize.default(
         x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, activation,
         next_dilation, next_scale, next_zero_point, next_bits,
@@ -516,8 +413,8 @@ def int4_conv2d(
     """
     op = "int4_conv2d"
     x_shape, weight_shape = ("B", "H", "W", "K'"), ("N", "KH", "KW", "K'/2")
-    _check_operands(op, x, weight, weight_scale, weight_sum, bias, x_shape, weight_shape, out_dtype)
-    _check_tables(op, x.shape[0], act_scale, act_zero_point, timestep_index)
+    check_operands(op, x, weight, weight_scale, weight_sum, bias, x_shape, weight_shape, out_dtype)
+    check_tables(op, x.shape[0], act_scale, act_zero_point, timestep_index)
     if min(*stride, *dilation) < 1:
         raise ValueError(f"{op}: stride and dilation must be at least 1, got {stride} and {dilation}")
     if upsample and (weight.shape[1:3] != (3, 3) or stride != (1, 1) or dilation != (1, 1) or min(x.shape[1:3]) < 3):
@@ -532,22 +429,22 @@ def int4_conv2d(
             f"dilation {list(dilation)}"
         )
     out_shape = (x.shape[0], *size, weight.shape[0])
-    _check_size(op, x, x.shape[0] * size[0] * size[1], weight.shape[0])
+    check_size(op, x, x.shape[0] * size[0] * size[1], weight.shape[0])
     if channel_add is not None:
-        _check(op, "channel_add", channel_add, COMPUTE_DTYPES, (out_shape[0], out_shape[3]), any_strides=True)
+        check_tensor(op, "channel_add", channel_add, COMPUTE_DTYPES, (out_shape[0], out_shape[3]), any_strides=True)
         channel_add = channel_add if channel_add.stride(1) == 1 else channel_add.contiguous()
     if residual is not None:
-        _check(op, "residual", residual, COMPUTE_DTYPES, out_shape, any_strides=True)
+        check_tensor(op, "residual", residual, COMPUTE_DTYPES, out_shape, any_strides=True)
         residual = residual.contiguous()
     if skip is not None:
         if skip_weight is None or skip_weight_sum is None or skip_act_scale is None or skip_act_zero_point is None:
             raise ValueError(f"{op}: skip needs skip_weight, skip_weight_sum, skip_act_scale and skip_act_zero_point")
-        _check_operands(
+        check_operands(
             op, skip, skip_weight, weight_scale, skip_weight_sum, None, (*x.shape[:3], "K2'"),
             (*weight.shape[:3], "K2'/2"), out_dtype, "skip",
         )  # fmt: skip
-        _check(op, "skip_act_scale", skip_act_scale, (torch.float32,), act_scale.shape)
-        _check(op, "skip_act_zero_point", skip_act_zero_point, (torch.int32,), act_scale.shape)
+        check_tensor(op, "skip_act_scale", skip_act_scale, (torch.float32,), act_scale.shape)
+        check_tensor(op, "skip_act_zero_point", skip_act_zero_point, (torch.int32,), act_scale.shape)
     else:
         for name, part in {
             "skip_weight": skip_weight,

@@ -30,7 +30,7 @@ def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall
     """The parts of a UNet that are distilled one after the other, in the order in which a call reaches them.
 
     The outermost resnet, transformer, attention or resampler around each layer; a layer outside of all is a block
-    itself. A transformer of several layers is taken apart: at SDXL's ten it would need too much memory at once.
+    itself.
 
     Args:
         layers: the layers to be distilled; blocks without one are left out.
@@ -39,8 +39,7 @@ def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall
     found: dict[nn.Module, str] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        is_block = isinstance(module, BLOCKS) and len(getattr(module, "transformer_blocks", "")) < 2
-        if module in wanted or (is_block and not wanted.isdisjoint(module.modules())):
+        if module in wanted or (_is_block(module) and not wanted.isdisjoint(module.modules())):
             found.setdefault(module, name)
         else:
             for child_name, child in module.named_children():
@@ -59,6 +58,12 @@ def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall
         for handle in handles:
             handle.remove()
     return reached
+
+
+def _is_block(module: nn.Module) -> bool:
+    """A transformer of several layers is taken apart: all at once, as SDXL's ten, they take much memory to train."""
+    is_deep = isinstance(module, Transformer2DModel) and len(module.transformer_blocks) > 1
+    return isinstance(module, BLOCKS) and not is_deep
 
 
 @torch.no_grad()

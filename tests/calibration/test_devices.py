@@ -1,0 +1,55 @@
+"""Calibration on another device than the CPU, which this process emulates: no tensor may stay behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.utils.backend_registration
+
+TESTS = Path(__file__).parents[1]
+CALIBRATE = """
+import copy, json, sys
+import torch
+import distilling
+from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
+from elsewhere import DEVICE, Elsewhere
+
+make, settings = sys.argv[1], {**distilling.SMALL, **json.loads(sys.argv[2])}
+unet = getattr(distilling, make)()
+calibration_set = distilling.recorded(unet, rows=32)
+errors = {}
+with Elsewhere():
+    for device in ("cpu", DEVICE):
+        copied = copy.deepcopy(unet).to(device)
+        config = DilateQuantConfig(activation_bits=4, **{**distilling.FEW_BLOCKS, "dilation": "joint"})
+        quantized = calibrate(copied, calibration_set, config, Distillation(**settings))
+        assert all(tensor.device == torch.device(device) for tensor in quantized.state_dict().values())
+        errors[str(device)] = distilling.output_error(quantized.to("cpu"), unet, calibration_set)
+print(json.dumps(errors))
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot emulate a device",
+)
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        ("unet2d", {}),
+        ("unet2d_condition", {"polish_iterations": 2, "gradient_checkpointing": True}),
+    ],
+    ids=str,
+)
+def test_everything_is_calibrated_where_the_unet_is(make, settings):
+    done = subprocess.run(
+        [sys.executable, "-c", CALIBRATE, make, json.dumps(settings)],
+        cwd=TESTS, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert set(errors) == {"cpu", "elsewhere:0"}
+    # Operators differ in the last bits, and with them weights that lie between two values.
+    assert errors["elsewhere:0"] == pytest.approx(errors["cpu"], rel=0.1)
