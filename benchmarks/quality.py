@@ -19,13 +19,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ PAIRS = (  # a part, a method without it and the same with it
     ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
     ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
     ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
-    ("8 bits for shortcuts", "shortcuts alike, polished", "WD + TPQ + BKD, polished"),
+    ("8 bits for shortcuts", "WD + TPQ + BKD, shortcuts alike", "WD + TPQ + BKD"),
 )
 FP32 = "fp32"
 COLUMNS = {
@@ -141,46 +141,40 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
     }
 
 
+def one_row_each(jobs: int) -> Executor:
+    """Processes that end with their row; they come from one that has imported everything."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["quality"])
+    return ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,), max_tasks_per_child=1)
+
+
 def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any], save: Any) -> bool:
     """Measures what is missing, each row of each seed in its own process, fp32 first; whether all of it succeeded."""
-    seeds, images = range(arguments.seeds), arguments.images
-    wanted = arguments.row or row_names(arguments.quick)
-    one_at_a_time, failed = threading.Lock(), []
+    succeeded = True
 
-    def one(job: tuple[str, int]) -> None:
-        name, seed = job
-        command = [
-            sys.executable,
-            __file__,
-            "--task",
-            arguments.task,
-            "--measure",
-            name,
-            str(seed),
-            str(images),
-            str(folder),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            print(f"{name}, seed {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
-            failed.append(name)
-            return
-        with one_at_a_time:
-            results.setdefault(name, {})[str(seed)] = json.loads(done.stdout.splitlines()[-1])
-            save()
-        print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}", flush=True)
+    def has_images(name: str, seed: int) -> bool:
+        return name != FP32 or (folder / f"fp32_{seed}.pt").exists()
 
-    for names in ([FP32], [name for name in wanted if name != FP32]):
-        # Seed by seed: an interrupted run has whole tables of fewer seeds.
-        jobs = [(name, seed) for seed in seeds for name in names if str(seed) not in results.get(name, {})]
-        if names == [FP32]:
-            images_there = {seed for seed in seeds if (folder / f"fp32_{seed}.pt").exists()}
-            jobs = [
-                (FP32, seed) for seed in seeds if seed not in images_there or str(seed) not in results.get(FP32, {})
-            ]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(one, jobs))
-    return not failed
+    for names in ([FP32], [name for name in arguments.row or row_names(arguments.quick) if name != FP32]):
+        with one_row_each(arguments.jobs) as pool:
+            # Seed by seed: an interrupted run has whole tables of fewer seeds.
+            rows = {
+                pool.submit(measure, arguments.task, name, seed, arguments.images, folder): (name, seed)
+                for seed, name in itertools.product(range(arguments.seeds), names)
+                if str(seed) not in results.get(name, {}) or not has_images(name, seed)
+            }
+            for row in as_completed(rows):
+                name, seed = rows[row]
+                try:
+                    results.setdefault(name, {})[str(seed)] = row.result()
+                except Exception:
+                    succeeded = False
+                    print(f"{name}, seed {seed} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                else:
+                    save()
+                    print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}", flush=True)
+    return succeeded
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -269,14 +263,7 @@ def main() -> None:
     parser.add_argument("--row", action="append", help="only this row; may be given several times")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)  # what a row's own process is started with
     arguments = parser.parse_args()
-    if arguments.measure:
-        name, seed, images, folder = arguments.measure
-        torch.set_num_threads(1)
-        print(json.dumps(measure(arguments.task, name, int(seed), int(images), Path(folder))))
-        return
-
     if arguments.quick:
         arguments.images, arguments.seeds = QUICK_IMAGES, 1
     slug = arguments.task.replace("/", "_") + ("_quick" if arguments.quick else "")

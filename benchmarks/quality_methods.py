@@ -89,11 +89,11 @@ METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activa
     "WD + BKD": dilatequant("joint", 1, BLOCKWISE),
     "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),
     "WD + TPQ + BKD, polished": dilatequant("joint", None, POLISHED),
-    "linears alone, polished": dilatequant("joint", None, POLISHED, linears_alone=True),
-    "shortcuts alike, polished": dilatequant("joint", None, POLISHED, layer_activation_bits={}),
+    "WD + TPQ + BKD, linears alone": dilatequant("joint", None, BLOCKWISE, linears_alone=True),
+    "WD + TPQ + BKD, shortcuts alike": dilatequant("joint", None, BLOCKWISE, layer_activation_bits={}),
 }
 ONLY_AT = {  # activation bits: as the libraries that the first stands beside; where the second makes a difference
-    "linears alone, polished": 8,
-    "shortcuts alike, polished": 4,
+    "WD + TPQ + BKD, linears alone": 8,
+    "WD + TPQ + BKD, shortcuts alike": 4,
 }
 QUICK = ("round to nearest, min-max", "SmoothQuant", "one static scale", "WD + TPQ", "WD + TPQ + BKD")

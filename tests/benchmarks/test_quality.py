@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,19 +145,18 @@ def test_mean_and_deviation_are_over_the_seeds(benchmarks):
 
 def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
     quality = benchmarks["quality"]
-    asked = []
+    asked, broken = [], set()
 
-    class Done:
-        returncode, stderr = 0, ""
+    def measure(_task, name, seed, _images, folder):
+        asked.append((name, seed))
+        if name in broken:
+            raise RuntimeError("out of memory")
+        (folder / f"fp32_{seed}.pt").touch()
+        row = dict.fromkeys(quality.COLUMNS, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
+        return row | {"quantized_weight_share": 1.0}
 
-        def __init__(self, command):
-            name, seed, _images, folder = command[command.index("--measure") + 1 :]
-            asked.append((name, seed))
-            row = dict.fromkeys(quality.COLUMNS, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
-            self.stdout = json.dumps(row | {"quantized_weight_share": 1.0})
-            (Path(folder) / f"fp32_{seed}.pt").touch()
-
-    monkeypatch.setattr(quality.subprocess, "run", lambda command, **_: Done(command))
+    monkeypatch.setattr(quality, "measure", measure)
+    monkeypatch.setattr(quality, "one_row_each", ThreadPoolExecutor)
     monkeypatch.setattr(quality, "ROOT", tmp_path)
     output = tmp_path / "quality.json"
 
@@ -165,17 +165,21 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
         quality.main()
 
     run("--row", "WD, W4A8", "--seeds", "1")
-    assert asked == [("fp32", "0"), ("WD, W4A8", "0")]
+    assert asked == [("fp32", 0), ("WD, W4A8", 0)]
     asked.clear()
-    run("--row", "WD, W4A8", "--row", "WD, W4A4", "--seeds", "2")
-    assert asked == [("fp32", "1"), ("WD, W4A4", "0"), ("WD, W4A8", "1"), ("WD, W4A4", "1")]
+    broken.add("WD, W4A4")
+    with pytest.raises(SystemExit, match="Some rows failed"):
+        run("--row", "WD, W4A8", "--row", "WD, W4A4", "--seeds", "2")
+    assert asked == [("fp32", 1), ("WD, W4A4", 0), ("WD, W4A8", 1), ("WD, W4A4", 1)]
     report = json.loads(output.read_text())
     assert set(report["results"]["WD, W4A8"]) == {"0", "1"}
+    assert "WD, W4A4" not in report["results"]
     assert report["environment"]["device"]
     asked.clear()
+    broken.clear()
     next(tmp_path.rglob("fp32_1.pt")).unlink()
-    run("--row", "WD, W4A8", "--seeds", "2")
-    assert asked == [("fp32", "1")]
+    run("--row", "WD, W4A8", "--row", "WD, W4A4", "--seeds", "2")
+    assert asked == [("fp32", 1), ("WD, W4A4", 0), ("WD, W4A4", 1)]
     with pytest.raises(SystemExit):
         run("--images", "7")  # the file holds rows of another number of images
     assert output.with_suffix(".png").exists()
