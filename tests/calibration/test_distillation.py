@@ -126,6 +126,24 @@ def test_layers_that_share_an_input_still_share_their_tables(subject):
 
 
 @torch.no_grad()
+def test_a_quantizer_that_an_earlier_block_has_learned_is_fixed(monkeypatch):
+    scales, original = {}, distillation.FinishedBlocks.save
+
+    def save(self, name, layers):
+        for layer in layers.values():
+            scales.setdefault(layer.input_quantizer, []).append(layer.input_quantizer.tables())
+        original(self, name, layers)
+
+    monkeypatch.setattr(distillation.FinishedBlocks, "save", save)
+    unet = unet2d()
+    distilled(unet, recorded(unet), DilateQuantConfig(**FEW_BLOCKS), iterations=20)
+
+    shared = [tables for tables in scales.values() if len(tables) > 1]  # the time embedding's
+    assert shared
+    for (scale, zero_point), *later in shared:
+        assert all(torch.equal(scale, s) and torch.equal(zero_point, z) for s, z in later)
+
+
 def test_a_distilled_unet_fuses(subject):
     fused = copy.deepcopy(subject.distilled)
     dq_runtime.fuse(fused)
