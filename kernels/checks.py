@@ -110,7 +110,7 @@ def check_operands(
     if bias is not None:
         check_tensor(op, "bias", bias, COMPUTE_DTYPES, weight.shape[:1])
     if out_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"{op}: out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
+        raise ValueError(f"{op}: out_dtype must be {_FLOATS}, got {out_dtype}")
 
 
 def check_parameters(op: str, channels: int, parameters: dict[str, Tensor | None]) -> None:

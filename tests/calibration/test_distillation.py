@@ -416,11 +416,11 @@ def test_a_polish_holds_out_the_same_samples(monkeypatch):
 
 
 def test_a_batch_counts_as_much_as_it_has_samples(monkeypatch):
-    unet, losses = unet2d(), {}
+    unet, losses = unet2d(), []
     original = distillation._Trainer._descend
 
     def descend(self, loss_of, *arguments):
-        losses.setdefault(len(losses), [(len(self.batches[i].sample), loss_of(i).item()) for i in self.training])
+        losses.append([(len(self.batches[i].sample), loss_of(i).item()) for i in self.training])
         original(self, loss_of, *arguments)
 
     monkeypatch.setattr(distillation._Trainer, "_descend", descend)
@@ -430,7 +430,7 @@ def test_a_batch_counts_as_much_as_it_has_samples(monkeypatch):
         distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **settings)
 
     blocks = len(losses) // 2
-    for small, (whole,) in zip(list(losses.values())[:blocks], list(losses.values())[blocks:], strict=True):
+    for small, (whole,) in zip(losses[:blocks], losses[blocks:], strict=True):
         assert small[-1][0] == whole[0] % 5 > 0
         assert sum(loss for _, loss in small) * 5 == pytest.approx(whole[1] * 48, rel=0.05)
 
