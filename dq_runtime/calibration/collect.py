@@ -17,7 +17,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # what a file can hold
@@ -100,11 +100,13 @@ class CalibrationSet:
     def load(cls, file: str | Path) -> CalibrationSet:
         """What ``save`` has written. A scheduler that diffusers does not have is None.
 
+        The tensors stay in the file and are read when they are used: do not change it meanwhile (``save`` replaces it).
+
         Raises:
             ValueError: if the file is no calibration set, or was damaged.
         """
         try:
-            content = torch.load(file, weights_only=True)
+            content = torch.load(file, weights_only=True, mmap=True)
             calls = [UNetCall(*call) for call in content["calls"]]
             scheduler = None if content["scheduler"] is None else json.loads(content["scheduler"])
         except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
@@ -120,7 +122,8 @@ def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
     >>> with dq_runtime.record(pipeline.unet, pipeline.scheduler) as calibration_set:
     ...     pipeline("a lighthouse at dusk")
 
-    All that the UNet is called with stays in the CPU's memory, a ControlNet's residuals too: record few runs of those.
+    All that the UNet is called with stays in the CPU's memory, a ControlNet's residuals too; what one call shares with
+    the call before it (a prompt's embedding) is held, and saved, once. A set that was saved and loaded stays on disk.
 
     Args:
         scheduler: the one that samples; from it ``Distillation`` learns how much each timestep matters.
@@ -130,6 +133,14 @@ def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
     def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", copy=True)
 
+    def keep(argument: Any, name: str) -> Any:
+        """A copy, or that of the call before if it is the same."""
+        leaves, structure = tree_flatten(tree_map_only(torch.Tensor, to_cpu, argument))
+        before = tree_leaves(calibration_set.calls[-1].arguments.get(name)) if calibration_set.calls else []
+        if len(before) == len(leaves):
+            leaves = [old if _same(old, new) else new for old, new in zip(before, leaves, strict=True)]
+        return tree_unflatten(leaves, structure)
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
         sample, timestep = arguments.pop("sample"), arguments.pop("timestep")
@@ -137,7 +148,7 @@ def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
             UNetCall(
                 sample=to_cpu(sample),
                 timestep=torch.as_tensor(timestep, dtype=torch.float32).detach().cpu().reshape(-1).clone(),
-                arguments=tree_map_only(torch.Tensor, to_cpu, arguments),
+                arguments={name: keep(argument, name) for name, argument in arguments.items()},
             )
         )
 
@@ -146,6 +157,16 @@ def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
         yield calibration_set
     finally:
         handle.remove()
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Whether both are tensors with the same content."""
+    return (
+        isinstance(old, torch.Tensor)
+        and isinstance(new, torch.Tensor)
+        and old.dtype == new.dtype
+        and torch.equal(old, new)
+    )
 
 
 def collect_from_pipeline(pipeline: Any, calls: Iterable[Mapping[str, Any]]) -> CalibrationSet:

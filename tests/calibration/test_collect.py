@@ -1,7 +1,8 @@
-"""Collecting calibration data: the UNet's calls as a sampling run makes them, and nothing of them shared."""
+"""Collecting calibration data: the UNet's calls as a sampling run makes them, and nothing shared with the caller."""
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,24 @@ def test_later_changes_in_place_do_not_reach_the_record(condition_unet):
     assert torch.equal(arguments["class_labels"], expected[3])
     assert torch.equal(arguments["added_cond_kwargs"]["text_embeds"], expected[4]["text_embeds"])
     assert torch.equal(arguments["added_cond_kwargs"]["time_ids"][0], expected[4]["time_ids"][0])
+
+
+def test_what_calls_share_is_held_and_saved_once(condition_unet, tmp_path):
+    tokens, other = torch.randn(2, 5, TOKENS), torch.randn(2, 5, TOKENS)
+    with record(condition_unet) as calibration_set:
+        for condition in (tokens, tokens.clone(), other, other.half().float(), tokens):
+            condition_unet(noise(2), 5, condition, class_labels=torch.tensor([1, 3]))
+    calibration_set.save(tmp_path / "calls.pt")
+
+    for calls in (calibration_set.calls, CalibrationSet.load(tmp_path / "calls.pt").calls):
+        kept = [call.arguments["encoder_hidden_states"] for call in calls]
+        for i, expected in enumerate((tokens, tokens, other, other.half().float(), tokens)):
+            assert torch.equal(kept[i], expected)
+        addresses = [tensor.data_ptr() for tensor in kept]
+        assert addresses[0] == addresses[1]
+        assert len(set(addresses)) == 4
+        assert len({call.arguments["class_labels"].data_ptr() for call in calls}) == 1
+        assert len({call.sample.data_ptr() for call in calls}) == 5
 
 
 def test_the_record_holds_no_graph(unet):
@@ -360,6 +379,25 @@ def test_a_saved_calibration_set_is_read_as_it_was(unconditional_unet, tmp_path)
     assert type(loaded.scheduler) is DDIMScheduler
     assert torch.equal(loaded.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
     assert loaded.scheduler.config.prediction_type == "v_prediction"
+
+
+def own_memory():
+    """Bytes of the process that no file backs."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
+def test_a_loaded_set_stays_on_disk_and_can_be_saved_over_its_own_file(tmp_path):
+    file = tmp_path / "calls.pt"
+    size = 64 * 2**20
+    CalibrationSet([UNetCall(torch.full((1, 1, size // 4), 3.0), torch.tensor([1.0]), {})]).save(file)
+
+    before = own_memory()
+    loaded = CalibrationSet.load(file)
+    assert own_memory() - before < size / 4
+
+    loaded.save(file)
+    assert CalibrationSet.load(file).calls[0].sample.mean() == loaded.calls[0].sample.mean() == 3
 
 
 def test_what_cannot_be_saved_is_named_and_leaves_the_file_alone(tmp_path):
