@@ -21,7 +21,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 import traceback
@@ -34,6 +33,7 @@ import peak_memory
 import quality_peers
 import torch
 from quality_methods import METHODS, ONLY_AT, QUICK
+from quality_report import contributions, plot, summary, table
 
 import dq_runtime
 from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
@@ -48,25 +48,7 @@ CALIBRATION_SAMPLES = 200
 IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
 FIRST_IMAGE_SEED = 1000  # calibration uses the seeds below
 ACTIVATION_BITS = (8, 4)
-PAIRS = (  # a part, a method without it and the same with it
-    ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
-    ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
-    ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
-    ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
-    ("8 bits for shortcuts", "WD + TPQ + BKD, shortcuts alike", "WD + TPQ + BKD"),
-)
 FP32 = "fp32"
-COLUMNS = {
-    "label_accuracy": ("accuracy", "{:.1%}"),
-    "psnr_db": ("PSNR, dB", "{:.1f}"),
-    "pooled_psnr_db": ("pooled", "{:.1f}"),
-    "ssim": ("SSIM", "{:.3f}"),
-    "frechet": ("Fréchet", "{:.2f}"),
-    "frechet_increase": ("over fp32", "{:+.2f}"),
-    "unet_mb": ("MB", "{:.2f}"),
-    "calibration_seconds": ("s", "{:.0f}"),
-    "calibration_peak_mb": ("peak MB", "{:.0f}"),
-}
 
 
 def row_names(quick: bool) -> list[str]:
@@ -175,83 +157,6 @@ def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any
                     save()
                     print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}", flush=True)
     return succeeded
-
-
-def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds, a row for each method."""
-    rows = []
-    for name, by_seed in results.items():
-        row: dict[str, Any] = {"name": name, "seeds": len(by_seed)}
-        first = next(iter(by_seed.values()))
-        row |= {key: first[key] for key in ("weight_bits", "activation_bits", "quantized_weight_share")}
-        for column in COLUMNS:
-            values = [measured[column] for measured in by_seed.values() if measured[column] is not None]
-            row[column] = statistics.mean(values) if values else None
-            row[f"{column}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        rows.append(row)
-    return rows
-
-
-def contributions(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each part adds to the PSNR in dB, seed by seed: rows with it against rows without."""
-    found = []
-    for (part, without, with_it), bits in itertools.product(PAIRS, ACTIVATION_BITS):
-        before, after = (results.get(f"{name}, W4A{bits}", {}) for name in (without, with_it))
-        gains = [after[seed]["psnr_db"] - before[seed]["psnr_db"] for seed in before if seed in after]
-        if len(gains) > 1:
-            mean, deviation = statistics.mean(gains), statistics.stdev(gains)
-            found.append({"part": part, "activation_bits": bits, "psnr_db": mean, "psnr_db_std": deviation})
-    return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The summary in Markdown."""
-    lines = [
-        "| method | W/A | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
-        "|---" * (2 + len(COLUMNS)) + "|",
-    ]
-    for row in rows:
-        cells = []
-        for column, (_, form) in COLUMNS.items():
-            spread = row[f"{column}_std"]
-            cell = "-" if row[column] is None else form.format(row[column])
-            if spread is not None and column not in ("unet_mb", "calibration_seconds", "calibration_peak_mb"):
-                cell += " ± " + form.replace("+", "").format(spread)
-            cells.append(cell)
-        lines.append(f"| {row['name']} | {row['weight_bits']}/{row['activation_bits']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """PSNR against the size of the UNet, a point for each row."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    ours = {f"{name}, W4A{bits}" for name in METHODS for bits in ACTIVATION_BITS}
-    groups = (
-        ("DilateQuant's parts, W4A8", "#0072b2", lambda r: r["name"] in ours and r["activation_bits"] == 8),
-        ("DilateQuant's parts, W4A4", "#d55e00", lambda r: r["name"] in ours and r["activation_bits"] == 4),
-        ("other libraries", "#777777", lambda r: r["name"] in quality_peers.PEERS),
-    )
-    for label, colour, belongs in groups:
-        chosen = [row for row in rows if belongs(row)]
-        if not chosen:
-            continue
-        axes.errorbar(
-            [row["unet_mb"] for row in chosen], [row["psnr_db"] for row in chosen],
-            [row["psnr_db_std"] or 0 for row in chosen], fmt="o", ms=4, lw=1, color=colour, label=label,
-        )  # fmt: skip
-        for row in chosen:
-            if row["name"] in quality_peers.PEERS:
-                axes.annotate(
-                    row["name"], (row["unet_mb"], row["psnr_db"]), (4, 3), textcoords="offset points", fontsize=6
-                )
-    axes.set_xlabel("UNet, MB")
-    axes.set_ylabel("PSNR to fp32 at equal noise, dB")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 def benchmarks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(REPOSITORY / "benchmarks"), *sys.path])
-        names = ("quality", "quality_methods", "peak_memory", "calibration_cost")
+        names = ("quality", "quality_methods", "quality_report", "peak_memory", "calibration_cost")
         yield {name: importlib.import_module(name) for name in names}
 
 
@@ -129,22 +129,72 @@ def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(
 
 
 def test_mean_and_deviation_are_over_the_seeds(benchmarks):
-    quality = benchmarks["quality"]
-    measured = dict.fromkeys(quality.COLUMNS, 1.0)
+    report = benchmarks["quality_report"]
+    measured = dict.fromkeys(report.COLUMNS, 1.0)
     measured |= {"weight_bits": 4, "activation_bits": 8, "quantized_weight_share": 1.0}
     results = {"a, W4A8": {str(seed): measured | {"psnr_db": psnr} for seed, psnr in enumerate((30.0, 31.0, 35.0))}}
     results["b"] = {"0": measured | {"psnr_db": None}}
 
-    a, b = quality.summary(results)
+    a, b = report.summary(results)
     assert (a["seeds"], a["psnr_db"]) == (3, 32.0)
     assert a["psnr_db_std"] == pytest.approx(7**0.5)
     assert (b["seeds"], b["psnr_db"], b["psnr_db_std"], b["frechet_std"]) == (1, None, None, None)
-    assert "| a, W4A8 | 4/8 | 100.0% ± 0.0% | 32.0 ± 2.6 |" in quality.table([a, b])
-    assert len({line.count("|") for line in quality.table([a, b]).splitlines()}) == 1
+    assert "| a, W4A8 | 4/8 | 100.0% ± 0.0% | 32.0 ± 2.6 |" in report.table([a, b])
+    assert len({line.count("|") for line in report.table([a, b]).splitlines()}) == 1
+
+
+def test_a_part_adds_what_rows_with_and_without_it_differ_by_on_equal_seeds(benchmarks):
+    report = benchmarks["quality_report"]
+    results = {
+        f"{name}, W4A4": {str(seed): {"psnr_db": psnr} for seed, psnr in enumerate(by_seed)}
+        for name, by_seed in {
+            "WD + BKD": (30.0, 31.0),
+            "WD + TPQ + BKD": (31.0, 34.0, 99.0),
+            "TPQ + BKD": (1.0,),
+        }.items()
+    }
+
+    (found,) = report.contributions(results)
+    assert (found["part"], found["activation_bits"], found["psnr_db"]) == ("TPQ", 4, 2.0)
+    assert found["psnr_db_std"] == pytest.approx(2**0.5)
+
+
+def test_the_plot_shows_every_method_and_every_library(benchmarks, monkeypatch, tmp_path):
+    report = benchmarks["quality_report"]
+    figures = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path: figures.append(figure))
+    rows = [
+        {"name": name, "psnr_db": 30.0 + i, "psnr_db_std": None, "unet_mb": 1.5, "weight_bits": 4}
+        | {"activation_bits": bits, "quantized_weight_share": share}
+        for i, (name, bits, share) in enumerate(
+            [*((f"{name}, W4A{bits}", bits, 1.0) for name in report.METHODS for bits in (8, 4)), ("torchao a", 32, 0.2)]
+        )
+    ]
+    monkeypatch.setattr(report, "PEERS", {"torchao a": None})
+
+    report.plot([*rows, rows[0] | {"name": "fp32", "psnr_db": None}], tmp_path / "plot.png")
+
+    methods, sizes = figures[0].axes
+    names = [label.get_text() for label in methods.get_yticklabels()]
+    assert names == [name for name in report.METHODS if name != report.LINEARS_ALONE]
+    drawn = [line.get_xdata() for line in methods.lines if line.get_marker() == "o"]
+    assert sorted(x for points in drawn for x in points) == [
+        row["psnr_db"] for row in rows[:-1] if report.LINEARS_ALONE not in row["name"]
+    ]
+    points = {line.get_ydata()[0]: line for line in sizes.lines if len(line.get_ydata()) == 1}
+    by_name = {row["name"]: points[row["psnr_db"]] for row in rows if row["psnr_db"] in points}
+    assert len(by_name) == 5
+    torchao, best = by_name["torchao a"], by_name[f"{report.BEST}, W4A4"]
+    assert (torchao.get_marker(), torchao.get_markerfacecolor()) == ("^", "white")
+    assert (best.get_marker(), best.get_color()) == ("o", best.get_markerfacecolor())
+    assert (
+        len({by_name[name].get_color() for name in ("torchao a", f"{report.BEST}, W4A8", f"{report.BEST}, W4A4")}) == 3
+    )
 
 
 def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
     quality = benchmarks["quality"]
+    columns = benchmarks["quality_report"].COLUMNS
     asked, broken = [], set()
 
     def measure(_task, name, seed, _images, folder):
@@ -152,7 +202,7 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
         if name in broken:
             raise RuntimeError("out of memory")
         (folder / f"fp32_{seed}.pt").touch()
-        row = dict.fromkeys(quality.COLUMNS, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
+        row = dict.fromkeys(columns, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
         return row | {"quantized_weight_share": 1.0}
 
     monkeypatch.setattr(quality, "measure", measure)

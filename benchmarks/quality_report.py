@@ -1,0 +1,147 @@
+"""What ``quality.py`` has measured, as means over the seeds, a table and a plot."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from quality_methods import METHODS
+from quality_peers import PEERS
+
+PAIRS = (  # a part, a method without it and the same with it
+    ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
+    ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
+    ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
+    ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
+    ("8 bits for shortcuts", "WD + TPQ + BKD, shortcuts alike", "WD + TPQ + BKD"),
+)
+COLUMNS = {
+    "label_accuracy": ("accuracy", "{:.1%}"),
+    "psnr_db": ("PSNR, dB", "{:.1f}"),
+    "pooled_psnr_db": ("pooled", "{:.1f}"),
+    "ssim": ("SSIM", "{:.3f}"),
+    "frechet": ("Fréchet", "{:.2f}"),
+    "frechet_increase": ("over fp32", "{:+.2f}"),
+    "unet_mb": ("MB", "{:.2f}"),
+    "calibration_seconds": ("s", "{:.0f}"),
+    "calibration_peak_mb": ("peak MB", "{:.0f}"),
+}
+COLOURS = {8: "#0072b2", 4: "#d55e00"}  # of W4A8 and W4A4
+WEIGHT_ONLY, EIGHT_BIT_WEIGHTS = "#009e73", "#999999"
+MARKERS = {"dq_runtime": "o", "sdnq": "D", "quanto": "s", "torchao": "^"}
+BEST, LINEARS_ALONE = "WD + TPQ + BKD, polished", "WD + TPQ + BKD, linears alone"
+
+
+def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the seeds, a row for each method."""
+    rows = []
+    for name, by_seed in results.items():
+        row: dict[str, Any] = {"name": name, "seeds": len(by_seed)}
+        first = next(iter(by_seed.values()))
+        row |= {key: first[key] for key in ("weight_bits", "activation_bits", "quantized_weight_share")}
+        for column in COLUMNS:
+            values = [measured[column] for measured in by_seed.values() if measured[column] is not None]
+            row[column] = statistics.mean(values) if values else None
+            row[f"{column}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def contributions(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each part adds to the PSNR in dB, seed by seed: rows with it against rows without."""
+    found = []
+    for (part, without, with_it), bits in itertools.product(PAIRS, COLOURS):
+        before, after = (results.get(f"{name}, W4A{bits}", {}) for name in (without, with_it))
+        gains = [after[seed]["psnr_db"] - before[seed]["psnr_db"] for seed in before if seed in after]
+        if len(gains) > 1:
+            mean, deviation = statistics.mean(gains), statistics.stdev(gains)
+            found.append({"part": part, "activation_bits": bits, "psnr_db": mean, "psnr_db_std": deviation})
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The summary in Markdown."""
+    lines = [
+        "| method | W/A | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+        "|---" * (2 + len(COLUMNS)) + "|",
+    ]
+    for row in rows:
+        cells = []
+        for column, (_, form) in COLUMNS.items():
+            spread = row[f"{column}_std"]
+            cell = "-" if row[column] is None else form.format(row[column])
+            if spread is not None and column not in ("unet_mb", "calibration_seconds", "calibration_peak_mb"):
+                cell += " ± " + form.replace("+", "").format(spread)
+            cells.append(cell)
+        lines.append(f"| {row['name']} | {row['weight_bits']}/{row['activation_bits']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """PSNR of our own methods, which are all of one size, and beside it PSNR against the size of the UNet."""
+    by_name = {row["name"]: row for row in rows if row["psnr_db"] is not None}
+    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    methods, sizes = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    _plot_methods(methods, by_name)
+    _plot_sizes(sizes, by_name)
+    for axes in (methods, sizes):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _plot_methods(axes: Axes, by_name: Mapping[str, Any]) -> None:
+    names = [
+        name for name in METHODS if name != LINEARS_ALONE and any(f"{name}, W4A{bits}" in by_name for bits in COLOURS)
+    ]
+    for bits, colour in COLOURS.items():
+        chosen = [(y, by_name[f"{name}, W4A{bits}"]) for y, name in enumerate(names) if f"{name}, W4A{bits}" in by_name]
+        if chosen:
+            axes.errorbar(
+                [row["psnr_db"] for _, row in chosen], [y for y, _ in chosen],
+                xerr=[row["psnr_db_std"] or 0 for _, row in chosen], fmt="o", ms=5, lw=1.5, color=colour,
+                label=f"W4A{bits}",
+            )  # fmt: skip
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("PSNR to fp32 at equal noise, dB")
+    axes.grid(axis="x", lw=0.4)
+    if names:
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def _plot_sizes(axes: Axes, by_name: Mapping[str, Any]) -> None:
+    shown = {f"{name}, W4A{bits}": "dq_runtime" for name in (BEST, LINEARS_ALONE) for bits in COLOURS}
+    shown |= {name: name.split()[0] for name in PEERS}
+    for name, library in shown.items():
+        if name in by_name:
+            row = by_name[name]
+            colour = _colour(row)
+            axes.errorbar(
+                row["unet_mb"], row["psnr_db"], row["psnr_db_std"] or 0, fmt=MARKERS[library], ms=7, lw=1.5,
+                color=colour, mfc=colour if row["quantized_weight_share"] > 0.99 else "white",
+            )  # fmt: skip
+    axes.set_xlim(left=0)
+    axes.set_xlabel("UNet, MB")
+    axes.set_ylabel("PSNR to fp32 at equal noise, dB")
+    axes.grid(lw=0.4)
+
+    def sample(label: str, marker: str = "o", colour: str = "black", face: str | None = None) -> Line2D:
+        return Line2D([], [], ls="", marker=marker, color=colour, mfc=face or colour, label=label)
+
+    libraries = [sample(library, marker) for library, marker in MARKERS.items()]
+    bits = [sample(f"W4A{bits}", "s", colour) for bits, colour in COLOURS.items()]
+    bits += [sample("4-bit weights alone", "s", WEIGHT_ONLY), sample("8-bit weights", "s", EIGHT_BIT_WEIGHTS)]
+    bits += [sample("hollow: convolutions in fp32", face="white")]
+    axes.legend(handles=libraries + bits, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _colour(row: Mapping[str, Any]) -> str:
+    if row["weight_bits"] > 4:
+        return EIGHT_BIT_WEIGHTS
+    return COLOURS.get(row["activation_bits"], WEIGHT_ONLY)
