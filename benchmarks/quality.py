@@ -4,9 +4,9 @@
 
 Trained small UNets (``examples/small_unets``) draw the same noise in fp32 and quantized. Each row of each seed runs in
 a process of its own, on one thread, ``--jobs`` at a time; a seed decides about calibration data, training and the noise
-of the images. Prints a table of means and standard deviations and writes it, with every single number, to
-``benchmarks/results/quality_<task>.json`` and, as a plot of quality against size, ``.png`` beside it. Rows that are
-there already (from an interrupted run) are not measured again; delete the file to begin anew.
+of the images. Writes every single number to ``benchmarks/results/quality_<task>.json`` and, beside it, a page with the
+means and standard deviations (``.md``, which it prints as well) and a plot (``.png``). Rows that are there already
+(from an interrupted run) are not measured again; delete the file to begin anew.
 
 Columns: label accuracy; PSNR in dB against fp32 at equal noise, of each image (mean) and of all together (pooled: the
 few images that became others decide about it); SSIM; Fréchet distance to real images in the
@@ -17,6 +17,7 @@ the memory that it allocated at its peak on top of what the process held before.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -33,7 +34,7 @@ import peak_memory
 import quality_peers
 import torch
 from quality_methods import METHODS, ONLY_AT, QUICK
-from quality_report import contributions, plot, summary, table
+from quality_report import contributions, page, plot, summary
 
 import dq_runtime
 from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
@@ -52,7 +53,7 @@ FP32 = "fp32"
 
 
 def row_names(quick: bool) -> list[str]:
-    """fp32; every method at each number of activation bits; the libraries that are installed."""
+    """fp32; every method at each number of activation bits; the other libraries."""
     methods = [
         (name, bits)
         for bits in ACTIVATION_BITS
@@ -60,8 +61,13 @@ def row_names(quick: bool) -> list[str]:
         if ONLY_AT.get(name, bits) == bits
     ]
     ours = [f"{name}, W4A{bits}" for name, bits in methods]
-    peers = [] if quick else [peer.name for peer in quality_peers.PEERS.values() if not quality_peers.missing(peer)]
-    return [FP32, *ours, *peers]
+    return [FP32, *ours, *([] if quick else quality_peers.PEERS)]
+
+
+def rows_to_measure(quick: bool) -> list[str]:
+    """Without the libraries that are not installed."""
+    peers = quality_peers.PEERS
+    return [name for name in row_names(quick) if name not in peers or not quality_peers.missing(peers[name])]
 
 
 def collect(task: Task, unet: Any, seed: int) -> dq_runtime.CalibrationSet:
@@ -107,7 +113,9 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
         real = classifier.features(task.real_images()[0])
         distances = [frechet_distance(classifier.features(batch), real) for batch in (drawn, reference)]
         accuracy = (classifier(drawn).argmax(1) == labels).float().mean().item()
+    peer = quality_peers.PEERS.get(name)
     return {
+        "library": None if peer is None else f"{peer.package} {importlib.metadata.version(peer.package)}",
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "label_accuracy": accuracy,
@@ -138,7 +146,7 @@ def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any
     def has_images(name: str, seed: int) -> bool:
         return name != FP32 or (folder / f"fp32_{seed}.pt").exists()
 
-    for names in ([FP32], [name for name in arguments.row or row_names(arguments.quick) if name != FP32]):
+    for names in ([FP32], [name for name in arguments.row or rows_to_measure(arguments.quick) if name != FP32]):
         with one_row_each(arguments.jobs) as pool:
             # Seed by seed: an interrupted run has whole tables of fewer seeds.
             rows = {
@@ -180,8 +188,8 @@ def main() -> None:
     if before["images"] != arguments.images:
         parser.error(f"{output} has rows of {before['images']} images: delete it, or give --images or --output")
 
-    def save() -> None:
-        ordered = {name: results[name] for name in row_names(False) if name in results}
+    def save() -> dict[str, Any]:
+        ordered = {name: results[name] for name in row_names(quick=False) if name in results}
         report = {
             "command": f"python benchmarks/quality.py --task {arguments.task} --images {arguments.images}"
             f" --seeds {arguments.seeds} --jobs {arguments.jobs}",
@@ -197,15 +205,15 @@ def main() -> None:
         partial = output.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         partial.replace(output)
+        return report
 
     complete = run_rows(arguments, folder, results, save)
-    save()
-    rows = json.loads(output.read_text())["summary"]
-    plot([row for row in rows if row["psnr_db"] is not None], output.with_suffix(".png"))
-    print(table(rows))
-    for part in contributions(results):
-        gain = f"{part['psnr_db']:+.1f} ± {part['psnr_db_std']:.1f} dB"
-        print(f"{part['part']} at W4A{part['activation_bits']}: {gain}")
+    report = save()
+    picture = output.with_suffix(".png")
+    plot(report["summary"], picture)
+    text = page(report, picture.name)
+    output.with_suffix(".md").write_text(text)
+    print(text)
     if not complete:
         sys.exit("Some rows failed; run it again for those")
 

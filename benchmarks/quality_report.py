@@ -1,4 +1,4 @@
-"""What ``quality.py`` has measured, as means over the seeds, a table and a plot."""
+"""What ``quality.py`` has measured, as means over the seeds, a page and a plot."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, by_seed in results.items():
         row: dict[str, Any] = {"name": name, "seeds": len(by_seed)}
         first = next(iter(by_seed.values()))
-        row |= {key: first[key] for key in ("weight_bits", "activation_bits", "quantized_weight_share")}
+        row |= {key: first[key] for key in ("library", "weight_bits", "activation_bits", "quantized_weight_share")}
         for column in COLUMNS:
             values = [measured[column] for measured in by_seed.values() if measured[column] is not None]
             row[column] = statistics.mean(values) if values else None
@@ -65,22 +65,44 @@ def contributions(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The summary in Markdown."""
+def page(report: Mapping[str, Any], plot: str) -> str:
+    """A report in Markdown, with its table, what each part adds, and the plot from a file of that name."""
+    rows, environment = report["summary"], report["environment"]
+    versions = [f"{name} {version}" for name, version in environment["versions"].items()]
+    versions += sorted({row["library"] for row in rows if row["library"]})
     lines = [
-        "| method | W/A | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
-        "|---" * (2 + len(COLUMNS)) + "|",
+        f"# Image quality: {report['task']}",
+        "",
+        f"{report['images']} images a seed, {report['steps']} steps, {report['calibration_samples']} calibration",
+        f"samples; `{report['command']}`, {environment['date']}, {environment['cpu_model']}, {', '.join(versions)}.",
+        "The columns are described in `benchmarks/quality.py`.",
+        "",
+        *_table(rows),
+        "",
     ]
+    if report["contributions"]:
+        lines += ["| part | of | PSNR, dB |", "|---|---|---|"]
+        lines += [
+            f"| {part['part']} | W4A{part['activation_bits']} | {part['psnr_db']:+.1f} ± {part['psnr_db_std']:.1f} |"
+            for part in report["contributions"]
+        ]
+        lines += [""]
+    return "\n".join([*lines, f"![PSNR of every method, and against the size of the UNet]({plot})", ""])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    titles = ["method", "seeds", "W/A", *(title for title, _ in COLUMNS.values())]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        cells = []
+        cells = [row["name"], str(row["seeds"]), f"{row['weight_bits']}/{row['activation_bits']}"]
         for column, (_, form) in COLUMNS.items():
             spread = row[f"{column}_std"]
             cell = "-" if row[column] is None else form.format(row[column])
             if spread is not None and column not in ("unet_mb", "calibration_seconds", "calibration_peak_mb"):
                 cell += " ± " + form.replace("+", "").format(spread)
             cells.append(cell)
-        lines.append(f"| {row['name']} | {row['weight_bits']}/{row['activation_bits']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -108,7 +130,7 @@ def _plot_methods(axes: Axes, by_name: Mapping[str, Any]) -> None:
                 label=f"W4A{bits}",
             )  # fmt: skip
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.invert_yaxis()
     axes.set_xlabel("PSNR to fp32 at equal noise, dB")
     axes.grid(axis="x", lw=0.4)
     if names:

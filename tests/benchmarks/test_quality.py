@@ -131,16 +131,31 @@ def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(
 def test_mean_and_deviation_are_over_the_seeds(benchmarks):
     report = benchmarks["quality_report"]
     measured = dict.fromkeys(report.COLUMNS, 1.0)
-    measured |= {"weight_bits": 4, "activation_bits": 8, "quantized_weight_share": 1.0}
+    measured |= {"library": None, "weight_bits": 4, "activation_bits": 8, "quantized_weight_share": 1.0}
     results = {"a, W4A8": {str(seed): measured | {"psnr_db": psnr} for seed, psnr in enumerate((30.0, 31.0, 35.0))}}
-    results["b"] = {"0": measured | {"psnr_db": None}}
+    results["b"] = {"0": measured | {"psnr_db": None, "library": "other 1.2"}}
 
     a, b = report.summary(results)
     assert (a["seeds"], a["psnr_db"]) == (3, 32.0)
     assert a["psnr_db_std"] == pytest.approx(7**0.5)
     assert (b["seeds"], b["psnr_db"], b["psnr_db_std"], b["frechet_std"]) == (1, None, None, None)
-    assert "| a, W4A8 | 4/8 | 100.0% ± 0.0% | 32.0 ± 2.6 |" in report.table([a, b])
-    assert len({line.count("|") for line in report.table([a, b]).splitlines()}) == 1
+    summary = {
+        "summary": [a, b],
+        "contributions": [{"part": "P", "activation_bits": 8, "psnr_db": 1, "psnr_db_std": 2}],
+    }
+    others = {"task": "digits", "images": 7, "steps": 20, "calibration_samples": 9, "command": "python x.py"}
+    environment = {"date": "2026-01-02", "cpu_model": "C", "versions": {"torch": "2.0"}}
+    page = report.page(summary | others | {"environment": environment}, "plot.png")
+    for part in (
+        "| a, W4A8 | 3 | 4/8 | 100.0% ± 0.0% | 32.0 ± 2.6 |",
+        "| b | 1 | 4/8 | 100.0% | - |",
+        "| P | W4A8 | +1.0 ± 2.0 |",
+        "`python x.py`, 2026-01-02, C, torch 2.0, other 1.2.",
+        "(plot.png)",
+    ):
+        assert part in page
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table[:4]}) == 1
 
 
 def test_a_part_adds_what_rows_with_and_without_it_differ_by_on_equal_seeds(benchmarks):
@@ -203,7 +218,7 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
             raise RuntimeError("out of memory")
         (folder / f"fp32_{seed}.pt").touch()
         row = dict.fromkeys(columns, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
-        return row | {"quantized_weight_share": 1.0}
+        return row | {"library": None, "quantized_weight_share": 1.0}
 
     monkeypatch.setattr(quality, "measure", measure)
     monkeypatch.setattr(quality, "one_row_each", ThreadPoolExecutor)
@@ -233,6 +248,25 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         run("--images", "7")  # the file holds rows of another number of images
     assert output.with_suffix(".png").exists()
+    assert "| WD, W4A8 | 2 | 4/8 |" in output.with_suffix(".md").read_text()
+
+
+def test_rows_of_libraries_that_are_not_installed_stay_in_the_file(benchmarks, monkeypatch, tmp_path):
+    quality, peers = benchmarks["quality"], importlib.import_module("quality_peers")
+    name = next(iter(peers.PEERS))
+    monkeypatch.setattr(peers, "missing", lambda peer: "not installed")
+    monkeypatch.setattr(quality, "ROOT", tmp_path)
+    monkeypatch.setattr(quality, "run_rows", lambda *_: True)
+    row = dict.fromkeys(benchmarks["quality_report"].COLUMNS, 1.0) | {"weight_bits": 4, "activation_bits": 8}
+    row |= {"library": "other 1.2", "quantized_weight_share": 1.0}
+    output = tmp_path / "quality.json"
+    output.write_text(json.dumps({"images": quality.IMAGES, "results": {name: {"0": row}}}))
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--output", str(output)])
+
+    assert name not in quality.rows_to_measure(quick=False)
+    quality.main()
+
+    assert json.loads(output.read_text())["results"] == {name: {"0": row}}
 
 
 def test_end_to_end_training_comes_closer_than_rounding(benchmarks, unet, calibration_set, monkeypatch):
