@@ -146,6 +146,7 @@ def _plot_sizes(axes: Axes, by_name: Mapping[str, Any]) -> None:
             colour = _colour(row)
             axes.errorbar(
                 row["unet_mb"], row["psnr_db"], row["psnr_db_std"] or 0, fmt=MARKERS[library], ms=7, lw=1.5,
+                zorder=3 if library == "dq_runtime" else 2,
                 color=colour, mfc=colour if row["quantized_weight_share"] > 0.99 else "white",
             )  # fmt: skip
     axes.set_xlim(left=0)

@@ -1,0 +1,306 @@
+"""What a fused UNet holds on to: memory, saved and moved weights, one forward pass's results; and the way back."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from fused_unets import (
+    BATCH,
+    FLIPS,
+    MIXED,
+    arguments_of,
+    calibrate,
+    call,
+    fused,
+    groups_of,
+    modules_of,
+    new_unet,
+    noise,
+    quantized,
+)
+
+from dq_runtime.convert import quantized_layers
+from dq_runtime.fused import LinearGroup, fuse
+
+pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
+
+
+# Memory, and what becomes of it when the model is saved, loaded, cast, copied or moved.
+
+
+def storages(tensors):
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def group_tensors(group):
+    return [tensor for tensor in vars(group).values() if isinstance(tensor, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    "prepare", [lambda unet: unet, copy.deepcopy, lambda unet: unet.double().float()], ids=["fused", "copied", "cast"]
+)
+def test_members_of_a_group_are_views_of_its_tensors(prepare):
+    unet = prepare(fused())
+    call(unet)
+
+    assert len(groups_of(unet)) == 2 + len(modules_of(unet, BasicTransformerBlock))
+    for group in groups_of(unet):
+        for name in ("weight", "weight_scale", "weight_sum", *(("bias",) if group.bias is not None else ())):
+            held = {getattr(layer, name).untyped_storage().data_ptr() for layer in group.layers}
+            assert held == {getattr(group, name).untyped_storage().data_ptr()}, name
+
+
+def test_fusing_takes_no_memory():
+    unet = quantized()
+    before = sum(storages(unet.state_dict().values()).values())
+
+    fuse(unet)
+
+    held = [*unet.state_dict().values(), *(tensor for group in groups_of(unet) for tensor in group_tensors(group))]
+    assert sum(storages(held).values()) == before
+
+
+def test_fused_unet_is_saved_as_the_unfused_one(tmp_path, assert_same_tensors):
+    unet = fused()
+
+    unet.save_pretrained(tmp_path)
+
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert_same_tensors(loaded.state_dict(), quantized().state_dict())
+    fuse(loaded)
+    assert torch.equal(call(loaded), call(unet))
+
+
+@pytest.mark.parametrize("has_run", [False, True], ids=["before the first call", "after a call"])
+@pytest.mark.parametrize("assign", [False, True], ids=["in place", "assigned"])
+def test_weights_loaded_into_a_fused_unet_are_used(assign, has_run):
+    unet, other = fused(), calibrate(new_unet("conv projections"))
+    for parameter in other.parameters():
+        if parameter.is_floating_point():
+            parameter *= 1.1
+    for layer in quantized_layers(other).values():
+        layer.weight.copy_(layer.weight.flip(0))
+        layer.weight_sum.copy_(layer.weight_sum.flip(0))
+        layer.weight_scale.copy_(2 * layer.weight_scale)
+    if has_run:
+        call(unet)
+
+    unet.load_state_dict({name: tensor.clone() for name, tensor in other.state_dict().items()}, assign=assign)
+
+    fuse(other)
+    assert torch.equal(call(unet), call(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fused_unet_may_be_cast(relative_rms, dtype):
+    """A fused block rounds to the dtype less often than the unfused one, and torch's own norms in half precision."""
+    unet, reference = fused().to(dtype), quantized()
+    arguments = {"encoder_hidden_states": arguments_of(unet)["encoder_hidden_states"].to(dtype)}
+
+    result = unet(noise(unet).to(dtype), MIXED, **arguments).sample
+
+    assert result.dtype == dtype
+    unfused_error = relative_rms(
+        reference.to(dtype)(noise(unet).to(dtype), MIXED, **arguments).sample, call(quantized())
+    )
+    assert relative_rms(result, call(quantized())) < 1.2 * unfused_error
+
+
+def test_copy_of_a_fused_unet_is_on_its_own():
+    unet = fused()
+    expected = call(unet)
+
+    duplicate = copy.deepcopy(unet)
+
+    state = modules_of(duplicate, ResnetBlock2D)[0].state
+    assert state is not modules_of(unet, ResnetBlock2D)[0].state
+    assert all(resnet.state is state for resnet in modules_of(duplicate, ResnetBlock2D))
+    for tensor in unet.state_dict().values():
+        tensor.zero_()
+    assert torch.equal(call(duplicate), expected)
+
+
+def test_groups_follow_their_layers_to_another_device():
+    unet = fused().to("meta")
+    sample, arguments = noise(unet).to("meta"), {"encoder_hidden_states": torch.empty(BATCH, 5, 32, device="meta")}
+
+    result = unet(sample, MIXED.to("meta"), **arguments).sample
+
+    assert result.shape == sample.shape
+    for group in groups_of(unet):
+        assert {tensor.device.type for tensor in group_tensors(group)} == {"meta"}
+
+
+def test_group_applies_what_its_layers_do(new_layer):
+    layers = [new_layer(torch.nn.Linear(24, size, bias=size != 6)) for size in (16, 6, 10)]
+    grid = layers[0].timestep_grid
+    for layer in layers:
+        layer.timestep_grid = grid
+        layer.weight_dilation = layers[0].weight_dilation
+    grid.index = torch.tensor([2, 0, 1], dtype=torch.int32)
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(5))
+    expected = [layer(F.silu(x)) for layer in layers]
+
+    group = LinearGroup(layers, F.silu)
+
+    for layer, result in zip(reversed(layers), reversed(expected), strict=True):
+        assert torch.equal(group.result(layer, x), result)
+        assert torch.equal(layer(F.silu(x)), result)
+
+
+# What the blocks tell each other lasts for one forward pass.
+
+
+def test_nothing_of_a_forward_pass_stays_in_memory():
+    unet = fused()
+    prompt, alive = arguments_of(unet)["encoder_hidden_states"], []
+    for module in modules_of(unet, (ResnetBlock2D, Transformer2DModel)):
+        module.register_forward_hook(
+            lambda module, args, y: alive.append(weakref.ref(y if torch.is_tensor(y) else y[0]))
+        )
+    unet.time_embedding.register_forward_hook(lambda module, args, y: alive.append(weakref.ref(y)))
+
+    call(unet, size=(16, 16), encoder_hidden_states=prompt)
+    alive.append(weakref.ref(prompt))
+    del prompt
+
+    assert len(alive) > 2
+    assert not [ref for ref in alive if ref() is not None]
+
+
+def test_images_live_no_longer_for_being_known():
+    """What the middle block makes is read by the next block, and freed while the pass goes on."""
+    unet = fused()
+    made, alive = [], []
+    for module in modules_of(unet.mid_block, (ResnetBlock2D, Transformer2DModel)):
+        module.register_forward_hook(
+            lambda module, args, y: made.append(weakref.ref(y if torch.is_tensor(y) else y[0]))
+        )
+    unet.conv_norm_out.register_forward_hook(lambda *_: alive.extend(image for image in made if image() is not None))
+
+    call(unet, size=(16, 16))
+
+    assert made
+    assert not alive
+
+
+def test_prompt_changed_in_place_is_read_anew():
+    unet = fused()
+    prompt = arguments_of(unet)["encoder_hidden_states"]
+    call(unet, encoder_hidden_states=prompt)
+
+    prompt.copy_(10 * prompt.flip(0))
+
+    assert torch.equal(call(unet, encoder_hidden_states=prompt), call(fused(), encoder_hidden_states=prompt.clone()))
+
+
+def test_one_prompt_is_quantized_anew_for_each_timestep():
+    unet = fused()
+    prompt = arguments_of(unet)["encoder_hidden_states"]
+
+    for timestep in (900, 100, 900):
+        assert torch.equal(call(unet, timestep, encoder_hidden_states=prompt), call(fused(), timestep))
+
+
+def test_one_time_embedding_for_all_calls_is_projected_anew():
+    """Its quantizer is that of the timestep, even if the embedding is one object."""
+    unet = fused()
+    embedding = torch.randn(BATCH, 128, generator=torch.Generator().manual_seed(6))
+    unet.time_embedding.forward = lambda *args: embedding
+    first = call(unet, 900)
+
+    second = call(unet, 100)
+
+    assert not torch.equal(first, second)
+    other = fused()
+    other.time_embedding.forward = unet.time_embedding.forward
+    assert torch.equal(second, call(other, 100))
+
+
+def test_failed_forward_pass_leaves_nothing_to_the_next():
+    unet = fused()
+    prompt = arguments_of(unet)["encoder_hidden_states"]
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    handle = unet.conv_out.register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        call(unet, 900, encoder_hidden_states=prompt)
+    handle.remove()
+
+    assert torch.equal(call(unet, 100, encoder_hidden_states=prompt), call(fused(), 100))
+
+
+# Errors, the way back, and torch.compile.
+
+
+def test_stock_unet_cannot_be_fused():
+    with pytest.raises(ValueError, match=r"not quantized.*before fuse"):
+        fuse(new_unet("conv projections"))
+
+
+def test_unet_cannot_be_fused_twice():
+    with pytest.raises(ValueError, match="fused already"):
+        fuse(fused())
+
+
+def test_fused_unet_cannot_be_calibrated_again():
+    unet = fused()
+    expected = call(unet)
+
+    with pytest.raises(ValueError, match=r"quantized already.*dequantize"):
+        calibrate(unet)
+
+    assert torch.equal(call(unet), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"encoder_hidden_states": torch.zeros(1, 5, 32)}, ValueError, r"attn2\.to_[kv]: .*3 samples.*got 1"),
+        ({"encoder_hidden_states": torch.zeros(3, 5, 31)}, ValueError, r"attn2\.to_[kv]: .*32 channels.*got 31"),
+    ],
+    ids=["batch", "channels"],
+)
+def test_wrong_prompt_is_refused_by_the_layer_s_name(arguments, error, message):
+    with pytest.raises(error, match=message):
+        call(fused(), **arguments)
+
+
+def test_dequantized_fused_unet_is_a_stock_one(assert_same_tensors, relative_rms):
+    unet, expected = fused(), quantized().dequantize()
+    packed = weakref.ref(unet.mid_block.resnets[0].time_emb_proj)
+
+    unet.dequantize()
+
+    assert_same_tensors(unet.state_dict(), expected.state_dict())
+    assert relative_rms(call(unet), call(expected)) < 1e-5  # strides of size 1 may differ, and sums with them
+    assert packed() is None  # the groups would hold the packed weights
+
+
+def test_dequantized_fused_unet_can_be_quantized_and_fused_again(relative_rms):
+    unet, expected = fused().dequantize(), quantized().dequantize()
+    calibrate(unet)
+    calibrate(expected)
+    assert relative_rms(call(unet), call(expected)) < FLIPS
+
+    fuse(unet)
+
+    assert relative_rms(call(unet), call(expected)) < FLIPS
+
+
+def test_compiled_fused_unet_has_no_graph_break_and_computes_the_same(relative_rms):
+    unet, compiled = fused(), fused()
+    torch._dynamo.reset()
+    compiled.compile(fullgraph=True, backend="aot_eager")
+
+    for timestep, seed in ((MIXED, 0), (MIXED.flip(0), 1)):
+        actual = call(compiled, timestep, seed=seed)
+        assert relative_rms(actual, call(unet, timestep, seed=seed)) < FLIPS  # no statistics are handed on here
