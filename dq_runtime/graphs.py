@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 from torch.utils import _pytree as pytree
 
 WARM_UP_CALLS = 3
@@ -34,7 +35,8 @@ class CudaGraphRunner:
         if getattr(self.unet, "_hf_peft_config_loaded", False):
             return self.eager_forward(sample, timestep, *args, **kwargs)
         if not isinstance(timestep, torch.Tensor):
-            timestep = torch.tensor(timestep, device=sample.device)
+            whole = isinstance(self.unet, UNet2DModel)  # as its forward makes of Python's numbers
+            timestep = torch.tensor(timestep, dtype=torch.long if whole else None, device=sample.device)
         leaves, structure = pytree.tree_flatten(((sample, timestep.to(sample.device), *args), kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         constants = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
