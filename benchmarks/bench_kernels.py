@@ -44,25 +44,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", rows, ids=[f"{row.group}, {row.implementation}" for row in rows])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_time(benchmark: Any, record_row: Callable[[dict[str, Any]], None], case: Case) -> None:
     benchmark.group = case.group
     if case.implementation == OURS:
         check(case)
     if CUDA:
         torch.backends.cudnn.benchmark = True
+        torch.compiler.reset()  # a library's compiled rows would reach the limit of recompilations together
     try:
         side = prepare(case)
         side.run()
+        if CUDA:
+            sides = [side, *(prepare(case) for _ in range(copies_to_rotate(side.bytes) - 1))]
+            round_us, calls = captured([side.run for side in sides]), len(sides)
+        else:
+            round_us, calls = host_round(side), 1
     except Exception as error:
         if case.implementation in PEERS:
             pytest.skip(f"{case.implementation} does not run here: {error!r}"[:300])
         raise
-    if CUDA:
-        sides = [side, *(prepare(case) for _ in range(copies_to_rotate(side.bytes) - 1))]
-        round_us, calls = captured([side.run for side in sides]), len(sides)
-    else:
-        round_us, calls = host_round(side), 1
     times: list[float] = []
     benchmark.pedantic(lambda: times.append(round_us()), rounds=ROUNDS, warmup_rounds=WARMUP)
     row = report(case, side, statistics.median(times[WARMUP:] or times))

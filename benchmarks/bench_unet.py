@@ -5,8 +5,9 @@
 
 SD1.5 at 512x512 and SDXL at 1024x1024 in their real configurations. Weights are random: latency does not depend on
 their values. Every round times one forward of each row in turn; the table shows medians. ``weights MB`` counts
-parameters and buffers, ``peak MB`` those and what one forward allocates on top (not known for rows whose memory
-belongs to a compiler's own graphs).
+parameters and buffers, ``peak MB`` those and what one forward allocates on top, or capturing it (not known for rows
+whose memory belongs to a compiler's own graphs). All rows stay on the GPU to the end, with weights of 34 GB for both
+UNets: a small one takes one ``--unet`` and some ``--row`` at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import quantized_unets
 import torch
 import unets
 from torch import nn
+from whole_file import write_whole
 
 from dq_runtime.fused import fuse
 from dq_runtime.graphs import enable_cuda_graphs
@@ -35,11 +37,12 @@ WARM_UP_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run a UNet: what it is called, and how to make it."""
+    """One way to run a UNet: what it is called, how to make it, and whether a CUDA graph replays it."""
 
     name: str
     make: Callable[[], nn.Module]
     is_compiled: bool = False
+    replays: bool = False
 
 
 @dataclass
@@ -70,10 +73,6 @@ def rows(name: str, device: str, compile_mode: str) -> list[Row]:
         unet.compile(mode=compile_mode, fullgraph=True)
         return unet
 
-    def replayed(unet: Any) -> Any:
-        enable_cuda_graphs(unet)
-        return unet
-
     if device == "cpu":
         return [
             Row("fp32", lambda: stock(torch.float32)),
@@ -85,11 +84,11 @@ def rows(name: str, device: str, compile_mode: str) -> list[Row]:
         Row("fp16 eager", lambda: stock(half)),
         Row("fp16 channels_last", lambda: stock(half, torch.channels_last)),
         Row("fp16 compiled", lambda: compiled(stock(half, torch.channels_last)), is_compiled=True),
-        Row("fp16 CUDA graph", lambda: replayed(stock(half, torch.channels_last))),
+        Row("fp16 CUDA graph", lambda: stock(half, torch.channels_last), replays=True),
         Row("int4 unfused", lambda: quantized(half, fused=False)),
         Row("int4", lambda: quantized(half)),
         Row("int4 compiled", lambda: compiled(quantized(half)), is_compiled=True),
-        Row("int4 CUDA graph", lambda: replayed(quantized(half))),
+        Row("int4 CUDA graph", lambda: quantized(half), replays=True),
     ]
 
 
@@ -114,17 +113,23 @@ def tensor_megabytes(unet: nn.Module) -> float:
     return sum(storages.values()) / MEGABYTE
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prepare(row: Row, name: str, device: str, batch: int) -> tuple[Callable[[], torch.Tensor], Result]:
-    """Makes a row and calls it once, which compiles and captures; fails if the result is not finite."""
+    """Makes a row and calls it, which compiles and captures; fails if the result is not finite."""
     torch.manual_seed(0)
     start = time.perf_counter()
     unet = row.make()
     dtype = torch.float32 if device == "cpu" else torch.float16
     arguments = unets.inputs(name, batch, device, torch.bfloat16 if row.name.startswith("bf16") else dtype)
-    before = torch.cuda.memory_allocated() if device != "cpu" else 0
+    if not row.is_compiled:
+        unet(**arguments)  # cuDNN searches its plans, which takes memory that no later call does
+    if row.replays:
+        enable_cuda_graphs(unet)
+    before = 0
     if device != "cpu":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
 
     def call() -> torch.Tensor:
         return unet(**arguments).sample
@@ -140,17 +145,24 @@ def prepare(row: Row, name: str, device: str, batch: int) -> tuple[Callable[[], 
     return call, result
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(chosen: list[Row], name: str, device: str, batch: int, rounds: int) -> Iterator[list[Result]]:
     """All rows of one UNet, interleaved: first those that need no compiler, then, with these again, all.
 
-    An interruption during the compilation, which can take minutes, so leaves the first list.
+    An interruption during the compilation, which can take minutes, so leaves the first list. A row that cannot be
+    compiled is left out, with a line that says why.
     """
     calls, results = [], []
     for is_compiled in sorted({row.is_compiled for row in chosen}):
         for row in chosen:
             if row.is_compiled == is_compiled:
-                call, result = prepare(row, name, device, batch)
+                try:
+                    call, result = prepare(row, name, device, batch)
+                except Exception as error:
+                    if not is_compiled:
+                        raise
+                    print(f"{name}: {row.name} failed: {error!r}"[:1000], flush=True)
+                    continue
                 calls.append(call)
                 results.append(result)
         times: list[list[float]] = [[] for _ in calls]
@@ -199,14 +211,21 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     document: dict[str, Any] = {**environment.describe(), "batch": arguments.batch, "unets": {}}
     document["compile_mode"] = arguments.compile_mode
+    runs = {}
     for name in arguments.unet or ("sd15", "sdxl"):
         chosen = [row for row in rows(name, arguments.device, arguments.compile_mode) if keep(row, arguments.row)]
-        for results in measure(chosen, name, arguments.device, arguments.batch, arguments.rounds):
+        runs[name] = measure(chosen, name, arguments.device, arguments.batch, arguments.rounds)
+    # What needs no compiler is measured of every UNet before anything is compiled.
+    while runs:
+        for name in list(runs):
+            results = next(runs[name], None)
+            if results is None:
+                del runs[name]
+                continue
             print(table(name, results), flush=True)
             document["unets"][name] = [asdict(result) for result in results]
             if arguments.output is not None:
-                arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                write_whole(arguments.output, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

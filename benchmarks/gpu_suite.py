@@ -26,18 +26,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import environment
+from whole_file import write_whole
 
 ROOT = Path(__file__).parents[1]
 NOT_FOR_GPUS = ("tests/kernels/test_static.py", "tests/test_package.py", "tests/examples", "tests/benchmarks")
 TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # each compiles kernels, which is what takes the time
-GRACE = 5.0  # seconds between asking a stage to stop and killing it
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for processes side by side
+GRACE = 10.0  # seconds between interrupting a stage and killing it
 POLL = 0.1  # seconds between looks at a stage
 
 
@@ -49,6 +51,7 @@ class Stage:
     command: Sequence[str]
     share: float  # of the time that this stage and those after it have
     read: Callable[[], Any] = lambda: None
+    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment, beside ours
 
 
 class Interruption:
@@ -82,7 +85,7 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
         kernels += ["--full"] if full else []
         unet += ["--unet", "sd15", "--unet", "sdxl"]
     every = (
-        Stage("tests", tests, 4),
+        Stage("tests", tests, 4, variables=ONE_THREAD),
         Stage("kernels", kernels, 2, lambda: read_rows(rows)),
         Stage("unet", unet, 3, lambda: read_unets(unets)),
     )
@@ -110,7 +113,7 @@ def run_stage(stage: Stage, seconds: float, interruption: Interruption) -> dict[
     """Runs a stage to its end or its limit, its output going through; says how it ended, and its seconds."""
     start = time.monotonic()
     # A session of its own, so that its children can be stopped with it.
-    process = subprocess.Popen(stage.command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(stage.command, cwd=ROOT, env={**os.environ, **stage.variables}, start_new_session=True)
     while process.poll() is None and time.monotonic() < start + seconds and not interruption.requested:
         time.sleep(POLL)
     if process.returncode is None:
@@ -127,8 +130,8 @@ def run_stage(stage: Stage, seconds: float, interruption: Interruption) -> dict[
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a stage that still runs, and its children: asks them, and after a while does not."""
-    os.killpg(process.pid, signal.SIGTERM)
+    """Ends a stage that still runs, and its children: as Ctrl-C does, at which pytest reports, and then by force."""
+    os.killpg(process.pid, signal.SIGINT)
     try:
         process.wait(timeout=GRACE)
     except subprocess.TimeoutExpired:
@@ -171,10 +174,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
     text = json.dumps({**document, "results": results}, indent=1)
     if rows is not None:
         text = text.replace('"ROWS"', "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, text + "\n")
 
 
 def main() -> int:

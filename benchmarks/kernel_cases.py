@@ -63,18 +63,19 @@ def representative(shapes: Sequence[LayerShape], count: int = SUBSET) -> list[La
 
 
 def cases(full: bool, tiny: bool) -> list[Case]:
-    """All rows: layers, then chains; with ``full`` every shape, at batch 2 and 8, otherwise the representative ones."""
-    implementations = [OURS, *BASELINES]
+    """All rows: ours and the baselines' layers, then chains, then other libraries' linears, so that a run that is cut
+    short has what matters; with ``full`` every shape, at batch 2 and 8, otherwise the representative ones.
+    """
     present = [name for name in peers.PEERS if peers.missing(name) is None]
-    rows, chains = [], []
+    layers, chains, others = [], [], []
     for unet in ("tiny",) if tiny else UNETS:
         for batch in (2, 8) if full and not tiny else (2,):
             shapes = TINY if tiny else tuple(unets.layers(unet, batch))
             for shape in shapes if full else representative(shapes):
-                names = implementations + (present if shape.kind == "linear" else [])
-                rows += [Case(unet, (shape,), name) for name in names]
+                layers += [Case(unet, (shape,), name) for name in (OURS, *BASELINES)]
+                others += [Case(unet, (shape,), name) for name in present if shape.kind == "linear"]
             chains += [Case(unet, shapes, name, chain) for chain in CHAINS for name in (OURS, BASELINE)]
-    return rows + chains
+    return layers + chains + others
 
 
 def prepare(case: Case) -> Side:

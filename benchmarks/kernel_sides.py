@@ -136,7 +136,8 @@ def layer_side(shape: LayerShape, implementation: str) -> Side:
     if implementation in peers.PEERS:
         x = x.to(peers.activation_dtype(implementation))
         peer = peers.PEERS[implementation](weights.dense)
-        return Side(lambda: peer(x), (x, weights.dense), shape.operations)
+        held = weights.dense.numel() * peers.weight_bits(implementation) // 8
+        return Side(lambda: peer(x), (x, torch.empty(held, dtype=torch.uint8, device="meta")), shape.operations)
     x, weight, bias = (tensor.to(BASELINES[implementation]) for tensor in (x, weights.dense, weights.bias))
     if shape.kind == "linear":
         return Side(lambda: F.linear(x, weight, bias), (x, weight, bias), shape.operations)

@@ -108,6 +108,11 @@ def activation_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "torchao int4 weight-only" else torch.float16
 
 
+def weight_bits(name: str) -> int:
+    """Of the weights that a peer holds."""
+    return 4 if "int4" in name else 8
+
+
 def missing(name: str) -> str | None:
     """Why a peer cannot run here, if it cannot."""
     package = name.split()[0]

@@ -35,6 +35,7 @@ import quality_peers
 import torch
 from quality_methods import METHODS, ONLY_AT, QUICK
 from quality_report import contributions, page, plot, summary
+from whole_file import write_whole
 
 import dq_runtime
 from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
@@ -202,9 +203,7 @@ def main() -> None:
             "contributions": contributions(ordered),
             "results": ordered,
         }
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        partial.replace(output)
+        write_whole(output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         return report
 
     complete = run_rows(arguments, folder, results, save)

@@ -21,9 +21,10 @@ def copies_to_rotate(tensor_bytes: int) -> int:
 def captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
     """The calls as one CUDA graph: a function that replays it and gives the microseconds of one call."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles and autotunes before the capture
-        for _ in range(2):
-            calls[0]()
+        for call in calls:
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

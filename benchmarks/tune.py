@@ -3,8 +3,9 @@
     python benchmarks/tune.py [--unet sd15]... [--batch 2]... [--minutes 8] [--output FILE]
 
 For each launch of a fused UNet (see ``launches``): every tile that fits, then split-K and the order of the tiles for
-the best ones. Times are medians over CUDA graphs with rotated weights. ``<output>.progress.json`` keeps every finished
-shape, so an interrupted search goes on where it stopped; the tuning file is written after each shape, and with it
+the best ones. Times are medians over CUDA graphs with rotated weights. ``<output>.progress`` keeps every finished
+shape, so an interrupted search goes on where it stopped. Once there is a shape of every operator the tuning file is
+written after each: what was measured there before stays until its shape is tuned again. With it comes
 ``benchmarks/results/tuning_<architecture>.json``, the best configuration's time for each launch. Candidates that spill
 registers are left out. ``--dry-run`` tries tiny shapes in Triton's interpreter, without timing them.
 """
@@ -16,7 +17,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ import environment
 import torch
 from launches import Launch, launches
 from timing import copies_to_rotate, graph_microseconds
+from whole_file import write_whole
 
 from dq_kernels import gemm
 from dq_kernels.conv2d import conv2d_output_size
 from dq_kernels.packing import unpack_int4
-from dq_kernels.tuning import LaunchConfig, architecture
+from dq_kernels.tuning import LaunchConfig, architecture, read_tuning
 
 TUNING = Path(__file__).parents[1] / "kernels" / "tuning"
 RESULTS = Path(__file__).parent / "results"
@@ -63,6 +65,7 @@ TILES = (
     (128, 256, 32, 8, 4),
     (128, 256, 64, 8, 3),
 )
+OPERATORS = {"linear", "linear_geglu", "conv2d"}
 SPLITS = (2, 4, 8)
 GROUPS = (4, 16)
 REFINED = 3  # tiles that go on to the second round
@@ -208,7 +211,7 @@ def write_lines(path: Path, header: dict[str, Any], name: str, rows: list[Any]) 
     """JSON with one row a line."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     text = json.dumps(header, indent=1)[:-2] + f',\n "{name}": [\n' + lines + "\n ]\n}\n"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def write_timings(path: Path, progress: dict[str, Any]) -> None:
@@ -224,16 +227,36 @@ def write_timings(path: Path, progress: dict[str, Any]) -> None:
     write_lines(path, {**progress["environment"], "columns": COLUMNS}, "rows", sorted(rows))
 
 
+def measured_before(path: Path) -> dict[tuple[Any, ...], list[int]]:
+    """The configurations of a tuning file by shape, if there is one that was measured."""
+    if not path.exists():
+        return {}
+    document, shapes = read_tuning(path)
+    return {(s.op, s.rows, s.out_channels, s.reduction): s.config.to_list() for s in shapes if document["measured"]}
+
+
 def write_tuning(path: Path, progress: dict[str, Any]) -> None:
-    """The shipped form: the best configuration of every shape, one a line, a shape that occurs twice once."""
+    """The shipped form: the best configuration of every shape, one a line, a shape that occurs twice once.
+
+    A launch needs a shape of its operator, so that no file is written without one of each.
+    """
     best: dict[tuple[Any, ...], tuple[float, list[int]]] = {}
     for name, results in progress["shapes"].items():
         op, rows, out_channels, reduction, *_ = json.loads(name)
         if results:
             entry = (op, rows, out_channels, reduction)
             best[entry] = min(best.get(entry, results[0]), results[0], key=lambda result: result[0])
-    header = {"architecture": path.stem, "measured": True, "source": progress["environment"], "fields": FIELDS}
-    write_lines(path, header, "shapes", [[*entry, config] for entry, (_, config) in sorted(best.items())])
+    configs = measured_before(path) | {entry: config for entry, (_, config) in best.items()}
+    if {op for op, *_ in configs} == OPERATORS:
+        header = {"architecture": path.stem, "measured": True, "source": progress["environment"], "fields": FIELDS}
+        write_lines(path, header, "shapes", [[*entry, config] for entry, config in sorted(configs.items())])
+
+
+def by_cost(counted: Mapping[Launch, int]) -> list[Launch]:
+    """The dearest launch of each operator, then all others, the dearest first: an interruption costs the least."""
+    dearest = sorted(counted, key=lambda launch: -counted[launch] * launch.operations)
+    firsts = {launch.op: launch for launch in reversed(dearest)}
+    return sorted(dearest, key=lambda launch: launch not in firsts.values())
 
 
 def dry_run() -> None:
@@ -263,7 +286,7 @@ def main() -> None:
         raise SystemExit("Tuning times kernels on a GPU, and there is none; --dry-run needs none")
     deadline = time.monotonic() + 60 * arguments.minutes
     output = arguments.output or TUNING / f"{architecture()}.json"
-    progress_file = output.with_suffix(".progress.json")
+    progress_file = output.with_suffix(".progress")
     progress: dict[str, Any] = {"environment": environment.describe(), "shapes": {}}
     if progress_file.exists():
         progress["shapes"] = json.loads(progress_file.read_text(encoding="utf-8"))["shapes"]
@@ -271,9 +294,7 @@ def main() -> None:
     for name in arguments.unet or ("sd15", "sdxl"):
         for batch in arguments.batch or (2,):
             counted |= launches(name, batch)
-    # The dearest first: an interruption costs the least.
-    todo = [launch for launch in counted if key(launch) not in progress["shapes"]]
-    todo.sort(key=lambda launch: -counted[launch] * launch.operations)
+    todo = [launch for launch in by_cost(counted) if key(launch) not in progress["shapes"]]
     print(f"{len(todo)} shapes to tune, {len(counted) - len(todo)} done before", flush=True)
     compile_all(todo, min(deadline, time.monotonic() + 0.5 * 60 * arguments.minutes))
     print(f"compiled; {deadline - time.monotonic():.0f} s left", flush=True)
@@ -283,7 +304,7 @@ def main() -> None:
             break
         results = search(launch)
         progress["shapes"][key(launch)] = results[:8]
-        progress_file.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+        write_whole(progress_file, json.dumps(progress, indent=1) + "\n")
         write_tuning(output, progress)
         write_timings(arguments.timings or RESULTS / f"tuning_{output.stem}.json", progress)
         if results:

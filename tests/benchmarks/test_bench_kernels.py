@@ -130,7 +130,8 @@ def test_a_round_on_a_gpu_is_one_graph_of_all_copies(monkeypatch):
     )
     graph = SimpleNamespace(replay=lambda: recorded.append("replay"))
     fakes = {
-        "Stream": lambda: None, "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda stream: None), "current_stream": lambda: None,
+        "stream": lambda stream: nullcontext(), "synchronize": lambda: None,
         "CUDAGraph": lambda: graph, "graph": lambda graph: nullcontext(), "Event": lambda enable_timing: event,
         "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=50_000_000),
     }  # fmt: skip
@@ -139,7 +140,7 @@ def test_a_round_on_a_gpu_is_one_graph_of_all_copies(monkeypatch):
     replay = timing.captured([partial(calls.append, i) for i in range(4)])
     assert replay() == 1500.0
     assert calls[-4:] == [0, 1, 2, 3]
-    assert set(calls[:-4]) == {0}  # warm-up
+    assert calls[:-4] == [0, 1, 2, 3]  # warm-up: each may compile
     assert recorded == ["event", "replay", "event"]
     assert [timing.copies_to_rotate(size) for size in (1_000, 1_000_000, 10**9)] == [256, 100, 8]
 
@@ -180,6 +181,22 @@ def test_a_wrong_chain_is_not_timed(monkeypatch, chain):
     monkeypatch.setitem(kernel_sides.CHAINS, chain, wrong)
     with pytest.raises(AssertionError):
         bench_kernels.check(case)
+
+
+def test_what_a_peer_reads_is_what_it_holds(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(("a int4 weight-only", "a int8 dynamic"), lambda weight: None))
+    shape = kernel_cases.TINY[1]
+    for name, bits in (("a int4 weight-only", 4), ("a int8 dynamic", 8)):
+        side = kernel_sides.layer_side(shape, name)
+        assert side.bytes == 2 * shape.rows * shape.in_channels + shape.out_channels * shape.in_channels * bits // 8
+
+
+def test_other_libraries_come_last(monkeypatch):
+    monkeypatch.setattr(kernel_cases.peers, "missing", lambda name: None)
+    names = [row.implementation for row in kernel_cases.cases(full=False, tiny=True)]
+    first = names.index(next(iter(peers.PEERS)))
+    assert set(names[:first]) == {OURS, *kernel_sides.BASELINES}
+    assert set(names[first:]) == set(peers.PEERS)
 
 
 def test_peers_are_left_out_by_name_with_the_reason(monkeypatch):

@@ -56,6 +56,41 @@ def test_interruption_while_a_row_compiles_leaves_the_others_in_the_file(fast_ro
     assert all(row["median_ms"] > 0 for row in rows)
 
 
+def test_every_unet_is_measured_before_anything_is_compiled(fast_rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_unet, "rows", lambda *_: fast_rows("fp32 compiled", "int4"))
+    made, prepare = [], bench_unet.prepare
+
+    def noted(row, name, *rest):
+        made.append((name, row.name))
+        return prepare(row, name, *rest)
+
+    monkeypatch.setattr(bench_unet, "prepare", noted)
+    output = tmp_path / "rows.json"
+    command = ["bench_unet.py", "--device", "cpu", "--unet", "ddpm_cifar", "--unet", "ldm4", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(output)])
+
+    bench_unet.main()
+
+    assert made == [(name, row) for row in ("int4", "fp32 compiled") for name in ("ddpm_cifar", "ldm4")]
+    measured = json.loads(output.read_text())["unets"]
+    assert set(measured) == {"ddpm_cifar", "ldm4"}
+    assert all([row["row"] for row in rows] == ["int4", "fp32 compiled"] for rows in measured.values())
+
+
+def test_row_that_cannot_be_compiled_is_left_out_and_named(fast_rows, capsys):
+    def broken():
+        raise RuntimeError("no such backend")
+
+    chosen = [bench_unet.Row("fp32 compiled", broken, is_compiled=True), *fast_rows("fp32", "int4 compiled")]
+
+    *_, results = bench_unet.measure(chosen, "ddpm_cifar", "cpu", 1, 1)
+
+    assert [result.row for result in results] == ["fp32", "int4 compiled"]
+    assert "fp32 compiled failed: RuntimeError('no such backend')" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no such backend"):
+        next(bench_unet.measure([bench_unet.Row("fp32", broken)], "ddpm_cifar", "cpu", 1, 1))
+
+
 def test_result_that_is_not_finite_is_not_timed(fast_rows, monkeypatch):
     (row,) = fast_rows("fp32")
     monkeypatch.setattr(bench_unet.unets, "inputs", lambda *_: {"sample": torch.tensor(float("nan"))})

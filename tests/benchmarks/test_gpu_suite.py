@@ -76,6 +76,25 @@ def test_a_stage_over_its_share_is_stopped_and_keeps_its_rows(tmp_path):
     assert document["results"]["kernels"] == {"columns": ["group", "us"], "rows": [["a", 1.5]]}
 
 
+def test_a_stage_that_is_stopped_may_still_report(tmp_path):
+    """pytest prints its failures at an interruption, not when it is terminated."""
+    report = tmp_path / "report"
+    code = (
+        "import pathlib, time\ntry:\n    time.sleep(60)\n"
+        f"except KeyboardInterrupt:\n    pathlib.Path({str(report)!r}).write_text('x')"
+    )
+    _, document = run(tmp_path, stage("tests", code), seconds=3.0)
+    assert document["stages"]["tests"]["outcome"] == "timed out"
+    assert report.read_text() == "x"
+
+
+def test_tests_side_by_side_have_a_thread_each(tmp_path):
+    (tests,) = gpu_suite.stages(["tests"], full=False, dry_run=False, folder=tmp_path)
+    asked = "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '1')"
+    code, _ = run(tmp_path, gpu_suite.Stage("tests", [sys.executable, "-c", asked], 1, variables=tests.variables))
+    assert code == 0
+
+
 DRIVER = """
 import sys
 sys.path.insert(0, "benchmarks")

@@ -22,6 +22,7 @@ unets = importlib.import_module("unets")
 
 LINEAR = launches.Launch("linear", 8192, 640, 640, (2, 4096, 640), (640, 320))
 GEGLU = launches.Launch("linear_geglu", 2048, 5120, 1280, (2, 1024, 1280), (10240, 640))
+HALF = launches.Launch("linear", 4096, 640, 640, (1, 4096, 640), (640, 320))
 FEW = launches.Launch("linear", 2, 1280, 1280, (2, 1280), (1280, 640))
 CONV = launches.Launch("conv2d", 128, 1280, 11520, (2, 10, 10, 1280), (1280, 3, 3, 640))
 
@@ -74,21 +75,40 @@ def test_file_holds_the_fastest_configuration_of_each_shape_once(tmp_path):
             tune.key(FEW): [],  # nothing ran
         },
     }
+    file = tmp_path / "sm_00.json"
 
-    tune.write_tuning(tmp_path / "sm_00.json", progress)
+    tune.write_tuning(file, progress)
+    assert not file.exists()  # it would have nothing for GEGLU
+    progress["shapes"][tune.key(GEGLU)] = [[7.0, other]]
+    tune.write_tuning(file, progress)
 
-    document, shapes = read_tuning(tmp_path / "sm_00.json")
+    document, shapes = read_tuning(file)
     assert document["measured"] is True
     assert document["source"] == {"device": "a GPU"}
     found = {(shape.op, shape.rows): shape.config.to_list() for shape in shapes}
-    assert found == {("linear", 8192): fast, ("conv2d", 128): other}
+    assert found == {("linear", 8192): fast, ("conv2d", 128): other, ("linear_geglu", 2048): other}
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_was_measured_before_stays_until_it_is_tuned_again(tmp_path, measured):
+    old, new = [64, 64, 64, 4, 2, 1, 1], [64, 64, 64, 4, 3, 1, 1]
+    file = tmp_path / "sm_00.json"
+    every = [LINEAR, GEGLU, CONV]
+    entries = [[op.op, op.rows, op.out_channels, op.reduction, old] for op in (*every, FEW)]
+    file.write_text(json.dumps({"measured": measured, "shapes": entries}))
+
+    tune.write_tuning(file, {"environment": {}, "shapes": {tune.key(launch): [[1.0, new]] for launch in every}})
+
+    configs = {(s.op, s.rows): s.config.to_list() for s in read_tuning(file)[1]}
+    kept = {("linear", FEW.rows): old} if measured else {}
+    assert configs == {(launch.op, launch.rows): new for launch in every} | kept
 
 
 def test_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
     searched = []
 
     def search(launch):
-        if len(searched) == 2:
+        if len(searched) == 3:
             raise KeyboardInterrupt
         searched.append(launch)
         return [(1.0, [64, 64, 64, 4, 3, 1, 1])]
@@ -97,19 +117,19 @@ def test_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.environment, "describe", lambda: {})
     monkeypatch.setattr(tune, "compile_all", lambda shapes, deadline: None)
-    monkeypatch.setattr(tune, "launches", lambda name, batch: {LINEAR: 5, GEGLU: 1, CONV: 2, FEW: 1})
+    monkeypatch.setattr(tune, "launches", lambda name, batch: {LINEAR: 5, HALF: 4, GEGLU: 1, CONV: 2})
     monkeypatch.setattr(tune, "search", search)
     monkeypatch.setattr(sys, "argv", ["tune.py", "--unet", "sd15", "--output", str(output), "--timings", str(timings)])
 
     with pytest.raises(KeyboardInterrupt):
         tune.main()
-    assert len(read_tuning(output)[1]) == 2
+    assert len(read_tuning(output)[1]) == 3
     first = list(searched)
     searched.clear()
     tune.main()
 
-    assert first == [GEGLU, LINEAR]  # most operations first
-    assert searched == [CONV, FEW]
+    assert first == [GEGLU, LINEAR, CONV]  # of each operator the one with most operations
+    assert searched == [HALF]
     assert len(read_tuning(output)[1]) == 4
     rows = json.loads(timings.read_text())["rows"]
     assert rows[0] == ["conv2d", 128, 1280, 11520, [1, 1], False, False, [64, 64, 64, 4, 3, 1, 1], 1.0, 3774.9]
