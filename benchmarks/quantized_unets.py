@@ -13,8 +13,8 @@ from torch import nn
 
 from dq_kernels import ops
 from dq_runtime.config import DilateQuantConfig
-from dq_runtime.convert import insert_empty_layers, quantized_layers
-from dq_runtime.layers import QuantizedLayer
+from dq_runtime.convert import insert_empty_layers
+from dq_runtime.layers import QuantizedLayer, quantized_layers
 
 TIMESTEPS = tuple(range(19, 1000, 49))
 

@@ -14,7 +14,14 @@ from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
 from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
-from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, conv2d_arguments
+from dq_runtime.layers import (
+    QuantConv2d,
+    QuantizedLayer,
+    QuantLinear,
+    conv2d_arguments,
+    is_quantized,
+    quantized_layers,
+)
 from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
@@ -101,16 +108,6 @@ def _reason_to_keep(
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"padding {module.padding!r}, mode {module.padding_mode!r}"
     return None
-
-
-def is_quantized(unet: nn.Module) -> bool:
-    """Whether a UNet holds quantized layers."""
-    return bool(quantized_layers(unet))
-
-
-def quantized_layers(unet: nn.Module) -> dict[str, QuantizedLayer]:
-    """The quantized layers of a UNet, by name."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def insert_empty_layers(unet: Any, config: DilateQuantConfig) -> None:

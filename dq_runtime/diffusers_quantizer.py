@@ -15,8 +15,8 @@ from torch import nn
 
 from dq_kernels import ops
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
-from dq_runtime.convert import dequantize, insert_empty_layers, quantized_layers
-from dq_runtime.layers import QuantizedLayer
+from dq_runtime.convert import dequantize, insert_empty_layers
+from dq_runtime.layers import QuantizedLayer, quantized_layers
 
 
 class DilateQuantizer(DiffusersQuantizer):

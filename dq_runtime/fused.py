@@ -17,7 +17,6 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from dq_runtime.convert import is_quantized
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
 from dq_runtime.fused_blocks import (
     FusedBasicTransformerBlock,
@@ -28,6 +27,7 @@ from dq_runtime.fused_blocks import (
     FusedUpBlock2D,
     FusedUpsample2D,
 )
+from dq_runtime.layers import is_quantized
 
 # In this order: whether an up block can be fused depends on its resnets.
 FUSED = {

@@ -174,3 +174,13 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             stride=self.stride, dilation=self.dilation, out_dtype=x.dtype,
         )  # fmt: skip
         return y.permute(0, 3, 1, 2)
+
+
+def is_quantized(unet: nn.Module) -> bool:
+    """Whether a UNet holds quantized layers."""
+    return bool(quantized_layers(unet))
+
+
+def quantized_layers(unet: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers of a UNet, by name."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, QuantizedLayer)}

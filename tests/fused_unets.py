@@ -11,8 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 
 import dq_runtime
 from dq_runtime import DilateQuantConfig
-from dq_runtime.convert import quantized_layers
 from dq_runtime.fused import fuse
+from dq_runtime.layers import quantized_layers
 
 # How far fused and unfused may be apart: what follows the first difference is rounded otherwise, which makes 0.015 at
 # most here. A wrong row or skip costs 0.1 and more.

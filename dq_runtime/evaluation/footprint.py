@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from dq_kernels import ops
-from dq_runtime.convert import quantized_layers
-from dq_runtime.layers import QuantizedLayer
+from dq_runtime.layers import QuantizedLayer, quantized_layers
 
 FP16_BYTES = 2
 WEIGHT_TENSORS = ("weight", "weight_scale")

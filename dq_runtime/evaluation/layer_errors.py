@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dq_runtime.convert import is_quantized, quantized_layers
 from dq_runtime.fused import is_fused
 from dq_runtime.graphs import CudaGraphRunner
+from dq_runtime.layers import is_quantized, quantized_layers
 
 if TYPE_CHECKING:
     from dq_runtime.calibration.collect import CalibrationSet

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dq_runtime.convert import quantized_layers
 from dq_runtime.evaluation.layer_errors import layer_sqnr
-from dq_runtime.layers import QuantConv2d, QuantizedLayer
+from dq_runtime.layers import QuantConv2d, QuantizedLayer, quantized_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

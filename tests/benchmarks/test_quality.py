@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 import dq_runtime
-from dq_runtime.convert import quantized_layers
+from dq_runtime.layers import quantized_layers
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -12,10 +12,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from dq_runtime import CalibrationSet, calibrate, record
-from dq_runtime.convert import quantized_layers
 from dq_runtime.evaluation.layer_errors import layer_sqnr
 from dq_runtime.fused import fuse
 from dq_runtime.graphs import CudaGraphRunner
+from dq_runtime.layers import quantized_layers
 
 EXACT = "mid_block.resnets.0.conv1"
 TIMESTEPS = (10, 500, 900)

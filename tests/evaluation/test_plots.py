@@ -19,7 +19,6 @@ from PIL import Image
 from torch import nn
 
 from dq_runtime import CalibrationSet, calibrate, record
-from dq_runtime.convert import quantized_layers
 from dq_runtime.evaluation import plots
 from dq_runtime.evaluation.layer_errors import layer_sqnr
 from dq_runtime.evaluation.plots import (
@@ -30,6 +29,7 @@ from dq_runtime.evaluation.plots import (
     short_name,
     write_report,
 )
+from dq_runtime.layers import quantized_layers
 
 TIMESTEPS = [10.5, 500.0, 900.0]
 SQNR = {"time_embedding.linear_1": 21.5, "mid_block.resnets.0.conv1": -3.25, "up_blocks.1.upsamplers.0.conv": 40.0}

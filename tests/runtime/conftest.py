@@ -15,7 +15,7 @@ from torch import nn
 import dq_runtime
 from dq_kernels import reference
 from dq_kernels.packing import pack_int4
-from dq_runtime.convert import quantized_layers
+from dq_runtime.layers import quantized_layers
 from dq_runtime.timesteps import TimestepGrid
 
 TABLES = ("weight_scale", "weight_sum", "weight_dilation", "act_scale", "act_zero_point")

@@ -11,7 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DM
 from safetensors.torch import load_file, save_file
 
 from dq_runtime import DilateQuantConfig
-from dq_runtime.convert import quantized_layers
+from dq_runtime.layers import quantized_layers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONV, LINEAR = "mid_block.resnets.0.conv1", "time_embedding.linear_1"

@@ -13,7 +13,8 @@ from torch import nn
 import dq_runtime
 from dq_kernels import reference
 from dq_runtime import DilateQuantConfig, QuantConv2d, QuantLinear
-from dq_runtime.convert import insert_empty_layers, plan_conversion, quantized_layers
+from dq_runtime.convert import insert_empty_layers, plan_conversion
+from dq_runtime.layers import quantized_layers
 
 GEOMETRY = (
     "in_features",

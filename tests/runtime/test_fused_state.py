@@ -25,8 +25,8 @@ from fused_unets import (
     quantized,
 )
 
-from dq_runtime.convert import quantized_layers
 from dq_runtime.fused import LinearGroup, fuse
+from dq_runtime.layers import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
 

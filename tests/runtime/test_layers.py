@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from dq_runtime import QuantConv2d, QuantLinear
-from dq_runtime.convert import quantized_layers
+from dq_runtime.layers import quantized_layers
 
 # Integers are exact; what is left is fp32's error and, after it, one rounding to the dtype. A value on the edge between
 # two numbers of the dtype may fall to the other side: one of 48 values costs 7e-5 in fp16 and 6e-4 in bfloat16.

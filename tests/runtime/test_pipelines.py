@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from torch import nn
 
-from dq_runtime.convert import quantized_layers
+from dq_runtime.layers import quantized_layers
 
 STEPS = 6
 # Given one input, a layer and its oracle differ by fp32's rounding alone.
