@@ -26,12 +26,12 @@ def check_tensor(
 
     The message is put together only when it is needed: formatting sizes makes torch.compile specialize on them.
     """
-    if (
-        tensor.dtype not in dtypes
-        or tensor.ndim != len(shape)
-        or any(not isinstance(size, str) and size != tensor.shape[i] for i, size in enumerate(shape))
-        or not (any_strides or tensor.is_contiguous())
-    ):
+    fits = tensor.dtype in dtypes and tensor.ndim == len(shape) and (any_strides or tensor.is_contiguous())
+    if fits:
+        for actual, wanted in zip(tensor.shape, shape, strict=True):
+            if not isinstance(wanted, str) and actual != wanted:
+                fits = False
+    if not fits:
         raise ValueError(
             f"{op}: {name} must be {'' if any_strides else 'contiguous '}{' or '.join(str(dtype) for dtype in dtypes)} "
             f"[{', '.join(str(size) for size in shape)}], "
@@ -68,7 +68,7 @@ def check_floats(op: str, name: str, x: Tensor, shape: Sequence[int | str]) -> N
         check_tensor(op, name, x, COMPUTE_DTYPES, shape, any_strides=True)
     elif x.dtype not in COMPUTE_DTYPES or x.ndim < 2:
         raise ValueError(f"{op}: {name} must be {_FLOATS} [B, ..., K], got {x.dtype} {list(x.shape)}")
-    if x[:1].numel() >= 2**31:
+    if x.shape[1:].numel() >= 2**31:
         raise ValueError(f"{op}: a sample of {name} {list(x.shape)} has 2^31 elements or more")
 
 

@@ -41,7 +41,7 @@ def int4_conv2d(
         statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32, device=x.device
     )
     config = launch_config(
-        gemm_name(kernel_size, stride), batch * size[0] * size[1], out_channels, weight[0].numel() * 2
+        gemm_name(kernel_size, stride), batch * size[0] * size[1], out_channels, weight.numel() // out_channels * 2
     )
     gemm.launch(
         config.with_whole_runs(STATISTICS_ROWS) if with_statistics else config,

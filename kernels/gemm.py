@@ -25,7 +25,7 @@ import triton.language as tl
 from dq_kernels.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.packing import unpack_int4_x16
 from dq_kernels.quantize import quantize_tile, select_timestep
-from dq_kernels.tuning import LaunchConfig, launch_options, use_ptx
+from dq_kernels.tuning import LaunchConfig, cdiv, launch_options, use_ptx
 
 # Rows (pixels) that one entry of the group norm's statistics covers; a tile holds a whole number of them.
 STATISTICS_ROWS = 64
@@ -330,7 +330,7 @@ def launch(
     needs_registers = next_scale is not None and activation != "geglu"  # GEGLU has configurations of its own
     if skip is not None or needs_registers or rows_per_sample % config.block_m:
         config = config.with_fewer_registers()
-    num_tiles = triton.cdiv(out_channels, config.block_n) * triton.cdiv(num_rows, config.block_m)
+    num_tiles = cdiv(out_channels, config.block_n) * cdiv(num_rows, config.block_m)
     # The sources of a tile are added up in floating point, the halves of GEGLU multiplied: neither can be split.
     split_k = 1 if skip is not None or activation == "geglu" else config.split_k
     partial = arrivals = None

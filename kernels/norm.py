@@ -18,7 +18,7 @@ import triton.language as tl
 from dq_kernels.gemm import STATISTICS_ROWS
 from dq_kernels.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.quantize import padded_position, quantize_tile, quantized_shape, select_timestep
-from dq_kernels.tuning import launch_options, use_ptx
+from dq_kernels.tuning import cdiv, launch_options, next_power_of_2, use_ptx
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 STATISTICS_CHANNELS = 64
@@ -250,9 +250,9 @@ def channel_statistics(x: torch.Tensor) -> torch.Tensor:
     """As ``reference.channel_statistics``, of x [B, H, W, K] with any strides."""
     batch, height, width, channels = x.shape
     flat = x.reshape(batch, height * width, channels)
-    num_runs = triton.cdiv(height * width, STATISTICS_ROWS)
+    num_runs = cdiv(height * width, STATISTICS_ROWS)
     out = torch.empty(batch, num_runs, 2, channels, dtype=torch.float32, device=x.device)
-    channel_statistics_kernel[(num_runs, triton.cdiv(channels, STATISTICS_CHANNELS), batch)](
+    channel_statistics_kernel[(num_runs, cdiv(channels, STATISTICS_CHANNELS), batch)](
         flat,
         out,
         height * width,
@@ -304,7 +304,7 @@ def group_norm_quantize(
         NUM_GROUPS=num_groups,
         ROWS=STATISTICS_ROWS,
         BLOCK_R=32,
-        BLOCK_K=triton.next_power_of_2(out_channels // num_groups),
+        BLOCK_K=next_power_of_2(out_channels // num_groups),
         num_warps=4,
         **launch_options(),
     )
@@ -312,7 +312,7 @@ def group_norm_quantize(
     flat_skip = flat if skip is None else skip.reshape(batch, height * width, skip_channels)
     out = torch.empty(quantized_shape((batch, height, width, out_channels), padding), dtype=torch.int8, device=x.device)
     length = out.shape[1] * out.shape[2]
-    grid = (triton.cdiv(length, BLOCK_LENGTH), triton.cdiv(out_channels, BLOCK_CHANNELS), batch)
+    grid = (cdiv(length, BLOCK_LENGTH), cdiv(out_channels, BLOCK_CHANNELS), batch)
     group_norm_quantize_kernel[grid](
         flat,
         None if skip is None else flat_skip,
@@ -360,9 +360,9 @@ def layer_norm_quantize(
     """As ``reference.layer_norm_quantize``."""
     channels, num_rows = x.shape[-1], x.numel() // x.shape[-1]
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    block_k = triton.next_power_of_2(channels)
+    block_k = next_power_of_2(channels)
     block_m = max(1, LAYER_NORM_TILE // block_k)
-    layer_norm_quantize_kernel[(triton.cdiv(num_rows, block_m),)](
+    layer_norm_quantize_kernel[(cdiv(num_rows, block_m),)](
         x,
         weight,
         bias,

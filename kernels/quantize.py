@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dq_kernels.intrinsics import floor_to_int, follow_previous_kernel
-from dq_kernels.tuning import launch_options, use_ptx
+from dq_kernels.tuning import cdiv, launch_options, use_ptx
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 
@@ -116,21 +116,21 @@ def quantize(
     out = torch.empty(
         quantized_shape((*x.shape[:-1], weight_dilation.numel()), padding), dtype=torch.int8, device=x.device
     )
-    first_channel = 0
+    length = out.numel() // (out.shape[0] * out.shape[-1])
+    dilation, target = weight_dilation, out
     for source in (x,) if skip is None else (x, skip):
         channels = source.shape[-1]
-        height, width = (x.shape[1], x.shape[2]) if any(padding) else (source[0].numel() // channels, 1)
+        height, width = (x.shape[1], x.shape[2]) if any(padding) else (length, 1)
         flat = source.reshape(source.shape[0], height * width, channels)
         padded_channels = channels + channels % 2
-        length = out[0].numel() // out.shape[-1]
-        grid = (triton.cdiv(length, BLOCK_LENGTH), triton.cdiv(padded_channels, BLOCK_CHANNELS), x.shape[0])
+        grid = (cdiv(length, BLOCK_LENGTH), cdiv(padded_channels, BLOCK_CHANNELS), x.shape[0])
         quantize_kernel[grid](
             flat,
-            weight_dilation[first_channel:],
+            dilation,
             act_scale,
             act_zero_point,
             timestep_index,
-            out.view(-1)[first_channel:],
+            target,
             act_scale.numel(),
             height,
             width,
@@ -148,7 +148,8 @@ def quantize(
             num_warps=4,
             enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the others do
         )
-        first_channel += channels
+        if skip is not None:
+            dilation, target = weight_dilation[channels:], out.view(-1)[channels:]
     return out
 
 

@@ -115,6 +115,16 @@ def launch_config(op: str, rows: int, out_channels: int, reduction: int) -> Laun
     return min(candidates, key=lambda shape: shape.distance(rows, out_channels, reduction)).config
 
 
+def cdiv(dividend: int, divisor: int) -> int:
+    """Rounded up. Triton's own takes as long as a tenth of a launch, since it serves kernels too."""
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The least one that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
 @cache
 def use_ptx() -> bool:
     """Whether kernels may use inline PTX: on NVIDIA GPUs, but not in Triton's interpreter."""
