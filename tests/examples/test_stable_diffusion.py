@@ -48,9 +48,10 @@ def pipeline_folder(tmp_path_factory):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     pipeline = StableDiffusionPipeline(
-        vae=autoencoder, text_encoder=CLIPTextModel(text), unet=unet, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        tokenizer=CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=autoencoder, text_encoder=CLIPTextModel(text), unet=unet, safety_checker=None,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        tokenizer=CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS), feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
