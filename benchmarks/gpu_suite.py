@@ -112,8 +112,11 @@ def read_unets(path: Path) -> dict[str, Any] | None:
 def run_stage(stage: Stage, seconds: float, interruption: Interruption) -> dict[str, Any]:
     """Runs a stage to its end or its limit, its output going through; says how it ended, and its seconds."""
     start = time.monotonic()
-    # A session of its own, so that its children can be stopped with it.
-    process = subprocess.Popen(stage.command, cwd=ROOT, env={**os.environ, **stage.variables}, start_new_session=True)
+    process = subprocess.Popen(
+        stage.command, cwd=ROOT, env={**os.environ, **stage.variables},
+        start_new_session=True,  # so that its children can be stopped with it
+        preexec_fn=heed_interruptions,
+    )  # fmt: skip
     while process.poll() is None and time.monotonic() < start + seconds and not interruption.requested:
         time.sleep(POLL)
     if process.returncode is None:
@@ -127,6 +130,11 @@ def run_stage(stage: Stage, seconds: float, interruption: Interruption) -> dict[
         "limit_seconds": round(seconds, 1),
         "exit_code": process.returncode,
     }
+
+
+def heed_interruptions() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
