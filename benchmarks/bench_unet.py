@@ -150,7 +150,7 @@ def measure(chosen: list[Row], name: str, device: str, batch: int, rounds: int) 
     """All rows of one UNet, interleaved: first those that need no compiler, then, with these again, all.
 
     An interruption during the compilation, which can take minutes, so leaves the first list. A row that cannot be
-    compiled is left out, with a line that says why.
+    compiled is left out, with a line that says why: the others' times are worth having.
     """
     calls, results = [], []
     for is_compiled in sorted({row.is_compiled for row in chosen}):
@@ -211,9 +211,10 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     document: dict[str, Any] = {**environment.describe(), "batch": arguments.batch, "unets": {}}
     document["compile_mode"] = arguments.compile_mode
-    runs = {}
+    runs, wanted = {}, set()
     for name in arguments.unet or ("sd15", "sdxl"):
         chosen = [row for row in rows(name, arguments.device, arguments.compile_mode) if keep(row, arguments.row)]
+        wanted |= {(name, row.name) for row in chosen}
         runs[name] = measure(chosen, name, arguments.device, arguments.batch, arguments.rounds)
     # What needs no compiler is measured of every UNet before anything is compiled.
     while runs:
@@ -226,6 +227,9 @@ def main() -> None:
             document["unets"][name] = [asdict(result) for result in results]
             if arguments.output is not None:
                 write_whole(arguments.output, json.dumps(document, indent=1) + "\n")
+    missing = wanted - {(name, result["row"]) for name, results in document["unets"].items() for result in results}
+    if missing:
+        raise SystemExit("Failed: " + ", ".join(sorted(f"{name}, {row}" for name, row in missing)))
 
 
 if __name__ == "__main__":

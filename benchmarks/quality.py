@@ -33,7 +33,7 @@ import environment
 import peak_memory
 import quality_peers
 import torch
-from quality_methods import METHODS, ONLY_AT, QUICK
+from quality_methods import ACTIVATION_BITS, METHODS, ONLY_AT, QUICK
 from quality_report import contributions, page, plot, summary
 from whole_file import write_whole
 
@@ -49,7 +49,6 @@ STEPS, BATCH = 20, 100
 CALIBRATION_SAMPLES = 200
 IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
 FIRST_IMAGE_SEED = 1000  # calibration uses the seeds below
-ACTIVATION_BITS = (8, 4)
 FP32 = "fp32"
 
 

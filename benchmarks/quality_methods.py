@@ -23,6 +23,7 @@ from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import TimestepGrid, grouped
 
+ACTIVATION_BITS = (8, 4)  # of the table's rows
 # From an fp32 UNet, its calibration set, the activation bits and a seed for what is random: a quantized copy
 Quantize = Callable[[Any, CalibrationSet, int, int], Any]
 

@@ -11,10 +11,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from quality_methods import METHODS
+from quality_methods import ACTIVATION_BITS, METHODS
 from quality_peers import PEERS
 
 PAIRS = (  # a part, a method without it and the same with it
+    ("WD, untrained", "one static scale", "WD"),
+    ("TPQ, untrained", "WD", "WD + TPQ"),
     ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
     ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
     ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
@@ -56,12 +58,13 @@ def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def contributions(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What each part adds to the PSNR in dB, seed by seed: rows with it against rows without."""
     found = []
-    for (part, without, with_it), bits in itertools.product(PAIRS, COLOURS):
+    for (part, without, with_it), bits in itertools.product(PAIRS, ACTIVATION_BITS):
         before, after = (results.get(f"{name}, W4A{bits}", {}) for name in (without, with_it))
         gains = [after[seed]["psnr_db"] - before[seed]["psnr_db"] for seed in before if seed in after]
         if len(gains) > 1:
             mean, deviation = statistics.mean(gains), statistics.stdev(gains)
-            found.append({"part": part, "activation_bits": bits, "psnr_db": mean, "psnr_db_std": deviation})
+            gained = {"psnr_db": mean, "psnr_db_std": deviation, "psnr_db_by_seed": gains}
+            found.append({"part": part, "activation_bits": bits, **gained})
     return found
 
 
@@ -81,11 +84,11 @@ def page(report: Mapping[str, Any], plot: str) -> str:
         "",
     ]
     if report["contributions"]:
-        lines += ["| part | of | PSNR, dB |", "|---|---|---|"]
-        lines += [
-            f"| {part['part']} | W4A{part['activation_bits']} | {part['psnr_db']:+.1f} ± {part['psnr_db_std']:.1f} |"
-            for part in report["contributions"]
-        ]
+        lines += ["| part | of | adds to PSNR, dB | seed by seed |", "|---|---|---|---|"]
+        for part in report["contributions"]:
+            seeds = ", ".join(f"{gain:+.1f}" for gain in part["psnr_db_by_seed"])
+            gain = f"{part['psnr_db']:+.1f} ± {part['psnr_db_std']:.1f}"
+            lines += [f"| {part['part']} | W4A{part['activation_bits']} | {gain} | {seeds} |"]
         lines += [""]
     return "\n".join([*lines, f"![PSNR of every method, and against the size of the UNet]({plot})", ""])
 

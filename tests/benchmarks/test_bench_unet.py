@@ -91,6 +91,22 @@ def test_row_that_cannot_be_compiled_is_left_out_and_named(fast_rows, capsys):
         next(bench_unet.measure([bench_unet.Row("fp32", broken)], "ddpm_cifar", "cpu", 1, 1))
 
 
+def test_run_with_a_failed_row_keeps_the_others_and_fails(fast_rows, monkeypatch, tmp_path):
+    def broken():
+        raise RuntimeError("no such backend")
+
+    failing = bench_unet.Row("fp32 compiled", broken, is_compiled=True)
+    monkeypatch.setattr(bench_unet, "rows", lambda *_: [failing, *fast_rows("int4")])
+    output = tmp_path / "rows.json"
+    command = ["bench_unet.py", "--device", "cpu", "--unet", "ddpm_cifar", "--rounds", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+
+    with pytest.raises(SystemExit, match="Failed: ddpm_cifar, fp32 compiled"):
+        bench_unet.main()
+
+    assert [row["row"] for row in json.loads(output.read_text())["unets"]["ddpm_cifar"]] == ["int4"]
+
+
 def test_result_that_is_not_finite_is_not_timed(fast_rows, monkeypatch):
     (row,) = fast_rows("fp32")
     monkeypatch.setattr(bench_unet.unets, "inputs", lambda *_: {"sample": torch.tensor(float("nan"))})

@@ -139,21 +139,19 @@ def test_mean_and_deviation_are_over_the_seeds(benchmarks):
     assert (a["seeds"], a["psnr_db"]) == (3, 32.0)
     assert a["psnr_db_std"] == pytest.approx(7**0.5)
     assert (b["seeds"], b["psnr_db"], b["psnr_db_std"], b["frechet_std"]) == (1, None, None, None)
-    summary = {
-        "summary": [a, b],
-        "contributions": [{"part": "P", "activation_bits": 8, "psnr_db": 1, "psnr_db_std": 2}],
-    }
+    part = {"part": "P", "activation_bits": 8, "psnr_db": 1, "psnr_db_std": 2, "psnr_db_by_seed": [3, -1]}
+    summary = {"summary": [a, b], "contributions": [part]}
     others = {"task": "digits", "images": 7, "steps": 20, "calibration_samples": 9, "command": "python x.py"}
     environment = {"date": "2026-01-02", "cpu_model": "C", "versions": {"torch": "2.0"}}
     page = report.page(summary | others | {"environment": environment}, "plot.png")
-    for part in (
+    for text in (
         "| a, W4A8 | 3 | 4/8 | 100.0% ± 0.0% | 32.0 ± 2.6 |",
         "| b | 1 | 4/8 | 100.0% | - |",
-        "| P | W4A8 | +1.0 ± 2.0 |",
+        "| P | W4A8 | +1.0 ± 2.0 | +3.0, -1.0 |",
         "`python x.py`, 2026-01-02, C, torch 2.0, other 1.2.",
         "(plot.png)",
     ):
-        assert part in page
+        assert text in page
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table[:4]}) == 1
 
@@ -172,6 +170,7 @@ def test_a_part_adds_what_rows_with_and_without_it_differ_by_on_equal_seeds(benc
     (found,) = report.contributions(results)
     assert (found["part"], found["activation_bits"], found["psnr_db"]) == ("TPQ", 4, 2.0)
     assert found["psnr_db_std"] == pytest.approx(2**0.5)
+    assert found["psnr_db_by_seed"] == [1.0, 3.0]
 
 
 def test_the_plot_shows_every_method_and_every_library(benchmarks, monkeypatch, tmp_path):

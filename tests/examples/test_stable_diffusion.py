@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_unets
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -42,11 +43,7 @@ def pipeline_folder(tmp_path_factory):
         block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32,
-        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    unet = tiny_unets.unet2d_condition()
     pipeline = StableDiffusionPipeline(
         vae=autoencoder, text_encoder=CLIPTextModel(text), unet=unet, safety_checker=None,
         scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),

@@ -8,7 +8,7 @@ import pytest
 import tiny_unets
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
@@ -75,17 +75,7 @@ def unet2d(new_unet):
 
 @pytest.fixture(scope="session")
 def unet2d_condition():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).eval()
+    unet = tiny_unets.unet2d_condition()
     return _quantize(unet, channels=4, arguments={"encoder_hidden_states": torch.randn(2, 5, 32)})
 
 
