@@ -38,7 +38,7 @@ from dq_runtime import Distillation
 from dq_runtime.calibration import calibrate as calibration
 from dq_runtime.calibration import distillation
 from dq_runtime.calibration.batches import MixedBatches
-from dq_runtime.calibration.replay import result_tensor
+from dq_runtime.calibration.replay import result_tensor, squared_error
 from dq_runtime.calibration.simulated import simulated
 from dq_runtime.evaluation.metrics import psnr
 from dq_runtime.timesteps import TimestepGrid
@@ -75,14 +75,14 @@ def train_end_to_end(
         optimizer = torch.optim.Adam(
             [{"params": in_steps, "lr": LEARNING_RATE}, {"params": logarithms, "lr": SCALE_LEARNING_RATE}], fused=True
         )
-        first_error = float((_squared_error(result_tensor(batches[0].run(unet)), teacher[0]) * weights[0]).mean())
+        first_error = float((squared_error(result_tensor(batches[0].run(unet)), teacher[0]) * weights[0]).mean())
         rates = [group["lr"] for group in optimizer.param_groups]
         generator, start, done = torch.Generator().manual_seed(0), time.perf_counter(), 0.0
         while done < 1:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done))))
             i = int(torch.randint(len(batches), (), generator=generator))
-            error = _squared_error(result_tensor(batches[i].run_with_gradients(unet)), teacher[i])
+            error = squared_error(result_tensor(batches[i].run_with_gradients(unet)), teacher[i])
             optimizer.zero_grad()
             ((error * weights[i]).mean() / first_error).backward()
             optimizer.step()
@@ -90,10 +90,6 @@ def train_end_to_end(
         for layer in stand_ins.values():
             layer.freeze()
         return {name: layer.tensors() for name, layer in stand_ins.items()}
-
-
-def _squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (output - target).square().flatten(1).mean(1)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, temp
 from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
-from dq_runtime.timesteps import TimestepGrid, grouped
+from dq_runtime.timesteps import grouped
 
 ACTIVATION_BITS = (8, 4)  # of the table's rows
 # From an fp32 UNet, its calibration set, the activation bits and a seed for what is random: a quantized copy
@@ -55,10 +55,10 @@ def min_max(smoothing: float | None) -> Quantize:
         config = DilateQuantConfig(activation_bits=bits, dilation="none", timestep_groups=1)
         config = replace(config, timesteps=grouped(calibration_set.timesteps, 1))
         layers = plan_conversion(quantized, config).layers
-        samples = sample_inputs(quantized, layers, calibration_set, TimestepGrid(config.timesteps or []))
+        samples = sample_inputs(quantized, layers, calibration_set)
         tensors = {}
         for names in layers_by_input(samples):
-            (x,) = samples[names[0]]
+            x = torch.cat(samples[names[0]])
             dilation = torch.ones(x.shape[1])
             if smoothing is not None:
                 weights = torch.cat([layers[name].weight.detach().transpose(0, 1).flatten(1) for name in names], dim=1)

@@ -25,7 +25,6 @@ from dq_runtime.calibration.dilation import joint_dilation, weight_dilation
 from dq_runtime.calibration.temporal import rounded, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.weights import quantize_weight
 from dq_runtime.convert import plan_conversion
-from dq_runtime.timesteps import TimestepGrid
 
 CALIBRATION_SAMPLES = 40
 MAX_DILATION = 8.0
@@ -74,7 +73,7 @@ def main() -> None:
     )  # fmt: skip
     layers = plan_conversion(unet, dq_runtime.DilateQuantConfig()).layers
     layers = {name: layers[name] for name in layers if name.startswith("up_blocks") and name.endswith("conv_shortcut")}
-    samples = sample_inputs(unet, layers, calibration_set, TimestepGrid(calibration_set.timesteps))
+    samples = sample_inputs(unet, layers, calibration_set)
     rows = []
     for bits in (8, 4):
         for name, layer in layers.items():

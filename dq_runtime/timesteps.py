@@ -18,11 +18,15 @@ from dq_runtime.tables import TableModule
 
 
 def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
-    """The middles of so many groups of neighbours, as equal in number as can be; all timesteps by default."""
+    """The middles of so many groups of neighbours, as equal in number as can be; all timesteps by default.
+
+    Fewer where a middle is no timestep's nearest: timesteps may lie far apart.
+    """
     if groups is None or groups >= len(timesteps):
         return list(timesteps)
     ends = [round(i * len(timesteps) / groups) for i in range(groups + 1)]
-    return [(timesteps[start] + timesteps[end - 1]) / 2 for start, end in itertools.pairwise(ends)]
+    middles = [(timesteps[start] + timesteps[end - 1]) / 2 for start, end in itertools.pairwise(ends)]
+    return [middles[i] for i in sorted(set(TimestepGrid(middles).rows_of(timesteps)))]
 
 
 class TimestepGrid(TableModule):
@@ -71,6 +75,11 @@ class TimestepGrid(TableModule):
             )
         timestep = timestep.to(device=device, dtype=torch.float32).reshape(-1).expand(batch_size)
         return torch.bucketize(timestep.contiguous(), self.boundaries.to(device), out_int32=True)
+
+    def rows_of(self, timesteps: Sequence[float]) -> list[int]:
+        """The index of the grid point nearest to each of some timesteps."""
+        values = torch.tensor(timesteps)
+        return self.nearest(values, len(timesteps), values.device).tolist()
 
     def before_forward(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The UNet's forward pre-hook: fills ``index`` from its ``sample`` and ``timestep`` arguments."""

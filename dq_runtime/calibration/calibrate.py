@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,9 @@ from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation
 from dq_runtime.calibration.distillation import Distillation, distil
 from dq_runtime.calibration.importance import timestep_importance
-from dq_runtime.calibration.temporal import Samples, layers_by_input, sample_inputs, temporal_quantizer
+from dq_runtime.calibration.temporal import Samples, by_group, layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.weights import layer_tensors, quantize_weight
+from dq_runtime.calibration.whole_unet import prediction_errors
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
@@ -56,21 +57,24 @@ def calibrate(
         for tensor, parameter in layer.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise ValueError(f"{name}.{tensor} holds NaN or infinity; load the original weights again")
-    samples = sample_inputs(unet, layers, calibration_set, TimestepGrid(config.timesteps))
+    samples = sample_inputs(unet, layers, calibration_set)
     unreached = [name for name in layers if name not in samples]
     if unreached:
         logger.warning("Kept in floating point: %s (calibration never reached them)", ", ".join(unreached))
         config.modules_to_not_convert = [*(config.modules_to_not_convert or ()), *unreached]
 
-    importance = timestep_importance(calibration_set.scheduler, config.timesteps)
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
     sharing = layers_by_input(samples)
-    with tqdm(total=len(samples), desc="Quantizing layers") as progress:
-        for names in sharing:
-            tensors |= _quantize_group({name: layers[name] for name in names}, samples, importance, config)
-            for name in names:
-                del samples[name]
-            progress.update(len(names))
+    configs = [config]
+    if config.dilation == "joint" and distillation is None:
+        # It was chosen layer by layer. Where no training follows, all of it together has to be better than none.
+        configs.append(replace(config, dilation="none"))
+    candidates = _quantize_layers(layers, samples, sharing, calibration_set, configs)
+    tensors = candidates[0]
+    if len(candidates) > 1:
+        errors = prediction_errors(unet, layers, candidates, sharing, calibration_set, config)
+        if errors[1] < errors[0]:
+            logger.info("Not dilated: the whole UNet's squared error is %.3g with dilation, %.3g without", *errors)
+            tensors = candidates[1]
     if distillation is not None:
         tensors = distil(unet, layers, tensors, sharing, calibration_set, config, distillation)
     convert(unet, config, tensors)
@@ -78,9 +82,36 @@ def calibrate(
     return unet
 
 
+def _quantize_layers(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    samples: Samples,
+    sharing: Sequence[Sequence[str]],
+    calibration_set: CalibrationSet,
+    configs: Sequence[DilateQuantConfig],
+) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """The layers' state dicts with each config; they differ in their dilation alone. Uses the samples up."""
+    timesteps = calibration_set.timesteps
+    importance = timestep_importance(calibration_set.scheduler, timesteps)
+    groups = TimestepGrid(configs[0].timesteps or []).rows_of(timesteps)
+    quantized: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in configs]
+    with tqdm(total=len(samples), desc="Quantizing layers") as progress:
+        for names in sharing:
+            group = {name: layers[name] for name in names}
+            for config, tensors in zip(configs, quantized, strict=True):
+                tensors |= _quantize_group(group, samples[names[0]], importance, groups, config)
+            for name in names:
+                del samples[name]
+            progress.update(len(names))
+    return quantized
+
+
 @torch.no_grad()
 def _quantize_group(
-    layers: Mapping[str, nn.Linear | nn.Conv2d], samples: Samples, importance: list[float], config: DilateQuantConfig
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    samples: Sequence[torch.Tensor],
+    importance: Sequence[float],
+    groups: Sequence[int],
+    config: DilateQuantConfig,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The state dicts of layers that see one tensor: they share one dilation and one activation quantizer."""
     bits_of = {name: config.activation_bits_of(name) for name in layers}
@@ -91,14 +122,14 @@ def _quantize_group(
         )
     bits = next(iter(bits_of.values()))
     weights = [layer.weight for layer in layers.values()]
-    seen = [rows.to(weights[0].device) for rows in samples[next(iter(layers))]]
+    seen = [rows.to(weights[0].device) for rows in samples]
     if config.dilation == "joint":
-        dilation = joint_dilation(weights, seen, bits, config.max_dilation, importance)
+        dilation = joint_dilation(weights, seen, bits, config.max_dilation, importance, groups)
     elif config.dilation == "weight":
         dilation = shared_weight_dilation(weights, config.max_dilation)
     else:
         dilation = torch.ones(weights[0].shape[1], device=weights[0].device)
-    act_scale, act_zero_point = temporal_quantizer(seen, dilation, bits)
+    act_scale, act_zero_point = temporal_quantizer(by_group(seen, groups), dilation, bits)
 
     tensors = {}
     for name, layer in layers.items():

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dq_runtime.calibration.temporal import rounded, temporal_quantizer
+from dq_runtime.calibration.temporal import by_group, rounded, temporal_quantizer
 from dq_runtime.calibration.weights import quantize_weight
 
 # (a, b): s_k = (size of x_k)^a / (size of w_k)^b
@@ -54,6 +54,7 @@ def joint_dilation(
     bits: int,
     max_dilation: float,
     importance: Sequence[float] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The candidate with the least squared error of the layers' outputs, weights and activations quantized.
 
@@ -63,11 +64,13 @@ def joint_dilation(
         bits: of the activations.
         max_dilation: s lies between its inverse and itself.
         importance: T factors of the squared errors (see ``timestep_importance``); by default all alike.
+        groups: which of the activation quantizer's scales each timestep uses; by default it has its own.
 
     Returns:
         [K] fp32.
     """
     factors = torch.tensor(importance or [1.0] * len(per_timestep), device=weights[0].device)
+    groups = groups or range(len(per_timestep))
     few = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
     some = [part[:few] for part in per_timestep]
     size_x = torch.cat(some).square().mean(0).sqrt()
@@ -75,10 +78,10 @@ def joint_dilation(
     none = torch.ones_like(size_x)
     candidates = [none, shared_weight_dilation(weights, max_dilation)]
     candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
-    errors = _output_errors(weights, some, factors, bits, candidates, SCALES)
+    errors = _output_errors(weights, some, factors, groups, bits, candidates, SCALES)
     best = candidates[int(errors.argmin())]
     # The choice was made on a few samples: on all of them it must not lose to none.
-    with_none, with_best = _output_errors(weights, per_timestep, factors, bits, [none, best], 2 * SCALES)
+    with_none, with_best = _output_errors(weights, per_timestep, factors, groups, bits, [none, best], 2 * SCALES)
     return best if bool(with_best < with_none) else none
 
 
@@ -96,6 +99,7 @@ def _output_errors(
     weights: Sequence[torch.Tensor],
     per_timestep: list[torch.Tensor],
     factors: torch.Tensor,
+    groups: Sequence[int],
     bits: int,
     dilations: Sequence[torch.Tensor],
     scales: int,
@@ -107,11 +111,13 @@ def _output_errors(
     x = torch.cat(per_timestep)
     rows = torch.tensor([len(part) for part in per_timestep], device=x.device)
     factor = factors.repeat_interleave(rows)[:, None]
+    group = torch.tensor(list(groups), device=x.device).repeat_interleave(rows)
+    inputs = by_group(per_timestep, groups)
     expected = [x @ _rows(weight).T for weight in weights]
     errors = []
     for dilation in dilations:
-        tables = temporal_quantizer(per_timestep, dilation, bits, scales)
-        scale, zero_point = (table.repeat_interleave(rows)[:, None] for table in tables)
+        tables = temporal_quantizer(inputs, dilation, bits, scales)
+        scale, zero_point = (table[group, None] for table in tables)
         quantized = rounded(x / dilation, scale, zero_point, bits)
         error = torch.zeros((), device=x.device)
         for weight, y in zip(weights, expected, strict=True):

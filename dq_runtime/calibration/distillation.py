@@ -36,6 +36,7 @@ from dq_runtime.calibration.replay import (
     inputs_of,
     output_of,
     result_tensor,
+    squared_error,
 )
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
 from dq_runtime.config import DilateQuantConfig
@@ -187,7 +188,7 @@ class _Trainer:
         """Trains one block's layers; the blocks before it are quantized already."""
 
         def error(i: int) -> torch.Tensor:
-            return _squared_error(self._run_block(block, i), self.store[f"target_{i}"])
+            return squared_error(self._run_block(block, i), self.store[f"target_{i}"])
 
         try:
             for i, batch in enumerate(self.batches):
@@ -213,7 +214,7 @@ class _Trainer:
         def lesson(i: int) -> torch.Tensor:
             with self._in_floating_point(), torch.autocast(self.unet.device.type, enabled=False):
                 target = result_tensor(self.batches[i].run(self.unet))
-            error = _squared_error(result_tensor(self.batches[i].run_with_gradients(self.unet)), target)
+            error = squared_error(result_tensor(self.batches[i].run_with_gradients(self.unet)), target)
             return error * self.batches.importance(i).to(error.device) / self.shares[i]
 
         settings = self.settings
@@ -350,12 +351,6 @@ class _Trainer:
         finally:
             for layer in quantized:
                 layer.quantized = True
-
-
-def _squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Of each sample, [B] fp32."""
-    difference = output.float() - target.to(output.device, torch.float32)
-    return difference.square().flatten(1).mean(1)
 
 
 def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) -> Iterator[int]:

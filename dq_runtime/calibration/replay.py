@@ -101,6 +101,12 @@ def result_tensor(output: Any) -> torch.Tensor:
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
 
 
+def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean squared error of each sample, [B] fp32; ``target`` may lie elsewhere and have another dtype."""
+    difference = output.float() - target.to(output.device, torch.float32)
+    return difference.square().flatten(1).mean(1)
+
+
 class TensorStore:
     """Trees of tensors in a folder, a safetensors file each: training data that need not fit into memory."""
 

@@ -6,7 +6,7 @@ Initialised by a search for the least squared error on that timestep's samples (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.timesteps import TimestepGrid
 
-VALUES_PER_TIMESTEP = 8192  # of each layer's input, for the search; a group of timesteps gets so many of each
+VALUES_PER_TIMESTEP = 8192  # of each layer's input, for the search
 LEAST_ROWS = 4  # of a timestep, however wide
 CANDIDATES = 24
 ROUNDS = 2
@@ -24,25 +24,22 @@ ROUNDS = 2
 Samples = dict[str, list[torch.Tensor]]
 
 
-def sample_inputs(
-    unet: nn.Module, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet, grid: TimestepGrid
-) -> Samples:
+def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet) -> Samples:
     """Replays the calibration set and keeps a random part of what each layer sees.
 
     Returns:
-        for each layer that was reached, a list of T tensors [rows, K] fp32 on the CPU: inputs at each timestep of the
-        grid. Layers that see one tensor get equal samples.
+        for each layer that was reached, a list of tensors [rows, K] fp32 on the CPU: inputs at each of the calibration
+        set's timesteps. Layers that see one tensor get equal samples.
 
     Raises:
         ValueError: if an input is not finite, its batch is not the UNet's, or a timestep never reached the layer; names
             the layer.
     """
+    grid = TimestepGrid(calibration_set.timesteps)
     indices = [grid.nearest(c.timestep, c.sample.shape[0], c.timestep.device) for c in calibration_set.calls]
     meets = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices])  # [calls, T]
     earlier_calls = meets.cumsum(0) - 1
     calls_at = meets.sum(0).tolist()
-    timesteps = torch.tensor(calibration_set.timesteps)
-    members = torch.bincount(grid.nearest(timesteps, len(timesteps), timesteps.device), minlength=grid.num_timesteps)
     samples: dict[str, list[list[torch.Tensor]]] = {}
     position = 0  # of the call that is running
 
@@ -61,7 +58,7 @@ def sample_inputs(
             )
         parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
         for t in indices[position].unique().tolist():
-            wanted = int(members[t]) * max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
+            wanted = max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
             if earlier_calls[position, t] % -(-calls_at[t] // wanted):
                 continue  # a row of each call would be too many
             rows = x[index == t].flatten(0, -2)
@@ -106,6 +103,18 @@ def layers_by_input(samples: Samples) -> list[list[str]]:
     return list(groups.values())
 
 
+def by_group(per_timestep: Sequence[torch.Tensor], groups: Sequence[int]) -> list[torch.Tensor]:
+    """The samples of those timesteps that share a row of the activation tables, together.
+
+    Args:
+        groups: which row each timestep uses; every row is some timestep's.
+    """
+    members: list[list[torch.Tensor]] = [[] for _ in range(max(groups) + 1)]
+    for rows, group in zip(per_timestep, groups, strict=True):
+        members[group].append(rows)
+    return [torch.cat(rows) for rows in members]
+
+
 def temporal_quantizer(
     per_timestep: list[torch.Tensor], weight_dilation: torch.Tensor, bits: int, candidates: int = CANDIDATES
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +123,7 @@ def temporal_quantizer(
     Starts from the values' range, widened to hold zero, and shrinks its upper and its lower end in turn.
 
     Args:
-        per_timestep: T tensors [rows, K], a layer's inputs.
+        per_timestep: T tensors [rows, K], a layer's inputs; where timesteps share a scale, see ``by_group``.
         weight_dilation: [K], by which the quantizer divides them.
         bits: of the quantized values.
         candidates: for each end of a range; with one, the range is that of the values.

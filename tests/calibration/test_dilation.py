@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation, weight_dilation
-from dq_runtime.calibration.temporal import temporal_quantizer
+from dq_runtime.calibration.temporal import by_group, rounded, temporal_quantizer
 from dq_runtime.calibration.weights import quantize_weight
 
 UNCAPPED = math.inf
@@ -247,6 +247,23 @@ def test_timesteps_count_by_their_importance():
 
     assert error_of_the_first([1.0, 1e-9]) < error_of_the_first([1e-9, 1.0])
     assert error_of_the_first([1.0, 1.0]) == error_of_the_first(None)
+
+
+@pytest.mark.parametrize("timesteps", [2, 20])
+def test_timesteps_that_share_a_scale_count_by_their_own_importance(timesteps):
+    """The last of them too, however many come before it."""
+    weight, groups = random_weight((8, 12)), [0] * timesteps
+    last = activations(seed=1)[0]
+    x = [*(activations(seed=20 + i)[0].flip(1) for i in range(timesteps - 1)), last]
+
+    def error_of_the_last(importance):
+        dilation = joint_dilation([weight], x, 8, 8.0, importance, groups)
+        tables = temporal_quantizer(by_group(x, groups), dilation, 8)
+        values, weight_scale = quantize_weight(weight * dilation)
+        y = rounded(last / dilation, *tables, 8) @ (values * weight_scale[:, None]).T
+        return (y - last @ weight.T).square().sum()
+
+    assert error_of_the_last([1e-9] * (timesteps - 1) + [1.0]) < error_of_the_last([1.0] * (timesteps - 1) + [1e-9])
 
 
 def test_scaling_all_weights_or_all_inputs_changes_no_factor():

@@ -7,8 +7,7 @@ from torch import nn
 
 from dq_runtime.calibration import temporal
 from dq_runtime.calibration.collect import CalibrationSet, UNetCall, record
-from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, search_range, temporal_quantizer
-from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.calibration.temporal import by_group, layers_by_input, sample_inputs, search_range, temporal_quantizer
 
 BITS = (8, 6, 4)
 
@@ -207,8 +206,7 @@ def net_samples(net, calls, layers=NET_LAYERS):
     calibration_set = CalibrationSet(
         [UNetCall(sample, torch.tensor(timesteps), arguments) for sample, timesteps, arguments in calls]
     )
-    grid = TimestepGrid(calibration_set.timesteps)
-    return sample_inputs(net, {name: net.get_submodule(name) for name in layers}, calibration_set, grid)
+    return sample_inputs(net, {name: net.get_submodule(name) for name in layers}, calibration_set)
 
 
 def constant_samples(values, size=4):
@@ -389,7 +387,7 @@ def test_layers_of_a_unet_are_grouped_exactly_where_they_see_one_tensor(make):
         unet(*args, **kwargs)
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
-    groups = grouped(sample_inputs(unet, layers, calibration_set, TimestepGrid(calibration_set.timesteps)))
+    groups = grouped(sample_inputs(unet, layers, calibration_set))
 
     inputs = replayed_inputs(unet, layers, calibration_set)
     expected = {frozenset(other for other in layers if torch.equal(inputs[other], inputs[name])) for name in layers}
@@ -417,17 +415,12 @@ def test_many_runs_of_a_wide_layer_take_no_more_memory_than_few(monkeypatch):
     assert len({tuple(row) for rows in many for row in rows.tolist()}) == sum(map(len, many))
 
 
-def test_a_group_of_timesteps_gets_the_samples_of_each(monkeypatch):
+def test_each_timestep_gets_as_many_samples_and_its_group_those_of_all(monkeypatch):
     monkeypatch.setattr(temporal, "VALUES_PER_TIMESTEP", 64)
-    calibration_set = CalibrationSet(
-        [UNetCall(sample, torch.tensor(t), {}) for sample, t, _ in many_calls(12, [1.0, 2.0, 3.0, 900.0], 8)]
-    )
-    net = Net(8)
 
-    (together,) = sample_inputs(net, {"conv": net.conv}, calibration_set, TimestepGrid([450.0]))["conv"]
-    groups = sample_inputs(net, {"conv": net.conv}, calibration_set, TimestepGrid([2.0, 900.0]))["conv"]
-    apart = sample_inputs(net, {"conv": net.conv}, calibration_set, TimestepGrid([1.0, 2.0, 3.0, 900.0]))["conv"]
+    samples = net_samples(Net(8), many_calls(12, [1.0, 2.0, 3.0, 900.0], 8))["conv"]
+    first, second = by_group(samples, [0, 0, 0, 1])
 
-    assert [len(rows) for rows in apart] == [9] * 4  # 8 rows, 3 from each of 3 calls
-    assert [len(rows) for rows in groups] == [27, 9]
-    assert len(together) == 36
+    assert [len(rows) for rows in samples] == [9] * 4  # 8 rows, 3 from each of 3 calls
+    assert torch.equal(first, torch.cat(samples[:3]))
+    assert torch.equal(second, samples[3])

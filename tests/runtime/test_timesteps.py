@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dq_runtime
-from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.timesteps import TimestepGrid, grouped
 
 CPU = torch.device("cpu")
 GRID = [1.0, 250.0, 500.0, 999.0]
@@ -234,3 +234,11 @@ def test_compiled_unet_has_no_graph_breaks_and_does_not_recompile_for_another_ti
     assert backend.frame_count == frames
     for timestep, output in zip((0, 20, 333, 999), outputs, strict=True):
         assert torch.equal(output, plain_unet(sample, torch.tensor(timestep)).sample)
+
+
+def test_a_group_that_is_no_timesteps_nearest_is_left_out():
+    """The middle of 2 and 1000 is 501: 2 is nearer to the group before, 1000 to the one behind."""
+    timesteps = [0.0, 1.0, 2.0, 1000.0, 1001.0, 1002.0]
+
+    assert grouped(timesteps, 3) == [0.5, 1001.5]
+    assert TimestepGrid(grouped(timesteps, 3)).rows_of(timesteps) == [0, 0, 0, 1, 1, 1]
