@@ -35,7 +35,8 @@ class DilateQuantConfig(QuantizationConfigMixin):
             straight into the result, and its input, stored as int8 anyway, costs no more. {} for no exception.
         dilation: "weight", the paper's rule, stretches unsaturated input channels of the weights as far as no weight
             range grows; "joint" chooses, layer by layer, among that and rules that look at the activations too, by the
-            layer's error on the calibration data; "none" turns it off.
+            layer's error on the calibration data, and gives up all of it where, without training, the whole UNet
+            predicts better undilated; "none" turns it off.
         max_dilation: the largest factor by which a channel is stretched.
         timestep_groups: how many activation scales each layer has, neighbouring timesteps sharing one; by default one
             for each calibrated timestep.

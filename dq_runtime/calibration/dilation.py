@@ -7,7 +7,8 @@ The layer's result stays as it was; what changes is how much of their quantizers
 - ``joint_dilation``: among factors that follow the size of weights and activations, that rule and none at all, the one
   with which the quantized layer errs least on calibration data, each timestep by what it does to the image. A weight
   range may grow where activations gain more, and the other way round. Its candidates include the exponents of
-  SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978).
+  SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978). What is best for each layer need not be for all of them:
+  see ``whole_unet``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import distilling
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from elsewhere import DEVICE, Elsewhere
 
-make, settings = sys.argv[1], {**distilling.SMALL, **json.loads(sys.argv[2])}
+make, settings = sys.argv[1], json.loads(sys.argv[2])
+distillation = None if settings is None else Distillation(**{**distilling.SMALL, **settings})
 unet = getattr(distilling, make)()
 calibration_set = distilling.recorded(unet, rows=32)
 errors = {}
@@ -24,7 +25,7 @@ with Elsewhere():
     for device in ("cpu", DEVICE):
         copied = copy.deepcopy(unet).to(device)
         config = DilateQuantConfig(activation_bits=4, **{**distilling.FEW_BLOCKS, "dilation": "joint"})
-        quantized = calibrate(copied, calibration_set, config, Distillation(**settings))
+        quantized = calibrate(copied, calibration_set, config, distillation)
         assert all(tensor.device == torch.device(device) for tensor in quantized.state_dict().values())
         errors[str(device)] = distilling.output_error(quantized.to("cpu"), unet, calibration_set)
 print(json.dumps(errors))
@@ -38,6 +39,7 @@ print(json.dumps(errors))
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
+        ("unet2d", None),
         ("unet2d", {}),
         ("unet2d_condition", {"polish_iterations": 2, "gradient_checkpointing": True}),
     ],
