@@ -36,7 +36,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
         dilation: "weight", the paper's rule, stretches unsaturated input channels of the weights as far as no weight
             range grows; "joint" chooses, layer by layer, among that and rules that look at the activations too, by the
             layer's error on the calibration data, and gives up all of it where, without training, the whole UNet
-            predicts better undilated; "none" turns it off.
+            does not predict clearly better with it; "none" turns it off.
         max_dilation: the largest factor by which a channel is stretched.
         timestep_groups: how many activation scales each layer has, neighbouring timesteps sharing one; by default one
             for each calibrated timestep.

@@ -25,6 +25,8 @@ from dq_runtime.timesteps import TimestepGrid, grouped
 
 logger = logging.getLogger("dq_runtime")
 
+CLEARLY_LESS = 0.97  # of a squared error: what lies between is as likely chance
+
 
 def calibrate(
     unet: Any,
@@ -66,13 +68,13 @@ def calibrate(
     sharing = layers_by_input(samples)
     configs = [config]
     if config.dilation == "joint" and distillation is None:
-        # It was chosen layer by layer. Where no training follows, all of it together has to be better than none.
+        # Chosen layer by layer. All of it together has to be clearly better than none, where no training follows.
         configs.append(replace(config, dilation="none"))
     candidates = _quantize_layers(layers, samples, sharing, calibration_set, configs)
     tensors = candidates[0]
     if len(candidates) > 1:
         errors = prediction_errors(unet, layers, candidates, sharing, calibration_set, config)
-        if errors[1] < errors[0]:
+        if not errors[0] < CLEARLY_LESS * errors[1]:
             logger.info("Not dilated: the whole UNet's squared error is %.3g with dilation, %.3g without", *errors)
             tensors = candidates[1]
     if distillation is not None:

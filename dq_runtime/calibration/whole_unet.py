@@ -19,7 +19,7 @@ from dq_runtime.calibration.simulated import simulated
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.timesteps import TimestepGrid
 
-SAMPLES, BATCH_SIZE = 128, 8  # to judge by
+SAMPLES, BATCH_SIZE = 256, 16  # to judge by
 
 
 @torch.no_grad()
