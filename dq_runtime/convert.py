@@ -61,10 +61,15 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
     """
     if is_quantized(unet):
         raise ValueError("The UNet is quantized already; call unet.dequantize() first, or load the original weights")
-    if getattr(unet, "_hf_peft_config_loaded", False):
+    if getattr(unet, "_hf_peft_config_loaded", False) or any(hasattr(m, "base_layer") for m in unet.modules()):
         raise ValueError(
             "The UNet carries an adapter, whose matrices would be quantized as layers of their own: call "
             "fuse_lora() and unload_lora_weights() first, or load the adapter after quantization"
+        )
+    if any(".processor." in name for name, _ in unet.named_modules()):
+        raise ValueError(
+            "The UNet carries an IP-Adapter, whose layers a checkpoint of the UNet cannot hold: call "
+            "unload_ip_adapter() first, or load it after quantization"
         )
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     kept: dict[str, str] = {}
@@ -154,6 +159,7 @@ def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLaye
     """Puts the layers in place, wherever the old ones are registered, and makes the UNet map its timestep."""
     plan.log()
     replace_layers(unet, {plan.layers[name]: layer for name, layer in layers.items()})
+    unet.requires_grad_(False)  # no gradient passes the layers; without any wanted, none is refused
     unet.add_module(GRID_NAME, grid.train(unet.training))
     grid.hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
 
@@ -183,6 +189,7 @@ def dequantize(unet: Any) -> Any:
     unfuse(unet)
     dtype = unet.dtype
     replace_layers(unet, {layer: _dequantized_layer(layer, dtype) for layer in quantized_layers(unet).values()})
+    unet.requires_grad_(True)
     unet.timestep_grid.hook.remove()
     del unet.timestep_grid
     if getattr(unet, "hf_quantizer", None) is not None:

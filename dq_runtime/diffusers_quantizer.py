@@ -120,6 +120,7 @@ class DilateQuantizer(DiffusersQuantizer):
         for layer in quantized_layers(model).values():
             if not layer.weight.is_meta:  # weights that were offloaded to disk
                 layer.check_tensors()
+        model.requires_grad_(False)
         # With this flag diffusers refuses half(), to(dtype) and IP-Adapter loading, all of which work here.
         model.is_quantized = False
         return model

@@ -7,12 +7,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from dq_kernels import ops
 from dq_runtime.layers import QuantLinear
 
 QUANTIZER = ("weight_dilation", "act_scale", "act_zero_point")
 MERGED = ("weight", "weight_scale", "weight_sum", "bias")
+
+
+def run_as_made(modules: Iterable[nn.Module]) -> bool:
+    """Whether a call of these modules would run their own forwards and nothing else: then it can be left out.
+
+    Offloaders, adapters and whoever watches or changes results hook into a module, or put another forward in its place.
+    """
+    return torch.compiler.is_compiling() or not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
+    )
 
 
 class LinearGroup:
@@ -75,7 +86,10 @@ class LinearGroup:
     def result(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         """A member's result for x; the first member that is asked for computes all."""
         if self._read is not x:
-            q, index = layer.quantize(x if self.activation is None else self.activation(x))
+            read = x if self.activation is None else self.activation(x)
+            if not run_as_made(self.layers) or any(member.weight.device != x.device for member in self.layers):
+                return layer(read)
+            q, index = layer.quantize(read)
             self._results = self.multiply(q, index, x.dtype).split(self.sizes, dim=-1)
             self._read = x
         return self._results[[member is layer for member in self.layers].index(True)]
@@ -100,26 +114,27 @@ class ForwardState:
         self.groups = groups
         self.hooks: list[Any] = []  # of the UNet, which call the methods below
         self._images_are_final = True
-        # By the image's id; weak, since an image must not live longer for being known here.
-        self._statistics: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor]] = {}
+        # By the image's id: the image, its version and its statistics. Weak, since an image must not live longer for
+        # being known here.
+        self._statistics: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     def remember(self, image: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
         """Keeps an image's statistics, if it has any, for whoever gets the same image; returns the image."""
         if statistics.numel() and self._images_are_final and not torch.compiler.is_compiling():
-            self._statistics[id(image)] = (weakref.ref(image), statistics)
+            self._statistics[id(image)] = (weakref.ref(image), _version(image), statistics)
         return image
 
     def recall(self, image: torch.Tensor | None) -> torch.Tensor | None:
         """The statistics of an image, where they are known."""
         if image is None or torch.compiler.is_compiling():
             return None
-        known, statistics = self._statistics.get(id(image), (lambda: None, None))
-        return statistics if known() is image else None
+        known, version, statistics = self._statistics.get(id(image), (lambda: None, 0, None))
+        return statistics if known() is image and version == _version(image) else None
 
     def begin(self, unet: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Drops what a pass that failed has left; notes whether images will be changed after they were measured."""
         self.forget()
-        # A T2I-Adapter's features are added in place.
+        # A T2I-Adapter's features are added in place, which inference tensors do not count.
         self._images_are_final = kwargs.get("down_intrablock_additional_residuals") is None
 
     def forget(self, *_: Any) -> None:
@@ -127,6 +142,11 @@ class ForwardState:
         self._statistics.clear()
         for group in self.groups.values():
             group.forget()
+
+
+def _version(image: torch.Tensor) -> int:
+    """Counts changes in place, but of inference tensors."""
+    return 0 if image.is_inference() else image._version
 
 
 def same_quantizer(layers: Iterable[Any]) -> bool:

@@ -74,7 +74,11 @@ def fuse(unet: Any) -> dict[str, str]:
     state.hooks = [
         unet.register_forward_pre_hook(state.begin, with_kwargs=True),
         unet.register_forward_hook(state.forget),
-        *(unet.register_load_state_dict_post_hook(group.count_new_weights) for group in groups),
+        *(
+            layer.register_load_state_dict_post_hook(group.count_new_weights)
+            for group in groups
+            for layer in group.layers
+        ),
     ]
     return fused
 

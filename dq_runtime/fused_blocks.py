@@ -2,8 +2,9 @@
 
 Each hands int8 from kernel to kernel: a norm writes the next layer's quantized input, a GEMM's epilogue adds time
 embedding and residual or applies GEGLU, an up block reads its two sources where they are. ``can_fuse`` says whether a
-block is built the way that its fused forward knows; a block that can no longer run fused (an adapter was loaded, an
-attention processor or a mask set) runs diffusers' own forward. ``fused.fuse`` puts these classes in place.
+block is built the way that its fused forward knows; a block that cannot run fused now (an adapter was loaded, an
+attention processor, a mask or a hook set, weights are offloaded, a gradient is wanted) runs diffusers' own forward.
+``fused.fuse`` puts these classes in place.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from dq_kernels import ops
-from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
-from dq_runtime.layers import QuantConv2d, QuantLinear
+from dq_runtime.forward_state import ForwardState, LinearGroup, run_as_made, same_quantizer
+from dq_runtime.layers import QuantConv2d, QuantLinear, wants_gradient
 
 
 def tables(layer: Any, x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -61,7 +62,7 @@ def convolve(layer: Any, q: torch.Tensor, dtype: torch.dtype, **options: Any) ->
         weight = weight[:, None, None]
     return ops.int4_conv2d(
         q, weight, layer.weight_scale, layer.weight_sum, layer.act_scale, layer.act_zero_point,
-        layer.timestep_grid.index, layer.bias, out_dtype=dtype, with_statistics=True, **options,
+        layer.index_of_batch(q.shape[0]), layer.bias, out_dtype=dtype, with_statistics=True, **options,
     )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def multiply(layer: Any, q: torch.Tensor, dtype: torch.dtype, residual: Any = No
     """A linear layer, or a 1x1 convolution of pixels, on int8."""
     return ops.int4_linear(
         q, layer.weight.flatten(1), layer.weight_scale, layer.weight_sum, layer.act_scale, layer.act_zero_point,
-        layer.timestep_grid.index, layer.bias, residual, dtype,
+        layer.index_of_batch(q.shape[0]), layer.bias, residual, dtype,
     )  # fmt: skip
 
 
@@ -94,9 +95,14 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and (block.conv_shortcut is None or block.conv_shortcut.kernel_size == (1, 1))
         )
 
-    def _fused_now(self) -> bool:
+    def _fused_now(self, x: torch.Tensor) -> bool:
         convolutions = (self.conv1, self.conv2, *((self.conv_shortcut,) if self.conv_shortcut is not None else ()))
-        return all(type(conv) is QuantConv2d for conv in convolutions) and not self.training
+        return (
+            all(type(conv) is QuantConv2d for conv in convolutions)
+            and run_as_made((*convolutions, self.norm1, self.norm2))
+            and not self.training
+            and not wants_gradient(x)
+        )
 
     def forward(
         self, input_tensor: torch.Tensor, temb: Any, *args: Any, skip: Any = None, **kwargs: Any
@@ -104,7 +110,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
         """As ``ResnetBlock2D.forward``; ``skip`` stands for a concat behind ``input_tensor``."""
         if skip is not None and skip.shape[1] % 2:
             input_tensor, skip = torch.cat([input_tensor, skip], dim=1), None
-        if not self._fused_now():
+        if not self._fused_now(input_tensor):
             joined = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
             return super().forward(joined, temb, *args, **kwargs)
         dtype = input_tensor.dtype
@@ -163,14 +169,24 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             and out.in_features % 2 == 0
         )
 
-    def _fused_now(self) -> bool:
-        layers = [self.ff.net[0].proj, self.ff.net[2]]
+    def _fused_now(self, x: torch.Tensor) -> bool:
+        net: Any = self.ff.net
+        layers: list[Any] = [net[0].proj, net[2]]
+        others: list[Any] = [self.ff, net[0], self.norm1, self.norm3]
         for attention in (self.attn1, self.attn2):
             if attention is not None:
                 layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
+                others.append(attention)
                 if type(attention.processor) is not AttnProcessor2_0:
                     return False
-        return all(type(layer) is QuantLinear for layer in layers) and not self.training
+        if self.attn2 is not None:
+            others.append(self.norm2)
+        return (
+            all(type(layer) is QuantLinear for layer in layers)
+            and run_as_made((*layers, *others))
+            and not self.training
+            and not wants_gradient(x)
+        )
 
     def forward(
         self,
@@ -188,7 +204,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             attention_mask is not None
             or encoder_attention_mask is not None
             or cross_attention_kwargs
-            or not self._fused_now()
+            or (encoder_hidden_states is not None and encoder_hidden_states.shape[0] != hidden_states.shape[0])
+            or not self._fused_now(hidden_states)
         ):
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
@@ -196,7 +213,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             )  # fmt: skip
         x, dtype = hidden_states, hidden_states.dtype
         to_q: Any = self.attn1.to_q
-        index = to_q.timestep_grid.index
+        index = to_q.index_of_batch(x.shape[0])
         q = layer_norm(self.norm1, to_q, x)
         query, key, value = self.self_attention.multiply(q, index, dtype).chunk(3, dim=-1)
         x = _attend(self.attn1, query, key, value, residual=x)
@@ -261,11 +278,16 @@ class FusedTransformer2DModel(Transformer2DModel):
         norm = block.norm if block.is_input_continuous else None
         return isinstance(norm, nn.GroupNorm) and norm.num_channels % 2 == 0
 
-    def _fused_now(self) -> bool:
-        return all(type(layer) in (QuantLinear, QuantConv2d) for layer in (self.proj_in, self.proj_out))
+    def _fused_now(self, x: torch.Tensor) -> bool:
+        layers = (self.proj_in, self.proj_out)
+        return (
+            all(type(layer) in (QuantLinear, QuantConv2d) for layer in layers)
+            and run_as_made((*layers, self.norm))
+            and not wants_gradient(x)
+        )
 
     def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        if not self._fused_now():
+        if not self._fused_now(hidden_states):
             return super()._operate_on_continuous_inputs(hidden_states)
         statistics = self.state.recall(hidden_states)
         q = group_norm(self.norm, self.proj_in, hidden_states.permute(0, 2, 3, 1), silu=False, statistics=statistics)
@@ -281,7 +303,7 @@ class FusedTransformer2DModel(Transformer2DModel):
         width: int,
         inner_dim: int,
     ) -> torch.Tensor:
-        if not self._fused_now():
+        if not self._fused_now(hidden_states):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
@@ -311,10 +333,11 @@ class FusedUpsample2D(Upsample2D):
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Upsample2D.forward``."""
         doubled = [2 * size for size in hidden_states.shape[2:]]
-        if (output_size is not None and list(output_size) != doubled) or type(self.conv) is not QuantConv2d:
+        conv: Any = self.conv
+        if (output_size is not None and list(output_size) != doubled) or not _fused_conv(conv, hidden_states):
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        q, _ = self.conv.quantize(hidden_states.permute(0, 2, 3, 1), (1, 1))
-        y, statistics = convolve(self.conv, q, hidden_states.dtype, upsample=True)
+        q, _ = conv.quantize(hidden_states.permute(0, 2, 3, 1), (1, 1))
+        y, statistics = convolve(conv, q, hidden_states.dtype, upsample=True)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
@@ -330,10 +353,11 @@ class FusedDownsample2D(Downsample2D):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Downsample2D.forward``."""
-        if type(self.conv) is not QuantConv2d:
+        conv: Any = self.conv
+        if not _fused_conv(conv, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
-        q, _ = self.conv.quantize(hidden_states.permute(0, 2, 3, 1), self.conv.padding)
-        y, statistics = convolve(self.conv, q, hidden_states.dtype)
+        q, _ = conv.quantize(hidden_states.permute(0, 2, 3, 1), conv.padding)
+        y, statistics = convolve(conv, q, hidden_states.dtype)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
@@ -350,7 +374,7 @@ class FusedUpBlock2D(UpBlock2D):
         upsample_size: Any = None, *args: Any, **kwargs: Any,
     ) -> torch.Tensor:  # fmt: skip
         """As ``UpBlock2D.forward``."""
-        if _freeu(self) or self.training:
+        if not _hands_skips_over(self):
             return super().forward(hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs)
         for resnet, skip in zip(self.resnets, reversed(res_hidden_states_tuple), strict=False):
             hidden_states = resnet(hidden_states, temb, skip=skip)
@@ -376,7 +400,7 @@ class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
             "attention_mask": attention_mask,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        if _freeu(self) or self.training:
+        if not _hands_skips_over(self):
             return super().forward(
                 hidden_states, res_hidden_states_tuple, temb, upsample_size=upsample_size, **conditions
             )
@@ -389,5 +413,11 @@ class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
         return hidden_states
 
 
-def _freeu(block: nn.Module) -> bool:
-    return all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+def _fused_conv(conv: Any, x: torch.Tensor) -> bool:
+    return type(conv) is QuantConv2d and run_as_made((conv,)) and not wants_gradient(x)
+
+
+def _hands_skips_over(block: Any) -> bool:
+    """Whether an up block's resnets take their skips as they are; another's forward would not know of them."""
+    freeu = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+    return not (freeu or block.training or any("forward" in resnet.__dict__ for resnet in block.resnets))

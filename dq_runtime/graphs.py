@@ -53,30 +53,35 @@ class CudaGraphRunner:
     @torch.no_grad()
     def _capture(self, leaves: list[Any], structure: Any) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(static, structure)
+
+        def forward() -> Any:
+            args, kwargs = pytree.tree_unflatten(static, structure)  # anew: a UNet empties the lists that it is given
+            return self.unet(*args, **kwargs)
 
         # The UNet itself is called, so that its hooks are captured as well: they map the timestep, and let go of what
         # one forward pass has shared, which the next has to compute again.
+        replaying = self.unet.forward  # this, or what somebody has wrapped around it
         self.unet.forward = self.eager_forward
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_CALLS):
-                    self.unet(*args, **kwargs)
+                    forward()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                result = self.unet(*args, **kwargs)
+                result = forward()
         finally:
-            self.unet.forward = self
+            self.unet.forward = replaying
         return graph, [leaf for leaf in static if isinstance(leaf, torch.Tensor)], result
 
 
 def enable_cuda_graphs(unet: Any) -> None:
     """Makes a UNet replay CUDA graphs, in place; the first call with new shapes captures one.
 
-    Afterwards weights may change in place alone (``load_state_dict``). Before the UNet is moved or quantized, call
+    Afterwards weights may change in place alone (``load_state_dict``). A graph repeats what was captured: before the
+    UNet is moved or quantized, or its Python changes (FreeU, attention processors, an IP-Adapter's scale, hooks), call
     ``disable_cuda_graphs``; ``dequantize`` does.
 
     Raises:

@@ -16,6 +16,27 @@ from dq_runtime.tables import TableModule
 from dq_runtime.timesteps import TimestepGrid
 
 
+class _NoGradient(torch.autograd.Function):
+    """y as it is, whose gradient towards x is an error: without it x would seem not to matter."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.name}: no gradient passes a quantized layer. Call unet.dequantize() to train, or to guide sampling "
+            "by gradients"
+        )
+
+
+def wants_gradient(x: torch.Tensor) -> bool:
+    """Whether what is computed from x will be asked for its gradient."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class QuantizedLayer(TableModule):
     """What ``QuantLinear`` and ``QuantConv2d`` have in common.
 
@@ -65,23 +86,31 @@ class QuantizedLayer(TableModule):
             ValueError: if an input of so many samples and channels, or of that dtype, cannot be this layer's.
             RuntimeError: if no timestep is known.
         """
-        index = self.timestep_grid.index
         if channels != self.weight_dilation.shape[0]:
             raise ValueError(
                 f"{self.name}: expected an input of {self.weight_dilation.shape[0]} channels, got {channels}"
             )
         if dtype not in ops.COMPUTE_DTYPES:
             raise ValueError(f"{self.name}: expected float16, bfloat16 or float32, got {dtype}; cast the UNet to one")
-        if batch != index.shape[0]:
-            if index.numel() == 0:
-                raise RuntimeError(
-                    f"{self.name}: no timestep is known. Call the UNet rather than the layer: it maps its `timestep` "
-                    "argument to the activation scales of all layers"
-                )
-            raise ValueError(
-                f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {batch}"
+        return self.index_of_batch(batch)
+
+    def index_of_batch(self, batch: int) -> torch.Tensor:
+        """``timestep_index`` for an input that was checked before."""
+        grid = self.timestep_grid
+        if batch == grid.index.shape[0]:
+            return grid.index
+        if grid.index.numel() == 0:
+            raise RuntimeError(
+                f"{self.name}: no timestep is known. Call the UNet rather than the layer: it maps its `timestep` "
+                "argument to the activation scales of all layers"
             )
-        return index
+        if not grid.uniform:
+            raise ValueError(
+                f"{self.name}: expected a batch of {grid.index.shape[0]} samples, like the UNet's `sample`, got "
+                f"{batch}, and cannot tell the timestep of each. Call the UNet with one `timestep` for all samples, or "
+                "keep the layer in floating point with modules_to_not_convert"
+            )
+        return grid.index[:1].expand(batch).contiguous()  # an attention processor changed the batch
 
     def quantize(
         self, x: torch.Tensor, padding: tuple[int, int] = (0, 0), skip: torch.Tensor | None = None
@@ -132,10 +161,11 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, index = self.quantize(x)
-        return ops.int4_linear(
+        y = ops.int4_linear(
             q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
             out_dtype=x.dtype,
         )  # fmt: skip
+        return _NoGradient.apply(y, x, self.name) if wants_gradient(x) else y
 
 
 def conv2d_arguments(conv: nn.Conv2d) -> dict[str, Any]:
@@ -173,7 +203,8 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
             stride=self.stride, dilation=self.dilation, out_dtype=x.dtype,
         )  # fmt: skip
-        return y.permute(0, 3, 1, 2)
+        y = y.permute(0, 3, 1, 2)
+        return _NoGradient.apply(y, x, self.name) if wants_gradient(x) else y
 
 
 def is_quantized(unet: nn.Module) -> bool:

@@ -38,6 +38,7 @@ class TimestepGrid(TableModule):
 
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
     index: torch.Tensor  # [B] int32, of the current forward pass; empty before the first
+    uniform: bool  # whether the UNet was given one timestep for all samples
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         super().__init__()
@@ -48,6 +49,7 @@ class TimestepGrid(TableModule):
         self.register_buffer("boundaries", (values[1:] + values[:-1]) / 2, persistent=False)
         # No buffer: torch.compile would compile again when the first forward replaces it.
         self.index = torch.empty(0, dtype=torch.int32)
+        self.uniform = False
 
     def nearest(self, timestep: torch.Tensor | float, batch_size: int, device: torch.device) -> torch.Tensor:
         """The index of the grid point nearest to each sample's timestep; ties go to the smaller one.
@@ -85,5 +87,6 @@ class TimestepGrid(TableModule):
         """The UNet's forward pre-hook: fills ``index`` from its ``sample`` and ``timestep`` arguments."""
         arguments = {**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}
         if "sample" in arguments and "timestep" in arguments:  # if not, forward itself says so
-            sample = arguments["sample"]
-            self.index = self.nearest(arguments["timestep"], sample.shape[0], sample.device)
+            sample, timestep = arguments["sample"], arguments["timestep"]
+            self.index = self.nearest(timestep, sample.shape[0], sample.device)
+            self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1

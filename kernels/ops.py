@@ -82,34 +82,48 @@ for _module, _names in {
         _library.impl(_name, getattr(_module, _name), "CUDA")
 
 
+def _alike(op: str, x: Tensor, tensor: Tensor) -> None:
+    """One tensor without values is enough for torch to ask for a result without values, which x's device has not."""
+    if x.is_meta != tensor.is_meta:
+        raise ValueError(
+            f"{op}: x is on {x.device}, a weight or table on {tensor.device}: offloaded weights have to be loaded first"
+        )
+
+
 @torch.library.register_fake("dq_kernels::quantize")
 def _(x, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding, skip):  # type: ignore[no-untyped-def]
+    _alike("quantize", x, act_scale)
     return x.new_empty(quantized_shape((*x.shape[:-1], weight_dilation.shape[0]), padding), dtype=torch.int8)
 
 
 @torch.library.register_fake("dq_kernels::layer_norm_quantize")
 def _(x, weight, bias, eps, weight_dilation, act_scale, act_zero_point, timestep_index, bits):  # type: ignore[no-untyped-def]
+    _alike("layer_norm_quantize", x, act_scale)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
 @torch.library.register_fake("dq_kernels::group_norm_quantize")
 def _(x, skip, statistics, skip_statistics, num_groups, weight, bias, eps, silu, *quantizer):  # type: ignore[no-untyped-def]
+    _alike("group_norm_quantize", x, quantizer[0])
     channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
     return x.new_empty(quantized_shape((*x.shape[:-1], channels), quantizer[-1]), dtype=torch.int8)
 
 
 @torch.library.register_fake("dq_kernels::int4_linear")
 def _(x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, residual, out_dtype):  # type: ignore[no-untyped-def]
+    _alike("int4_linear", x, weight)
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
 
 
 @torch.library.register_fake("dq_kernels::int4_linear_quantize")
 def _(x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, activation, *quantizer):  # type: ignore[no-untyped-def]
+    _alike("int4_linear_quantize", x, weight)
     return x.new_empty(*x.shape[:-1], quantizer[0].shape[0], dtype=torch.int8)
 
 
 @torch.library.register_fake("dq_kernels::int4_conv2d")
 def _(x, weight, *arguments):  # type: ignore[no-untyped-def]
+    _alike("int4_conv2d", x, weight)
     stride, dilation, upsample, out_dtype, with_statistics = arguments[-5:]
     size = conv2d_output_size(x.shape[1:3], weight.shape[1:3], stride, dilation, upsample)
     statistics = statistics_shape(x.shape[0], size, weight.shape[0], with_statistics)

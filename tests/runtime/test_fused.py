@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.downsampling import Downsample2D
@@ -17,11 +18,13 @@ from fused_unets import (
     FLIPS,
     MIXED,
     UNETS,
+    arguments_of,
     calibrate,
     call,
     fused,
     modules_of,
     new_unet,
+    noise,
     quantized,
 )
 from peft import LoraConfig
@@ -209,6 +212,14 @@ def test_no_norm_is_given_the_statistics_of_an_image_before_it_was_changed(stati
     assert statistics_not_given(fused(), down_intrablock_additional_residuals=features) >= 2
 
 
+@pytest.mark.parametrize("block", ["down_blocks.0.resnets.0", "mid_block"])
+def test_no_norm_is_given_the_statistics_of_an_image_that_a_hook_has_changed(statistics_not_given, block):
+    unet = fused()
+    unet.get_submodule(block).register_forward_hook(lambda module, args, output: output.mul_(3))
+
+    assert statistics_not_given(unet) > 2
+
+
 def test_no_statistics_are_given_of_part_of_a_run():
     unet = fused()
     with Operators() as operators:
@@ -286,6 +297,72 @@ def test_other_attention_processors_are_called(assert_same_output):
         unet.set_attn_processor(Doubling())
 
     assert_same_output(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
+        "down_blocks.0.attentions.0.transformer_blocks.0.norm3",
+        "down_blocks.0.attentions.0.transformer_blocks.0.ff",
+        "down_blocks.0.attentions.0.proj_out",
+        "mid_block.resnets.0.norm2",
+        "mid_block.resnets.0.conv1",
+        "mid_block.resnets.0.time_emb_proj",
+        "up_blocks.0.upsamplers.0.conv",
+        "down_blocks.0.downsamplers.0.conv",
+    ],
+)
+@pytest.mark.parametrize("how", ["hook", "another forward"])
+def test_whoever_changes_what_a_module_returns_is_heeded(assert_same_output, relative_rms, layer, how):
+    actual, expected = fused(), quantized()
+    without = call(expected)
+
+    for unet in (actual, expected):
+        module = unet.get_submodule(layer)
+        if how == "hook":
+            module.register_forward_hook(lambda module, args, output: output * 3)
+        else:
+            module.forward = lambda *args, own=module.forward, **kwargs: own(*args, **kwargs) * 3
+
+    assert relative_rms(call(expected), without) > 2 * FLIPS
+    assert_same_output(actual, expected)
+
+
+@pytest.mark.parametrize("offloaded_first", [False, True])
+def test_weights_that_are_loaded_when_they_are_needed_are_loaded(assert_same_output, offloaded_first):
+    """Sequential CPU offload leaves the weights of all modules on the meta device between their calls."""
+    expected, actual = quantized(), quantized()
+    for change in (fuse, cpu_offload)[:: -1 if offloaded_first else 1]:
+        change(actual, *(() if change is fuse else ("cpu",)))
+
+    assert all(parameter.is_meta for parameter in actual.parameters())
+    assert_same_output(actual, expected)
+
+
+def test_a_gradient_through_a_fused_block_is_refused():
+    unet = fused()
+    sample = noise(unet).requires_grad_()
+    with torch.enable_grad():
+        result = unet(sample, MIXED, **arguments_of(unet)).sample
+        with pytest.raises(RuntimeError, match="no gradient"):
+            result.sum().backward()
+
+
+def test_a_changed_batch_inside_of_an_attention_computes_as_unfused(assert_same_output):
+    class Twice(AttnProcessor):
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return super().__call__(attn, torch.cat([hidden_states] * 2), *args, **kwargs)[: len(hidden_states)]
+
+    actual, expected = fused(), quantized()
+    for unet in (actual, expected):
+        for block in unet.modules():
+            if isinstance(block, BasicTransformerBlock):
+                block.attn1.set_processor(Twice())
+
+    assert_same_output(actual, expected, timestep=500)
 
 
 def test_freeu_is_heeded(assert_same_output, relative_rms):

@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from diffusers.hooks import apply_layerwise_casting
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import nn
 
@@ -273,10 +275,46 @@ def test_layer_without_a_timestep_is_refused_by_its_name(new_layer):
 
 
 def test_prompt_of_another_batch_is_refused_by_the_layer_s_name(unet2d_condition):
-    with pytest.raises(ValueError, match=r"attn2\.to_[kv]: .*2 samples.*got 1"):
-        unet2d_condition.quantized(
-            unet2d_condition.sample, 500, encoder_hidden_states=unet2d_condition.arguments["encoder_hidden_states"][:1]
-        )
+    prompt = unet2d_condition.arguments["encoder_hidden_states"][:1]
+    with pytest.raises(ValueError, match=r"attn2\.to_[kv]: .*2 samples.*got 1.*modules_to_not_convert"):
+        unet2d_condition.quantized(unet2d_condition.sample, torch.tensor([500, 20]), encoder_hidden_states=prompt)
+
+
+def test_layer_that_sees_another_batch_uses_the_one_timestep_of_all_samples(unet2d_condition):
+    """An attention processor may change the batch, as that of perturbed-attention guidance does."""
+
+    class Twice(AttnProcessor):
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return super().__call__(attn, torch.cat([hidden_states] * 2), *args, **kwargs)[: len(hidden_states)]
+
+    changed = unet2d_condition.copy()
+    for block in changed.modules():
+        if isinstance(block, BasicTransformerBlock):
+            block.attn1.set_processor(Twice())
+
+    call = unet2d_condition.call
+    torch.testing.assert_close(call(changed, 500), call(unet2d_condition.quantized, 500), rtol=0, atol=2e-2)
+    for timestep in (torch.tensor(500), torch.tensor([500])):
+        assert torch.equal(call(changed, timestep), call(changed, 500))
+    with pytest.raises(ValueError, match=r"to_q: .*2 samples.*got 4"):
+        call(changed, torch.tensor([500, 500]))
+
+
+def test_a_gradient_through_a_layer_is_refused_by_its_name(subject):
+    """It would be zero without a word."""
+    sample = subject.sample.clone().requires_grad_()
+    with torch.enable_grad():
+        result = subject.quantized(sample, 500, **subject.arguments).sample
+        assert torch.equal(result, subject.call(subject.quantized, 500))
+        with pytest.raises(RuntimeError, match=r"\w+\.\w+: no gradient .* unet.dequantize\(\)"):
+            result.sum().backward()
+
+
+def test_a_quantized_unet_asks_for_no_gradient(subject):
+    with torch.enable_grad():
+        assert not subject.call(subject.quantized).requires_grad
+    assert not any(parameter.requires_grad for parameter in subject.quantized.parameters())
+    assert all(parameter.requires_grad for parameter in subject.copy().dequantize().parameters())
 
 
 def test_quantized_layers_are_linears_and_convolutions(subject):
