@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D, FirDownsample2D
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 import dq_runtime
@@ -259,6 +260,23 @@ def test_adapters_must_be_fused_before_calibration(unet2d_condition):
     """Their matrices would be quantized as layers of their own, under names that no stock UNet has."""
     unet = copy.deepcopy(unet2d_condition.stock)
     unet.add_adapter(LoraConfig(target_modules=["to_q"]))
+
+    with pytest.raises(ValueError, match="adapter"):
+        dq_runtime.calibrate(unet, unet2d_condition.calibration_set)
+
+
+def test_layers_of_an_ip_adapter_are_refused(unet2d_condition):
+    unet = copy.deepcopy(unet2d_condition.stock)
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attention.set_processor(IPAdapterAttnProcessor2_0(64, 32))
+
+    with pytest.raises(ValueError, match=r"unload_ip_adapter\(\)"):
+        dq_runtime.calibrate(unet, unet2d_condition.calibration_set)
+
+
+def test_an_adapter_that_peft_put_in_by_itself_is_refused(unet2d_condition):
+    unet = copy.deepcopy(unet2d_condition.stock)
+    inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), unet)
 
     with pytest.raises(ValueError, match="adapter"):
         dq_runtime.calibrate(unet, unet2d_condition.calibration_set)

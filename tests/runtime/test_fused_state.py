@@ -97,6 +97,20 @@ def test_weights_loaded_into_a_fused_unet_are_used(assign, has_run):
     assert torch.equal(call(unet), call(other))
 
 
+@pytest.mark.parametrize("part", ["down_blocks", "mid_block", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"])
+def test_weights_loaded_into_a_part_of_a_fused_unet_are_used(part):
+    unet, other = fused(), quantized()
+    call(unet)
+    for layer in quantized_layers(other.get_submodule(part)).values() or [other.get_submodule(part)]:
+        layer.weight.copy_(layer.weight.flip(0))
+        layer.weight_sum.copy_(layer.weight_sum.flip(0))
+
+    unet.get_submodule(part).load_state_dict(other.get_submodule(part).state_dict())
+
+    fuse(other)
+    assert torch.equal(call(unet), call(other))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fused_unet_may_be_cast(relative_rms, dtype):
     """A fused block rounds to the dtype less often than the unfused one, and torch's own norms in half precision."""

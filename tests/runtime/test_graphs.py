@@ -193,6 +193,38 @@ def test_every_result_of_a_quantized_unet_is_computed_within_the_graph(
         assert torch.equal(changed.call(unet, timestep), changed.call(eager, timestep))
 
 
+def test_features_of_a_t2i_adapter_are_captured(unet2d_condition, fake_graphs, relative_rms):
+    """The UNet takes them out of the list that it is given."""
+    unet, eager = unet2d_condition.copy(), unet2d_condition.copy()
+    unet.forward = CudaGraphRunner(unet)
+
+    def call(unet):
+        features = [torch.ones(2, 32, 4, 4), torch.ones(2, 64, 4, 4)]
+        arguments = unet2d_condition.arguments | {"down_intrablock_additional_residuals": features}
+        return unet(unet2d_condition.sample, 500, **arguments).sample
+
+    assert relative_rms(unet2d_condition.call(eager), call(eager)) > 0.1
+    for _ in range(2):
+        assert torch.equal(call(unet), call(eager))
+
+
+def test_a_forward_that_was_wrapped_around_the_graph_stays(replayed):
+    """As offloading and caching do."""
+    calls = []
+    own = replayed.forward
+
+    def wrapper(*args, **kwargs):
+        calls.append(args)
+        return own(*args, **kwargs)
+
+    replayed.forward = wrapper
+    for _ in range(3):
+        replayed(X, 7)
+
+    assert len(calls) == 3
+    assert replayed.forward is wrapper
+
+
 def test_a_fractional_number_of_python_s_is_what_the_unet_takes_it_for(subject, fake_graphs):
     """UNet2DModel makes an integer of it, UNet2DConditionModel does not."""
     unet = subject.copy()
