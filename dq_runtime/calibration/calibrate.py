@@ -42,7 +42,7 @@ def calibrate(
             ``collect_from_scheduler``). Its timesteps become the grid of the activation tables.
         config: W4A8 by default.
         distillation: how to train the quantized UNet towards the floating-point one, block by block; None rounds
-            to nearest and is done in seconds.
+            to nearest, which takes a few runs over the calibration set and a search in each layer.
 
     Returns:
         the same UNet, quantized.
@@ -91,10 +91,11 @@ def _quantize_layers(
     calibration_set: CalibrationSet,
     configs: Sequence[DilateQuantConfig],
 ) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """The layers' state dicts with each config; they differ in their dilation alone. Uses the samples up."""
+    """The layers' state dicts with each of some configs that differ in ``dilation`` alone. Uses the samples up."""
+    assert configs[0].timesteps is not None
     timesteps = calibration_set.timesteps
     importance = timestep_importance(calibration_set.scheduler, timesteps)
-    groups = TimestepGrid(configs[0].timesteps or []).rows_of(timesteps)
+    groups = TimestepGrid(configs[0].timesteps).rows_of(timesteps)
     quantized: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in configs]
     with tqdm(total=len(samples), desc="Quantizing layers") as progress:
         for names in sharing:

@@ -126,7 +126,7 @@ def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
     the call before it (a prompt's embedding) is held, and saved, once. A set that was saved and loaded stays on disk.
 
     Args:
-        scheduler: the one that samples; from it ``Distillation`` learns how much each timestep matters.
+        scheduler: the one that samples; from it calibration learns how much each timestep matters.
     """
     calibration_set = CalibrationSet(scheduler=scheduler)
 

@@ -31,31 +31,36 @@ def prediction_errors(
     calibration_set: CalibrationSet,
     config: DilateQuantConfig,
 ) -> list[float]:
-    """The mean squared error of the prediction with each of several quantizations of one floating-point UNet.
-
-    Each timestep counts by what it does to the image (see ``timestep_importance``).
+    """What each of several quantizations of one floating-point UNet does to the image by what it predicts.
 
     Args:
         layers: those to be quantized.
         candidates: for each layer its state dict (see ``QuantizedLayer``).
         sharing: names of layers, each group seeing one tensor and sharing one input quantizer.
         config: with ``timesteps``.
+
+    Returns:
+        for each candidate the mean squared errors at all calibrated timesteps, times their importance (see
+        ``timestep_importance``), added.
     """
     assert config.timesteps is not None
     grid = TimestepGrid(config.timesteps).to(unet.device)
-    batches = MixedBatches(calibration_set, min(SAMPLES, calibration_set.num_samples), BATCH_SIZE, seed=0)
-    targets: list[torch.Tensor] = []
-    errors = []
-    for tensors in candidates:
+    samples = min(SAMPLES, calibration_set.num_samples)
+    batch_size = min(BATCH_SIZE, max(call.sample.shape[0] for call in calibration_set.calls))  # which fits
+    batches = MixedBatches(calibration_set, samples, batch_size, seed=0)
+
+    def predictions(tensors: Mapping[str, Mapping[str, torch.Tensor]], quantized: bool) -> list[torch.Tensor]:
         with simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
-            targets = targets or [result_tensor(batches[i].run(unet)).cpu() for i in batches.training]
             for layer in stand_ins.values():
-                layer.quantized = True
-            weighted = [
-                squared_error(result_tensor(batches[i].run(unet)), target).cpu()
-                * batches.importance(i)
-                / batches.share(i)  # however often a timestep is drawn
-                for i, target in zip(batches.training, targets, strict=True)
-            ]
-        errors.append(torch.cat(weighted).mean().item())
+                layer.quantized = quantized
+            return [result_tensor(batches[i].run(unet)).cpu() for i in batches.training]
+
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        targets = predictions(candidates[0], quantized=False)
+        errors = []
+        for tensors in candidates:
+            outputs = zip(batches.training, predictions(tensors, quantized=True), targets, strict=True)
+            # However often a timestep is drawn
+            weighted = [squared_error(y, target) * batches.importance(i) / batches.share(i) for i, y, target in outputs]
+            errors.append(torch.cat(weighted).mean().item())
     return errors

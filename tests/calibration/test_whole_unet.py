@@ -30,9 +30,9 @@ def calibration_set(stock):
     return calls
 
 
-def calibrated(stock, calibration_set, dilation="joint", **options):
-    config = DilateQuantConfig(activation_bits=4, dilation=dilation)
-    return calibrate(copy.deepcopy(stock), calibration_set, config, **options)
+def calibrated(stock, calibration_set, dilation="joint", distillation=None, **options):
+    config = DilateQuantConfig(activation_bits=4, dilation=dilation, **options)
+    return calibrate(copy.deepcopy(stock), calibration_set, config, distillation)
 
 
 def image_error(quantized, stock, calibration_set):
@@ -47,7 +47,9 @@ def dilations(unet):
     return torch.cat([layer.weight_dilation for layer in layers])
 
 
-def test_the_errors_are_those_of_the_packed_unets(stock, calibration_set, monkeypatch):
+@pytest.mark.parametrize("timestep_groups", [None, 2])
+def test_the_errors_are_those_of_the_packed_unets(stock, calibration_set, monkeypatch, timestep_groups):
+    """Of more than one batch, no larger than what was recorded."""
     seen = []
 
     def noting(*args):
@@ -56,10 +58,14 @@ def test_the_errors_are_those_of_the_packed_unets(stock, calibration_set, monkey
 
     original = module.prediction_errors
     monkeypatch.setattr(module, "prediction_errors", noting)
-    chosen = calibrated(stock, calibration_set)
-    without = calibrated(stock, calibration_set, "none")
+    sizes = []
+    handle = stock.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    chosen = calibrated(stock, calibration_set, timestep_groups=timestep_groups)
+    without = calibrated(stock, calibration_set, "none", timestep_groups=timestep_groups)
+    handle.remove()
 
     assert len(seen) == 2
+    assert set(sizes) == {1}
     assert seen[1] == pytest.approx(image_error(without, stock, calibration_set), rel=1e-3)
     dilated = not torch.equal(dilations(chosen), dilations(without))
     assert seen[0 if dilated else 1] == pytest.approx(image_error(chosen, stock, calibration_set), rel=1e-3)
@@ -107,4 +113,20 @@ def test_the_unet_that_is_compared_is_the_users_own_again(stock, calibration_set
 
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
     assert all(module.training for module in unet.modules())
+    assert all(parameter.requires_grad for parameter in unet.parameters())
     assert not unet._forward_pre_hooks
+
+
+def test_the_joint_rule_is_told_how_much_timesteps_matter_and_which_share_a_scale(stock, calibration_set, monkeypatch):
+    told = []
+
+    def noting(weights, per_timestep, bits, max_dilation, importance, groups):
+        told.append((len(per_timestep), list(importance), list(groups)))
+        return torch.ones(weights[0].shape[1])
+
+    monkeypatch.setattr(module, "joint_dilation", noting)
+    calibrated(stock, calibration_set, timestep_groups=2)
+
+    importance = timestep_importance(calibration_set.scheduler, TIMESTEPS)
+    assert told
+    assert all(what == (3, importance, [0, 0, 1]) for what in told)
