@@ -48,6 +48,8 @@ class LinearGroup:
         self._read: torch.Tensor | None = None  # the tensor that ``_results`` were computed from
         self._results: tuple[torch.Tensor, ...] = ()
         self._merge()
+        for layer in self.layers:
+            layer.after_move = self.follow
 
     def _merge(self) -> None:
         # Only tensors of one kind can share memory: inference tensors, if the model was made in inference mode.
@@ -68,6 +70,17 @@ class LinearGroup:
                     if part is not None:
                         part.data = view
         self._addresses = self._members_addresses()
+
+    def follow(self) -> None:
+        """Merges again as soon as all members were moved or cast, and lets go of what they have left behind."""
+        if self._addresses != self._members_addresses():
+            biases = [layer.bias.dtype for layer in self.layers if layer.bias is not None]
+            if len({layer.weight.device for layer in self.layers}) == 1 and len(set(biases)) <= 1:
+                self._merge()
+            else:
+                self._addresses = []
+                for name in MERGED:
+                    setattr(self, name, None)
 
     def _members_addresses(self) -> list[int]:
         tensors = (getattr(layer, name) for layer in self.layers for name in MERGED)
@@ -96,7 +109,8 @@ class LinearGroup:
 
     def count_new_weights(self, *_: Any) -> None:
         """Counts a version of the merged weight, after its members, which are views of it, were loaded in place."""
-        self.weight.add_(0)
+        if self.weight is not None:
+            self.weight.add_(0)
 
     def forget(self) -> None:
         """Drops the results, at the end of a forward pass."""

@@ -27,7 +27,7 @@ from dq_runtime.fused_blocks import (
     FusedUpBlock2D,
     FusedUpsample2D,
 )
-from dq_runtime.layers import is_quantized
+from dq_runtime.layers import is_quantized, quantized_layers
 
 # In this order: whether an up block can be fused depends on its resnets.
 FUSED = {
@@ -92,6 +92,8 @@ def unfuse(unet: Any) -> None:
             for hook in module.__dict__.pop("state").hooks:
                 hook.remove()
             module.__dict__.pop("self_attention", None)
+    for layer in quantized_layers(unet).values():
+        layer.__dict__.pop("after_move", None)
 
 
 def _shared_inputs(unet: nn.Module) -> dict[str, LinearGroup]:

@@ -14,7 +14,12 @@ class TableModule(nn.Module):
 
     ``half()``, ``type(dtype)``, ``to(memory_format=...)`` and diffusers' layerwise casting reach a module through
     ``_apply``; they may cast its floating-point parameters, never its tables or packed weights.
+
+    Attributes:
+        after_move: called after each of these.
     """
+
+    after_move: Callable[[], None] | None = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         fixed = {name: buffer.data for name, buffer in self._buffers.items() if buffer is not None}
@@ -25,4 +30,6 @@ class TableModule(nn.Module):
             if moved.dtype != tensor.dtype or moved.stride() != tensor.stride():
                 restored = tensor.to(moved.device)
                 setattr(self, name, nn.Parameter(restored, False) if name in self._parameters else restored)
+        if self.after_move is not None:
+            self.after_move()
         return self

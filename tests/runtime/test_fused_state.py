@@ -25,7 +25,7 @@ from fused_unets import (
     quantized,
 )
 
-from dq_runtime.fused import LinearGroup, fuse
+from dq_runtime.fused import LinearGroup, fuse, unfuse
 from dq_runtime.layers import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
@@ -95,6 +95,28 @@ def test_weights_loaded_into_a_fused_unet_are_used(assign, has_run):
 
     fuse(other)
     assert torch.equal(call(unet), call(other))
+
+
+@pytest.mark.parametrize("move", [lambda unet: unet.to("meta"), lambda unet: unet.half()], ids=["moved", "cast"])
+def test_what_was_merged_goes_with_the_unet_at_once(move):
+    """Nothing of it is left where it was, and who compiles the UNet next finds it where it is."""
+    unet = fused()
+    groups = groups_of(unet)
+    old = [weakref.ref(group.bias) for group in groups if group.bias is not None]
+    assert old
+
+    move(unet)
+
+    layers = [layer for group in groups for layer in group.layers]
+    assert len(layers) > 6
+    for group in groups:
+        assert {group.weight.device} == {layer.weight.device for layer in group.layers}
+        assert group.weight.shape[0] == sum(layer.weight.shape[0] for layer in group.layers)
+        for layer in group.layers:
+            assert group.bias is None or group.bias.dtype == layer.bias.dtype == unet.dtype
+    assert not any(reference() is not None for reference in old)
+    unfuse(unet)
+    assert not any("after_move" in vars(layer) for layer in layers)
 
 
 @pytest.mark.parametrize("part", ["down_blocks", "mid_block", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"])
