@@ -204,8 +204,8 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             attention_mask is not None
             or encoder_attention_mask is not None
             or cross_attention_kwargs
-            or (encoder_hidden_states is not None and encoder_hidden_states.shape[0] != hidden_states.shape[0])
             or not self._fused_now(hidden_states)
+            or not (encoder_hidden_states is None or _fits(encoder_hidden_states, hidden_states))
         ):
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
@@ -239,6 +239,11 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
     def _of_encoder(self, layer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         group = self.state.groups.get("encoder_hidden_states")
         return layer(encoder_hidden_states) if group is None else group.result(layer, encoder_hidden_states)
+
+
+def _fits(encoder_hidden_states: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    """A prompt of another batch is diffusers' to refuse."""
+    return encoder_hidden_states.shape[0] == hidden_states.shape[0] and not wants_gradient(encoder_hidden_states)
 
 
 def _plain(attention: Any) -> bool:

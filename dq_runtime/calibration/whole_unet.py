@@ -60,7 +60,7 @@ def prediction_errors(
         errors = []
         for tensors in candidates:
             outputs = zip(batches.training, predictions(tensors, quantized=True), targets, strict=True)
-            # However often a timestep is drawn
+            # Divided by its share a timestep counts the same however often it was drawn.
             weighted = [squared_error(y, target) * batches.importance(i) / batches.share(i) for i, y, target in outputs]
             errors.append(torch.cat(weighted).mean().item())
     return errors

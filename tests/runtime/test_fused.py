@@ -342,11 +342,13 @@ def test_weights_that_are_loaded_when_they_are_needed_are_loaded(assert_same_out
     assert_same_output(actual, expected)
 
 
-def test_a_gradient_through_a_fused_block_is_refused():
+@pytest.mark.parametrize("towards", ["sample", "prompt"])
+def test_a_gradient_through_a_fused_block_is_refused(towards):
     unet = fused()
-    sample = noise(unet).requires_grad_()
+    sample, arguments = noise(unet), arguments_of(unet)
+    (sample if towards == "sample" else arguments["encoder_hidden_states"]).requires_grad_()
     with torch.enable_grad():
-        result = unet(sample, MIXED, **arguments_of(unet)).sample
+        result = unet(sample, MIXED, **arguments).sample
         with pytest.raises(RuntimeError, match="no gradient"):
             result.sum().backward()
 
