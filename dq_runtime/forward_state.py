@@ -21,9 +21,13 @@ def run_as_made(modules: Iterable[nn.Module]) -> bool:
 
     Offloaders, adapters and whoever watches or changes results hook into a module, or put another forward in its place.
     """
-    return torch.compiler.is_compiling() or not any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in modules
-    )
+    if torch.compiler.is_compiling():
+        return True
+    for module in modules:  # hundreds in a forward pass: no generator, and no look at the class
+        own = module.__dict__
+        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return False
+    return True
 
 
 class LinearGroup:

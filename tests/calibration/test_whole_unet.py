@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from distilling import FEW_BLOCKS
 from tiny_unets import unet2d
 
 import dq_runtime
@@ -31,7 +32,7 @@ def calibration_set(stock):
 
 
 def calibrated(stock, calibration_set, dilation="joint", distillation=None, **options):
-    config = DilateQuantConfig(activation_bits=4, dilation=dilation, **options)
+    config = DilateQuantConfig(activation_bits=4, **{**FEW_BLOCKS, "dilation": dilation, **options})
     return calibrate(copy.deepcopy(stock), calibration_set, config, distillation)
 
 
