@@ -139,7 +139,6 @@ def distil(
         _work_folder(settings.folder) as folder,
         _checkpointing(unet, settings.gradient_checkpointing),
         simulated(unet, layers, tensors, sharing, config, grid) as stand_ins,
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
     ):
         finished = FinishedBlocks(folder, decisive)
         trainer = _Trainer(unet, stand_ins, batches, TensorStore(folder / "activations"), grid, settings)

@@ -279,6 +279,8 @@ def simulated(
 ) -> Iterator[dict[str, SimulatedLayer]]:
     """Replaces a UNet's layers by simulated ones inside the ``with`` block; the UNet gets its own back in any case.
 
+    Convolutions there are exact to fp32 and the same in every run.
+
     Args:
         tensors: for each layer its state dict (see ``QuantizedLayer``), where training starts.
         sharing: names of layers, each group sharing one input quantizer.
@@ -294,7 +296,8 @@ def simulated(
     replace_layers(unet, {layers[name]: stand_in.eval() for name, stand_in in stand_ins.items()})
     hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
     try:
-        yield stand_ins
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield stand_ins
     finally:
         hook.remove()
         replace_layers(unet, {stand_in: stand_in.layer for stand_in in stand_ins.values()})

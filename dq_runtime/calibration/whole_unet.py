@@ -55,12 +55,11 @@ def prediction_errors(
                 layer.quantized = quantized
             return [result_tensor(batches[i].run(unet)).cpu() for i in batches.training]
 
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        targets = predictions(candidates[0], quantized=False)
-        errors = []
-        for tensors in candidates:
-            outputs = zip(batches.training, predictions(tensors, quantized=True), targets, strict=True)
-            # Divided by its share a timestep counts the same however often it was drawn.
-            weighted = [squared_error(y, target) * batches.importance(i) / batches.share(i) for i, y, target in outputs]
-            errors.append(torch.cat(weighted).mean().item())
+    targets = predictions(candidates[0], quantized=False)
+    errors = []
+    for tensors in candidates:
+        outputs = zip(batches.training, predictions(tensors, quantized=True), targets, strict=True)
+        # Divided by its share a timestep counts the same however often it was drawn.
+        weighted = [squared_error(y, target) * batches.importance(i) / batches.share(i) for i, y, target in outputs]
+        errors.append(torch.cat(weighted).mean().item())
     return errors

@@ -28,6 +28,7 @@ from fused_unets import (
     quantized,
 )
 from peft import LoraConfig
+from tiny_unets import attend_twice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dq_kernels.ops import STATISTICS_ROWS
@@ -354,15 +355,9 @@ def test_a_gradient_through_a_fused_block_is_refused(towards):
 
 
 def test_a_changed_batch_inside_of_an_attention_computes_as_unfused(assert_same_output):
-    class Twice(AttnProcessor):
-        def __call__(self, attn, hidden_states, *args, **kwargs):
-            return super().__call__(attn, torch.cat([hidden_states] * 2), *args, **kwargs)[: len(hidden_states)]
-
     actual, expected = fused(), quantized()
     for unet in (actual, expected):
-        for block in unet.modules():
-            if isinstance(block, BasicTransformerBlock):
-                block.attn1.set_processor(Twice())
+        attend_twice(unet)
 
     assert_same_output(actual, expected, timestep=500)
 

@@ -5,10 +5,9 @@ import io
 import pickle
 
 import pytest
+import tiny_unets
 import torch
 from diffusers.hooks import apply_layerwise_casting
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from torch import nn
 
@@ -282,15 +281,8 @@ def test_prompt_of_another_batch_is_refused_by_the_layer_s_name(unet2d_condition
 
 def test_layer_that_sees_another_batch_uses_the_one_timestep_of_all_samples(unet2d_condition):
     """An attention processor may change the batch, as that of perturbed-attention guidance does."""
-
-    class Twice(AttnProcessor):
-        def __call__(self, attn, hidden_states, *args, **kwargs):
-            return super().__call__(attn, torch.cat([hidden_states] * 2), *args, **kwargs)[: len(hidden_states)]
-
     changed = unet2d_condition.copy()
-    for block in changed.modules():
-        if isinstance(block, BasicTransformerBlock):
-            block.attn1.set_processor(Twice())
+    tiny_unets.attend_twice(changed)
 
     call = unet2d_condition.call
     torch.testing.assert_close(call(changed, 500), call(unet2d_condition.quantized, 500), rtol=0, atol=2e-2)
