@@ -7,14 +7,12 @@ sample. There is no step counter: a call may repeat a timestep, skip some, start
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
-
-from dq_runtime.tables import TableModule
 
 
 def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
@@ -29,13 +27,15 @@ def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
     return [middles[i] for i in sorted(set(TimestepGrid(middles).rows_of(timesteps)))]
 
 
-class TimestepGrid(TableModule):
+class TimestepGrid(nn.Module):
     """The sorted timesteps that a UNet was calibrated on, and the index that its layers read.
 
     Args:
         timesteps: the T calibrated timesteps, in the unit of the UNet's ``timestep`` argument.
     """
 
+    # Neither is a buffer. Offloaders take buffers away until the UNet's forward, and this reads before it; torch.compile
+    # compiles again when a buffer is replaced.
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
     index: torch.Tensor  # [B] int32, of the current forward pass; empty before the first
     uniform: bool  # whether the UNet was given one timestep for all samples
@@ -44,12 +44,18 @@ class TimestepGrid(TableModule):
         super().__init__()
         if not timesteps or sorted(set(timesteps)) != list(timesteps):
             raise ValueError(f"timesteps must be a sorted list without repeats, got {timesteps}")
-        values = torch.tensor(timesteps, dtype=torch.float32)
+        values = torch.tensor(timesteps, dtype=torch.float32, device="cpu")  # also where models are made on meta
         self.num_timesteps = len(timesteps)
-        self.register_buffer("boundaries", (values[1:] + values[:-1]) / 2, persistent=False)
-        # No buffer: torch.compile would compile again when the first forward replaces it.
+        self.boundaries = (values[1:] + values[:-1]) / 2
         self.index = torch.empty(0, dtype=torch.int32)
         self.uniform = False
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        device = fn(self.boundaries).device
+        if device.type != "meta":
+            self.boundaries = self.boundaries.to(device)
+        return self
 
     def nearest(self, timestep: torch.Tensor | float, batch_size: int, device: torch.device) -> torch.Tensor:
         """The index of the grid point nearest to each sample's timestep; ties go to the smaller one.

@@ -44,12 +44,13 @@ class UNetCall:
 
     def run_with_gradients(self, unet: Any) -> Any:
         """The same, such that the UNet's parameters get gradients."""
+        device, dtype = unet.device, unet.dtype  # once: diffusers looks at every module to tell
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(unet.device, unet.dtype if tensor.is_floating_point() else None)
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
         arguments = tree_map_only(torch.Tensor, place, self.arguments)
-        return unet(place(self.sample), self.timestep.to(unet.device), **arguments)
+        return unet(place(self.sample), self.timestep.to(device), **arguments)
 
 
 @dataclass
@@ -199,17 +200,18 @@ def collect_from_scheduler(
         arguments: the UNet's further arguments, each a tensor with B rows (``class_labels``, ...).
         batch_size: rows of ``noise`` that run together.
     """
+    device, dtype = unet.device, unet.dtype
     with record(unet, scheduler) as calibration_set:
         starts = range(0, noise.shape[0], batch_size)
         with tqdm(total=len(starts) * num_inference_steps, desc="Collecting") as progress:
             for start in starts:
                 rows = slice(start, start + batch_size)
                 batch_arguments = {
-                    name: value[rows].to(unet.device, unet.dtype if value.is_floating_point() else None)
+                    name: value[rows].to(device, dtype if value.is_floating_point() else None)
                     for name, value in (arguments or {}).items()
                 }
                 scheduler.set_timesteps(num_inference_steps)
-                sample = noise[rows].to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+                sample = noise[rows].to(device, dtype) * scheduler.init_noise_sigma
                 for timestep in scheduler.timesteps:
                     scaled = scheduler.scale_model_input(sample, timestep)
                     prediction = unet(scaled, timestep, **batch_arguments).sample

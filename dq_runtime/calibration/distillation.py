@@ -175,8 +175,9 @@ class _Trainer:
     ) -> None:
         self.unet, self.stand_ins, self.batches, self.store, self.grid = unet, stand_ins, batches, store, grid
         self.settings = settings
-        self.indices = [grid.nearest(b.timestep.to(unet.device), b.sample.shape[0], unet.device) for b in batches]
-        self.shares = [batches.share(i).to(unet.device) for i in range(len(batches))]
+        self.device = unet.device  # once: diffusers looks at every module to tell
+        self.indices = [grid.nearest(b.timestep, b.sample.shape[0], self.device) for b in batches]
+        self.shares = [batches.share(i).to(self.device) for i in range(len(batches))]
         self.training, self.judging = batches.training, batches.judging
         weighing = -(-WEIGHING // settings.batch_size)
         self.weighing = range(max(0, len(batches) - weighing), len(batches))
@@ -211,7 +212,7 @@ class _Trainer:
         """Trains all layers together on what the UNet predicts."""
 
         def lesson(i: int) -> torch.Tensor:
-            with self._in_floating_point(), torch.autocast(self.unet.device.type, enabled=False):
+            with self._in_floating_point(), torch.autocast(self.device.type, enabled=False):
                 target = result_tensor(self.batches[i].run(self.unet))
             error = squared_error(result_tensor(self.batches[i].run_with_gradients(self.unet)), target)
             return error * self.batches.importance(i).to(error.device) / self.shares[i]
@@ -285,7 +286,7 @@ class _Trainer:
         for parameter in (*in_steps, *logarithms):
             parameter.requires_grad_(True)
         for batch in _shuffled(self.training, iterations, generator):
-            with torch.autocast(self.unet.device.type, torch.bfloat16, enabled=self.settings.autocast):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
                 loss = loss_of(batch)
             if not bool(loss.isfinite()):
                 break  # the judge will see to it
@@ -309,7 +310,7 @@ class _Trainer:
             total.index_add_(0, index, errors)
             count.index_add_(0, index, torch.ones_like(errors))
         mean = torch.where(count > 0, total / count, total.sum() / count.sum())
-        return mean.clamp(min=torch.finfo(torch.float32).tiny).to(self.unet.device)
+        return mean.clamp(min=torch.finfo(torch.float32).tiny).to(self.device)
 
     @torch.no_grad()
     def _judge(self, lesson: Lesson) -> float:
@@ -336,7 +337,7 @@ class _Trainer:
             return {}
 
     def _run_block(self, block: nn.Module, i: int) -> torch.Tensor:
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.unet.device), self.store[f"inputs_{i}"])
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), self.store[f"inputs_{i}"])
         self.grid.index = self.indices[i]
         return result_tensor(block(*args, **kwargs))
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.downsampling import Downsample2D
@@ -340,6 +341,17 @@ def test_weights_that_are_loaded_when_they_are_needed_are_loaded(assert_same_out
         change(actual, *(() if change is fuse else ("cpu",)))
 
     assert all(parameter.is_meta for parameter in actual.parameters())
+    assert_same_output(actual, expected)
+
+
+@pytest.mark.parametrize("make", [quantized, fused])
+def test_tensors_that_lie_on_disk_are_read_after_they_were_loaded(assert_same_output, make, tmp_path):
+    expected, actual = quantized(), make()
+    apply_group_offloading(
+        actual, torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "offloaded")
+    )
+
+    assert list((tmp_path / "offloaded").iterdir())
     assert_same_output(actual, expected)
 
 

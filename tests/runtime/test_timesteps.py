@@ -242,3 +242,10 @@ def test_a_group_that_is_no_timesteps_nearest_is_left_out():
 
     assert grouped(timesteps, 3) == [0.5, 1001.5]
     assert TimestepGrid(grouped(timesteps, 3)).rows_of(timesteps) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_grid_that_was_made_without_memory_has_its_timesteps():
+    with torch.device("meta"):
+        grid = TimestepGrid([1.0, 5.0, 9.0])
+
+    assert grid.to("meta").to_empty(device=CPU).nearest(torch.tensor([0, 4, 8]), 3, CPU).tolist() == [0, 1, 2]
