@@ -34,8 +34,8 @@ class TimestepGrid(nn.Module):
         timesteps: the T calibrated timesteps, in the unit of the UNet's ``timestep`` argument.
     """
 
-    # Neither is a buffer. Offloaders take buffers away until the UNet's forward, and this reads before it; torch.compile
-    # compiles again when a buffer is replaced.
+    # Neither is a buffer: offloaders take those away until the UNet's forward, which comes after this is read, and
+    # torch.compile compiles again when one is replaced.
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
     index: torch.Tensor  # [B] int32, of the current forward pass; empty before the first
     uniform: bool  # whether the UNet was given one timestep for all samples
