@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -27,6 +28,13 @@ from dq_runtime.timesteps import TimestepGrid
 logger = logging.getLogger("dq_runtime")
 
 GRID_NAME = "timestep_grid"
+
+# Methods of diffusers' UNets that would write into the weights, and what to do instead.
+REFUSED = {
+    "fuse_lora": "Packed INT4 weights cannot take an adapter in: leave it loaded on top of them, or merge and unload "
+    "it before the floating-point UNet is calibrated",
+    "fuse_qkv_projections": "Packed INT4 weights are joined by dq_runtime.fuse(unet), which makes q, k and v one GEMM",
+}
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,13 @@ def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLaye
     unet.requires_grad_(False)  # no gradient passes the layers; without any wanted, none is refused
     unet.add_module(GRID_NAME, grid.train(unet.training))
     grid.hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
+    for method, remedy in REFUSED.items():
+        if hasattr(unet, method):
+            setattr(unet, method, partial(_refuse, remedy))
+
+
+def _refuse(remedy: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(remedy)
 
 
 def replace_layers(unet: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
@@ -192,6 +207,8 @@ def dequantize(unet: Any) -> Any:
     unet.requires_grad_(True)
     unet.timestep_grid.hook.remove()
     del unet.timestep_grid
+    for method in REFUSED:
+        unet.__dict__.pop(method, None)
     if getattr(unet, "hf_quantizer", None) is not None:
         del unet.hf_quantizer
     unet._internal_dict = FrozenDict({k: v for k, v in unet.config.items() if k != "quantization_config"})

@@ -349,6 +349,16 @@ def test_half_precision_unet_is_quantized_with_fp32_tables(new_unet, quantize, t
     assert unet(torch.randn(1, 3, 8, 8).half(), 500).sample.dtype == torch.float16
 
 
+@pytest.mark.parametrize("method", ["fuse_lora", "fuse_qkv_projections"])
+def test_what_would_write_into_the_weights_is_refused(unet2d_condition, method):
+    unet = unet2d_condition.copy()
+
+    with pytest.raises(ValueError, match="Packed INT4 weights"):
+        getattr(unet, method)()
+
+    getattr(unet.dequantize(), method)()
+
+
 # PyTorch sums a 1x1 convolution in another order when its weight's strides differ in a dimension of size 1. In fp32.
 ORDER_OF_SUMS = 1e-5
 
@@ -375,11 +385,12 @@ def test_dequantized_unet_is_stock_with_the_rounded_weights(subject, dequantize,
 
 
 @WAYS_BACK
-def test_nothing_of_the_quantization_is_left_behind(unet2d, dequantize):
-    unet = unet2d.copy()
+def test_nothing_of_the_quantization_is_left_behind(subject, dequantize):
+    unet = subject.copy()
 
     dequantize(unet)
 
+    assert vars(unet).keys() == vars(subject.stock).keys()
     assert not unet._forward_pre_hooks
     assert "quantization_config" not in unet.config
     assert getattr(unet, "hf_quantizer", None) is None
