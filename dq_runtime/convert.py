@@ -169,7 +169,10 @@ def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLaye
     replace_layers(unet, {plan.layers[name]: layer for name, layer in layers.items()})
     unet.requires_grad_(False)  # no gradient passes the layers; without any wanted, none is refused
     unet.add_module(GRID_NAME, grid.train(unet.training))
-    grid.hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
+    grid.hooks = [
+        unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True),
+        unet.register_forward_hook(grid.after_forward),
+    ]
     for method, remedy in REFUSED.items():
         if hasattr(unet, method):
             setattr(unet, method, partial(_refuse, remedy))
@@ -205,7 +208,8 @@ def dequantize(unet: Any) -> Any:
     dtype = unet.dtype
     replace_layers(unet, {layer: _dequantized_layer(layer, dtype) for layer in quantized_layers(unet).values()})
     unet.requires_grad_(True)
-    unet.timestep_grid.hook.remove()
+    for hook in unet.timestep_grid.hooks:
+        hook.remove()
     del unet.timestep_grid
     for method in REFUSED:
         unet.__dict__.pop(method, None)

@@ -101,8 +101,8 @@ class QuantizedLayer(TableModule):
             return grid.index
         if grid.index.numel() == 0:
             raise RuntimeError(
-                f"{self.name}: no timestep is known. Call the UNet rather than the layer: it maps its `timestep` "
-                "argument to the activation scales of all layers"
+                f"{self.name}: no timestep is known. Call the UNet, not the layer or `unet.forward`: a hook maps the "
+                "UNet's `timestep` argument to the activation scales of all layers"
             )
         if not grid.uniform:
             raise ValueError(

@@ -37,7 +37,7 @@ class TimestepGrid(nn.Module):
     # Neither is a buffer: offloaders take those away until the UNet's forward, which comes after this is read, and
     # torch.compile compiles again when one is replaced.
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
-    index: torch.Tensor  # [B] int32, of the current forward pass; empty before the first
+    index: torch.Tensor  # [B] int32, of the current forward pass; empty outside of one
     uniform: bool  # whether the UNet was given one timestep for all samples
 
     def __init__(self, timesteps: Sequence[float]) -> None:
@@ -96,3 +96,7 @@ class TimestepGrid(nn.Module):
             sample, timestep = arguments["sample"], arguments["timestep"]
             self.index = self.nearest(timestep, sample.shape[0], sample.device)
             self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+
+    def after_forward(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The UNet's forward hook: without it ``unet.forward(...)``, which runs no hooks, would use an old timestep."""
+        self.index = self.index.new_empty(0)

@@ -273,6 +273,14 @@ def test_layer_without_a_timestep_is_refused_by_its_name(new_layer):
         new_layer(nn.Linear(24, 16))(torch.randn(2, 24))
 
 
+def test_a_forward_past_the_hooks_does_not_use_the_timestep_of_the_last_call(unet2d):
+    unet = unet2d.copy()
+    unet2d.call(unet, 500)
+
+    with pytest.raises(RuntimeError, match="Call the UNet"):
+        unet.forward(torch.zeros(1, 3, 8, 8), 500)
+
+
 def test_prompt_of_another_batch_is_refused_by_the_layer_s_name(unet2d_condition):
     prompt = unet2d_condition.arguments["encoder_hidden_states"][:1]
     with pytest.raises(ValueError, match=r"attn2\.to_[kv]: .*2 samples.*got 1.*modules_to_not_convert"):

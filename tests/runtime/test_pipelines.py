@@ -46,7 +46,8 @@ class Oracle:
         for name, layer in quantized_layers(unet).items():
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, FakeQuantizedLayer(layer, self, fake_quantized))
-        unet.timestep_grid.hook.remove()
+        for hook in unet.timestep_grid.hooks:
+            hook.remove()
         self.unet = unet
 
     def __call__(self, sample, timestep, **arguments):
