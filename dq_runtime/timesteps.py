@@ -39,6 +39,7 @@ class TimestepGrid(nn.Module):
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
     index: torch.Tensor  # [B] int32, of the current forward pass; empty outside of one
     uniform: bool  # whether the UNet was given one timestep for all samples
+    hooks: list[Any]  # of the UNet, which call the methods below
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class TimestepGrid(nn.Module):
         self.boundaries = (values[1:] + values[:-1]) / 2
         self.index = torch.empty(0, dtype=torch.int32)
         self.uniform = False
+        self.hooks = []
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
