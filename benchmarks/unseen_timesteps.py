@@ -1,10 +1,16 @@
 """Sampling at timesteps that no calibration has seen: DDIM-20's scales under other samplers.
 
-    python benchmarks/unseen_timesteps.py [--task digits/cross_attention] [--bits 8] [--output FILE]
+    python benchmarks/unseen_timesteps.py [--task digits/cross_attention] [--bits 8] [--seeds 3] [--output FILE]
 
-For each sampler the UNet is calibrated twice, on DDIM with 20 steps and on the sampler's own steps, and draws the same
-noise as fp32. The loss is what foreign scales cost, in dB of PSNR to fp32 with the same sampler. Weights are rounded
-with error feedback, without training, so that nothing but the calibration data differs.
+For each sampler a UNet that was calibrated on DDIM with 20 steps draws the same noise as fp32 with
+
+- the scales of the nearest timestep, as it does by default;
+- scales and zero points interpolated between the two neighbours;
+- scales searched on the sampler's own steps: no rule that selects among DDIM-20's can be expected to do better;
+- weights that were calibrated on the sampler's own steps, too.
+
+The figures are PSNR to fp32 with the same sampler, for each seed of calibration data, training and images. Weights are
+rounded with error feedback, without training, so that nothing but the calibration data differs.
 """
 
 from __future__ import annotations
@@ -12,17 +18,23 @@ from __future__ import annotations
 import argparse
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import environment
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 from quality import BATCH, CALIBRATION_SAMPLES, FIRST_IMAGE_SEED, ROOT
 from tasks import TASKS
 
 import dq_runtime
+from dq_runtime.calibration.temporal import sample_inputs, temporal_quantizer
+from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.evaluation.metrics import psnr
+from dq_runtime.layers import quantized_layers
 
 IMAGES = 200
 SAMPLERS: dict[str, tuple[Any, int]] = {
@@ -33,15 +45,51 @@ SAMPLERS: dict[str, tuple[Any, int]] = {
     "LCM, 4 steps": (LCMScheduler, 4),
 }
 
+Tables = dict[str, dict[str, torch.Tensor]]  # of each layer: act_scale and act_zero_point, [T]
+
+
+def interpolated(unet: Any, timesteps: list[float]) -> Tables:
+    """A quantized UNet's tables at other timesteps, between those of its own."""
+
+    def at(table: torch.Tensor) -> torch.Tensor:
+        values = np.interp(timesteps, unet.config.quantization_config.timesteps, table.double().numpy())
+        return torch.from_numpy(values if table.is_floating_point() else values.round()).to(table.dtype)
+
+    return {
+        name: {"act_scale": at(layer.act_scale), "act_zero_point": at(layer.act_zero_point)}
+        for name, layer in quantized_layers(unet).items()
+    }
+
+
+def searched(unet: Any, stock: Any, calibration_set: dq_runtime.CalibrationSet) -> Tables:
+    """A quantized UNet's tables, searched anew on the timesteps of a calibration set; its dilation stays."""
+    config = unet.config.quantization_config
+    tables = {}
+    for name, rows in sample_inputs(stock, plan_conversion(stock, config).layers, calibration_set).items():
+        dilation = quantized_layers(unet)[name].weight_dilation
+        scale, zero_point = temporal_quantizer(rows, dilation, config.activation_bits_of(name))
+        tables[name] = {"act_scale": scale, "act_zero_point": zero_point}
+    return tables
+
+
+def with_tables(unet: Any, stock: Any, timesteps: list[float], tables: Tables) -> Any:
+    """A copy of a quantized UNet that has other tables, for other timesteps."""
+    tensors = {name: layer.state_dict() | tables[name] for name, layer in quantized_layers(unet).items()}
+    copy = deepcopy(stock)
+    convert(copy, replace(unet.config.quantization_config, timesteps=timesteps), tensors)
+    return copy
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
     parser.add_argument("--bits", type=int, choices=(4, 6, 8), default=8, help="of activations")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     unet = task.unet()
+    labels, classifier = task.labels(IMAGES), task.classifier()
 
     def scheduler(name: str) -> Any:
         # From timestep 999 on, nothing of the image is left to predict
@@ -49,50 +97,72 @@ def main() -> None:
         options |= {"original_inference_steps": 20} if name.startswith("LCM") else {}
         return SAMPLERS[name][0].from_config(task.noise_scheduler().config, **options)
 
-    def calibrated(name: str) -> Any:
-        calibration_set = dq_runtime.collect_from_scheduler(
-            unet, scheduler(name), task.noise(CALIBRATION_SAMPLES, 0), SAMPLERS[name][1],
+    def collected(name: str, seed: int) -> dq_runtime.CalibrationSet:
+        return dq_runtime.collect_from_scheduler(
+            unet, scheduler(name), task.noise(CALIBRATION_SAMPLES, seed), SAMPLERS[name][1],
             task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
         )  # fmt: skip
+
+    def calibrated(calibration_set: dq_runtime.CalibrationSet, seed: int) -> Any:
         config = dq_runtime.DilateQuantConfig(activation_bits=arguments.bits)
-        return dq_runtime.calibrate(deepcopy(unet), calibration_set, config, dq_runtime.Distillation(iterations=0))
+        settings = dq_runtime.Distillation(iterations=0, seed=seed)
+        return dq_runtime.calibrate(deepcopy(unet), calibration_set, config, settings)
 
     first = next(iter(SAMPLERS))
-    foreign = calibrated(first)
-    rows = []
-    for name, (_, steps) in SAMPLERS.items():
-        own = foreign if name == first else calibrated(name)
-        images = [
-            task.sample(model, task.labels(IMAGES), FIRST_IMAGE_SEED, steps, scheduler(name))
-            for model in (unet, foreign, own)
-        ]
-        with torch.no_grad():
-            judged = [task.classifier()(batch).argmax(1) == task.labels(IMAGES) for batch in images]
-        foreign_db, own_db = (float(psnr(drawn, images[0]).mean()) for drawn in images[1:])
-        rows.append(
-            {
-                "sampler": name,
-                "psnr_db": foreign_db,
-                "psnr_db_own_grid": own_db,
-                "loss_db": own_db - foreign_db,
-                **{
-                    f"accuracy_{which}": right.float().mean().item()
-                    for which, right in zip(("fp32", "ddim20_grid", "own_grid"), judged, strict=True)
-                },
-            }
-        )
-        print(f"{name:24s} DDIM-20's scales {foreign_db:.1f} dB, its own {own_db:.1f} dB", flush=True)
-    slug = arguments.task.replace("/", "_")
+    results: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in SAMPLERS}
+    for seed in range(arguments.seeds):
+        foreign = calibrated(collected(first, seed), seed)
+        for name, (_, steps) in SAMPLERS.items():
+            models = {"fp32": unet, "nearest": foreign}
+            if name != first:
+                own = collected(name, seed)
+                for which, tables in (
+                    ("interpolated", interpolated(foreign, own.timesteps)),
+                    ("own_scales", searched(foreign, unet, own)),
+                ):
+                    models[which] = with_tables(foreign, unet, own.timesteps, tables)
+                models["own_calibration"] = calibrated(own, seed)
+            reference = None
+            for which, model in models.items():
+                images = task.sample(model, labels, FIRST_IMAGE_SEED + seed, steps, scheduler(name))
+                reference = images if reference is None else reference
+                with torch.no_grad():
+                    accuracy = (classifier(images).argmax(1) == labels).float().mean().item()
+                result = {"accuracy": accuracy}
+                if which != "fp32":
+                    result["psnr_db"] = float(psnr(images, reference).mean())
+                results[name].setdefault(which, []).append(result)
+                print(f"seed {seed}  {name:24s} {which:16s} {result}", flush=True)
+    slug = f"{arguments.task.replace('/', '_')}_w4a{arguments.bits}"
     output = arguments.output or ROOT / "benchmarks" / "results" / f"unseen_timesteps_{slug}.json"
     report = {
-        "command": f"python benchmarks/unseen_timesteps.py --task {arguments.task} --bits {arguments.bits}",
+        "command": f"python benchmarks/unseen_timesteps.py --task {arguments.task} --bits {arguments.bits}"
+        f" --seeds {arguments.seeds}",
         "environment": environment.describe(),
         "task": arguments.task,
         "activation_bits": arguments.bits,
         "images": IMAGES,
-        "rows": rows,
+        "rows": [{"sampler": name, **summary(by_scales)} for name, by_scales in results.items()],
     }
     output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def summary(by_scales: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """From each seed's results with each kind of scales: the gain over those of the nearest timestep."""
+    psnr_db = {which: [result["psnr_db"] for result in seeds] for which, seeds in by_scales.items() if which != "fp32"}
+    gains = {
+        which: [there - nearest for there, nearest in zip(values, psnr_db["nearest"], strict=True)]
+        for which, values in psnr_db.items()
+        if which != "nearest"
+    }
+    return {
+        "accuracy": {which: mean(result["accuracy"] for result in seeds) for which, seeds in by_scales.items()},
+        "psnr_db": psnr_db,
+        "gain_db": {
+            which: {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+            for which, values in gains.items()
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused_unets import call, new_unet, quantized
+
+from dq_runtime.layers import quantized_layers
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -62,15 +65,47 @@ def test_two_quantizers_win_where_ranges_are_far_apart(monkeypatch):
     assert two > one + 3
 
 
-def test_a_sampler_with_the_calibrated_steps_loses_nothing(run):
+def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run):
     script = importlib.import_module("unseen_timesteps")
     names = ("DDIM, 20 steps", "LCM, 4 steps")
     samplers = {name: script.SAMPLERS[name] for name in names}
-    report = run("unseen_timesteps", "--bits", "4", SAMPLERS=samplers, IMAGES=4, CALIBRATION_SAMPLES=8)
+    arguments = ("--bits", "4", "--seeds", "1")
+    report = run("unseen_timesteps", *arguments, SAMPLERS=samplers, IMAGES=4, CALIBRATION_SAMPLES=8)
 
     ddim, lcm = report["rows"]
     assert [ddim["sampler"], lcm["sampler"]] == list(names)
-    assert ddim["loss_db"] == 0
-    assert ddim["psnr_db"] > 20
-    assert lcm["loss_db"] != 0
-    assert lcm["psnr_db"] > 20
+    assert ddim["psnr_db"].keys() == {"nearest"}
+    assert lcm["psnr_db"].keys() == {"nearest", "interpolated", "own_scales", "own_calibration"}
+    measured = [value for row in (ddim, lcm) for values in row["psnr_db"].values() for value in values]
+    assert len(set(measured)) == len(measured) == 5
+    assert min(measured) > 20
+
+
+def test_gains_of_scales_are_seed_by_seed(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    seeds = {
+        "fp32": [{"accuracy": 1.0}, {"accuracy": 0.5}],
+        "nearest": [{"accuracy": 0.5, "psnr_db": 30.0}, {"accuracy": 0.5, "psnr_db": 34.0}],
+        "interpolated": [{"accuracy": 0.5, "psnr_db": 31.0}, {"accuracy": 0.75, "psnr_db": 37.0}],
+    }
+
+    summary = importlib.import_module("unseen_timesteps").summary(seeds)
+
+    assert summary["accuracy"] == {"fp32": 0.75, "nearest": 0.5, "interpolated": 0.625}
+    assert summary["psnr_db"] == {"nearest": [30.0, 34.0], "interpolated": [31.0, 37.0]}
+    assert summary["gain_db"] == {"interpolated": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
+
+
+def test_tables_between_timesteps_lie_between_theirs_and_on_them_are_theirs(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    study = importlib.import_module("unseen_timesteps")
+    unet = quantized()
+    first, second, *_ = own = unet.config.quantization_config.timesteps
+
+    same = study.with_tables(unet, new_unet("conv projections"), own, study.interpolated(unet, own))
+    between = study.interpolated(unet, [(first + second) / 2])
+
+    assert torch.equal(call(same), call(unet))
+    for name, layer in quantized_layers(unet).items():
+        torch.testing.assert_close(between[name]["act_scale"], layer.act_scale[:2].mean()[None])
+        assert between[name]["act_zero_point"].dtype == torch.int32
