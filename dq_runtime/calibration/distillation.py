@@ -34,7 +34,7 @@ from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
     inputs_of,
-    output_of,
+    outputs_of,
     result_tensor,
     squared_error,
 )
@@ -47,6 +47,7 @@ logger = logging.getLogger("dq_runtime")
 WEIGHING = 512  # samples that tell each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam does not notice
 FEW_SAMPLES = 4  # for one timestep
+TARGET_BYTES = 2**32  # on disk: the targets of as many blocks are computed at once
 
 Lesson = Callable[[int], torch.Tensor]
 
@@ -68,7 +69,7 @@ class Distillation:
             twice instead of keeping them.
         autocast: whether training computes in bfloat16 where torch's autocast does.
         folder: where finished blocks are written, so that an interrupted calibration goes on behind the last one; the
-            activations that a block is trained on lie there too. By default a temporary folder.
+            activations that blocks are trained on lie there too. By default a temporary folder.
         seed: of the samples drawn and their order.
 
     Raises:
@@ -142,15 +143,20 @@ def distil(
     ):
         finished = FinishedBlocks(folder, decisive)
         trainer = _Trainer(unet, stand_ins, batches, TensorStore(folder / "activations"), grid, settings)
-        for name, block in blocks_in_order(unet, stand_ins.values(), batches[0]).items():
-            inside = set(block.modules())
-            block_layers = {n: layer for n, layer in stand_ins.items() if layer in inside}
-            if not finished.restore(name, block_layers):
-                trainer.distil(name, block, block_layers)
-                finished.save(name, block_layers)
-            for layer in block_layers.values():
-                layer.quantized = True
-                trainer.free_quantizers.discard(layer.input_quantizer)
+        blocks = blocks_in_order(unet, stand_ins.values(), batches[0])
+        try:
+            for name, block in list(blocks.items()):
+                inside = set(block.modules())
+                block_layers = {n: layer for n, layer in stand_ins.items() if layer in inside}
+                if not finished.restore(name, block_layers):
+                    trainer.distil(name, blocks, block_layers)
+                    finished.save(name, block_layers)
+                for layer in block_layers.values():
+                    layer.quantized = True
+                    trainer.free_quantizers.discard(layer.input_quantizer)
+                del blocks[name]
+        finally:
+            trainer.store.clear()
         if settings.polish_iterations:
             wanted = settings.polish_iterations * settings.batch_size
             batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed)
@@ -184,29 +190,41 @@ class _Trainer:
         # Who shares an input quantizer with an earlier block finds it fixed.
         self.free_quantizers = {layer.input_quantizer for layer in stand_ins.values()}
 
-    def distil(self, name: str, block: nn.Module, layers: Mapping[str, SimulatedLayer]) -> None:
-        """Trains one block's layers; the blocks before it are quantized already."""
+    def distil(self, name: str, blocks: Mapping[str, nn.Module], layers: Mapping[str, SimulatedLayer]) -> None:
+        """Trains a block's layers; ``blocks`` are it and those after it, what comes before is quantized already."""
 
         def error(i: int) -> torch.Tensor:
-            return squared_error(self._run_block(block, i), self.store[f"target_{i}"])
+            return squared_error(self._run_block(blocks[name], i), self.store[_target(name, i)])
 
-        try:
+        if _target(name, 0) not in self.store:
+            self._store_targets(blocks)
+        for i, batch in enumerate(self.batches):
+            self.store[f"inputs_{i}"] = inputs_of(self.unet, blocks[name], batch)
+        start = self._feedback(blocks[name], layers) if self.settings.error_feedback else {}
+        for layer in layers.values():
+            layer.quantized = True
+        present = self._error_of_timesteps(error)
+        weights = [1 / present[self.indices[i]] / self.shares[i] for i in range(len(self.batches))]
+        self._train(
+            name, lambda i: error(i) * weights[i], layers, start, self.settings.iterations, self.settings.learning_rate
+        )
+        for i in range(len(self.batches)):
+            del self.store[f"inputs_{i}"], self.store[_target(name, i)]
+
+    def _store_targets(self, blocks: Mapping[str, nn.Module]) -> None:
+        """Stores what the floating-point UNet returns in place of the first blocks, until it fills ``TARGET_BYTES``."""
+        stored: dict[str, int] = {}  # bytes of a batch
+
+        def keep(name: str, output: torch.Tensor) -> bool:
+            self.store[_target(name, i)] = output
+            if i == 0:
+                stored[name] = output.numel() * output.element_size()
+            return i > 0 or sum(stored.values()) * len(self.batches) < TARGET_BYTES
+
+        with self._in_floating_point():
             for i, batch in enumerate(self.batches):
-                self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
-            with self._in_floating_point():
-                for i, batch in enumerate(self.batches):
-                    self.store[f"target_{i}"] = output_of(self.unet, block, batch)
-            start = self._feedback(block, layers) if self.settings.error_feedback else {}
-            for layer in layers.values():
-                layer.quantized = True
-            present = self._error_of_timesteps(error)
-            weights = [1 / present[self.indices[i]] / self.shares[i] for i in range(len(self.batches))]
-            self._train(
-                name, lambda i: error(i) * weights[i], layers, start,
-                self.settings.iterations, self.settings.learning_rate,
-            )  # fmt: skip
-        finally:
-            self.store.clear()
+                wanted = {name: blocks[name] for name in stored} if i else blocks
+                outputs_of(self.unet, wanted, batch, keep)
 
     def polish(self) -> None:
         """Trains all layers together on what the UNet predicts."""
@@ -351,6 +369,11 @@ class _Trainer:
         finally:
             for layer in quantized:
                 layer.quantized = True
+
+
+def _target(block: str, batch: int) -> str:
+    """The name under which it is stored."""
+    return f"target_{block}_{batch}"
 
 
 def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) -> Iterator[int]:

@@ -1,8 +1,9 @@
-"""Replaying recorded calls up to one block, with what it sees kept on disk."""
+"""Replaying recorded calls up to some block, with what blocks see and return kept on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +78,34 @@ def inputs_of(unet: nn.Module, block: nn.Module, call: UNetCall) -> tuple[tuple[
 
 
 @torch.no_grad()
-def output_of(unet: nn.Module, block: nn.Module, call: UNetCall) -> torch.Tensor:
-    """A block's result in a call of the UNet, the first time; what comes after is not computed."""
+def outputs_of(
+    unet: nn.Module, blocks: Mapping[str, nn.Module], call: UNetCall, keep: Callable[[str, torch.Tensor], bool]
+) -> None:
+    """Hands over what blocks return in a call of the UNet, the first time, in the order in which it reaches them.
 
-    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise _Reached(result_tensor(output))
+    Args:
+        keep: gets a block's name and its result. What comes after is not computed if it returns False, or if that was
+            the last block.
+    """
+    missing = set(blocks)
 
-    return _run_until(unet, call, block.register_forward_hook(stop))
+    def hand_over(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if name in missing:
+            missing.remove(name)
+            if not keep(name, result_tensor(output)) or not missing:
+                raise _Reached(None)
+
+    _run_until(unet, call, *(block.register_forward_hook(partial(hand_over, name)) for name, block in blocks.items()))
 
 
-def _run_until(unet: nn.Module, call: UNetCall, handle: Any) -> Any:
+def _run_until(unet: nn.Module, call: UNetCall, *handles: Any) -> Any:
     try:
         call.run(unet)
     except _Reached as reached:
         return reached.args[0]
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     raise ValueError("A recorded call takes another path through the UNet than the first one")
 
 
@@ -130,11 +143,17 @@ class TensorStore:
             leaves[int(i)] = tensor
         return tree_unflatten(leaves, structure)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._trees
+
+    def __delitem__(self, name: str) -> None:
+        del self._trees[name]
+        self._file(name).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Deletes everything."""
-        for name in self._trees:
-            self._file(name).unlink(missing_ok=True)
-        self._trees.clear()
+        for name in list(self._trees):
+            del self[name]
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

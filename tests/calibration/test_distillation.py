@@ -332,6 +332,26 @@ def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plai
     assert not list((tmp_path / "activations").iterdir())
 
 
+def test_targets_of_many_blocks_at_once_are_those_of_each_by_itself(plain, monkeypatch, tmp_path):
+    original, wanted = distillation.outputs_of, []
+
+    def outputs_of(unet, blocks, *args):
+        wanted.append(len(blocks))
+        return original(unet, blocks, *args)
+
+    monkeypatch.setattr(distillation, "outputs_of", outputs_of)
+    plain.distil(iterations=0)
+    batches = len(wanted)
+    assert wanted == batches * [6]
+
+    wanted.clear()
+    monkeypatch.setattr(distillation, "TARGET_BYTES", 1)
+    one_by_one = plain.distil()
+    later = [1] * (batches - 1)
+    assert wanted == [6, *later, 5, *later, 4, *later, 3, *later, 2, *later, 1, *later]
+    assert_same_state(one_by_one, plain.distilled)
+
+
 def test_the_temporary_folder_is_removed(plain, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     original, seen = distillation._Trainer.distil, set()

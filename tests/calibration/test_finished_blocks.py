@@ -32,7 +32,7 @@ def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_pa
         (distillation._Trainer, "distil", 3),
         (torch.optim.Adam, "step", 5),
         (error_feedback, "round_with_feedback", 4),
-        (distillation, "output_of", 6),
+        (distillation, "outputs_of", 2),
         (distillation._Trainer, "polish", 0),
     ):
         with monkeypatch.context() as patch:
@@ -93,7 +93,7 @@ def test_another_process_goes_on_with_the_calibration_set_that_was_saved(plain, 
     [
         (torch.optim.Adam, "step", 5),
         (distillation, "inputs_of", 6),
-        (distillation, "output_of", 6),
+        (distillation._Trainer, "_judge", 6),
         (finished_blocks, "save_file", 3),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

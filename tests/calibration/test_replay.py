@@ -9,7 +9,7 @@ from torch import nn
 
 from dq_runtime import DilateQuantConfig
 from dq_runtime.calibration.collect import UNetCall
-from dq_runtime.calibration.replay import TensorStore, blocks_in_order, inputs_of, output_of, result_tensor
+from dq_runtime.calibration.replay import TensorStore, blocks_in_order, inputs_of, outputs_of, result_tensor
 from dq_runtime.convert import plan_conversion
 
 
@@ -143,13 +143,15 @@ def test_inputs_and_output_of_a_block_are_those_of_the_whole_forward(unet, layer
         call.run(unet)
         for handle in handles:
             handle.remove()
+        outputs = {}
+        outputs_of(unet, blocks, call, lambda name, output, outputs=outputs: outputs.setdefault(name, output) is output)
+        assert list(outputs) == list(blocks)
         for name, block in blocks.items():
             *expected_inputs, expected_output = seen[block]
             args, kwargs = inputs_of(unet, block, call)
             assert_same_tree([args, kwargs], expected_inputs)
-            output = output_of(unet, block, call)
-            assert not output.requires_grad
-            assert torch.equal(output, expected_output), name
+            assert torch.equal(outputs[name], expected_output), name
+            assert not outputs[name].requires_grad
             with torch.no_grad():  # what was seen is all that the block needs
                 assert torch.equal(result_tensor(block(*args, **kwargs)), expected_output), name
     assert hook_count(unet) == 0
@@ -169,7 +171,11 @@ def test_the_forward_stops_at_the_block(unet, layers):
     assert called == names[:here]
 
     called.clear()
-    output_of(unet, blocks[names[here]], call)
+    outputs_of(unet, {name: blocks[name] for name in names[: here + 1]}, call, lambda name, output: True)
+    assert called == names[: here + 1]
+
+    called.clear()
+    outputs_of(unet, blocks, call, lambda name, output: name != names[here])
     assert called == names[: here + 1]
     for handle in handles:
         handle.remove()
@@ -182,9 +188,10 @@ def test_hooks_go_also_where_the_block_is_not_reached_or_fails(unet, layers):
         inputs_of(unet, nn.Linear(1, 1), call)
     broken = UNetCall(call.sample[:, :1], call.timestep, call.arguments)
     block = unet.mid_block.resnets[0]
-    for function in (inputs_of, output_of):
-        with pytest.raises(RuntimeError, match="channels"):
-            function(unet, block, broken)
+    with pytest.raises(RuntimeError, match="channels"):
+        inputs_of(unet, block, broken)
+    with pytest.raises(RuntimeError, match="channels"):
+        outputs_of(unet, {"": block}, broken, lambda name, output: True)
     with pytest.raises(RuntimeError, match="channels"):
         blocks_in_order(unet, layers.values(), broken)
     assert hook_count(unet) == 0
