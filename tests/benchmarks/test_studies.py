@@ -70,7 +70,7 @@ def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run):
     names = ("DDIM, 20 steps", "LCM, 4 steps")
     samplers = {name: script.SAMPLERS[name] for name in names}
     arguments = ("--bits", "4", "--seeds", "1")
-    report = run("unseen_timesteps", *arguments, SAMPLERS=samplers, IMAGES=4, CALIBRATION_SAMPLES=8)
+    report = run("unseen_timesteps", *arguments, SAMPLERS=samplers, IMAGES=4, CALIBRATION_SAMPLES=4)
 
     ddim, lcm = report["rows"]
     assert [ddim["sampler"], lcm["sampler"]] == list(names)
