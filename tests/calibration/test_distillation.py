@@ -332,7 +332,7 @@ def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plai
     assert not list((tmp_path / "activations").iterdir())
 
 
-def test_targets_of_many_blocks_at_once_are_those_of_each_by_itself(plain, monkeypatch, tmp_path):
+def test_targets_of_many_blocks_at_once_are_those_of_each_by_itself(plain, monkeypatch):
     original, wanted = distillation.outputs_of, []
 
     def outputs_of(unet, blocks, *args):

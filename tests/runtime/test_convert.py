@@ -392,6 +392,7 @@ def test_nothing_of_the_quantization_is_left_behind(subject, dequantize):
 
     assert vars(unet).keys() == vars(subject.stock).keys()
     assert not unet._forward_pre_hooks
+    assert not unet._forward_hooks
     assert "quantization_config" not in unet.config
     assert getattr(unet, "hf_quantizer", None) is None
     with pytest.raises(ValueError, match="not quantized"):
