@@ -217,8 +217,7 @@ class _Trainer:
 
         def keep(name: str, output: torch.Tensor) -> bool:
             self.store[_target(name, i)] = output
-            if i == 0:
-                stored[name] = output.numel() * output.element_size()
+            stored[name] = output.nbytes
             return i > 0 or sum(stored.values()) * len(self.batches) < TARGET_BYTES
 
         with self._in_floating_point():
