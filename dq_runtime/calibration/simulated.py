@@ -39,7 +39,7 @@ class _RoundActivations(torch.autograd.Function):
         ctx.save_for_backward(x, dilation, scale, zero_point)
         ctx.range = low, high
         steps = (x * (dilation * scale).reciprocal_()).add_(0.5).floor_()
-        return steps.clamp_(low - zero_point, high - zero_point).mul_(scale)
+        return steps.add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -47,7 +47,7 @@ class _RoundActivations(torch.autograd.Function):
         low, high = ctx.range
         exact = x * (dilation * scale).reciprocal_()
         steps = (exact + 0.5).floor_()
-        clamped = steps.clamp(low - zero_point, high - zero_point)
+        clamped = (steps + zero_point).clamp_(low, high).sub_(zero_point)
         through = grad * (steps == clamped)
         # Inside the range d/dscale = rounded - exact; outside it the range's end, and d/dzero_point = -scale.
         grad_zero_point = _row_sum(through - grad) * scale

@@ -155,7 +155,7 @@ def search_range(values: torch.Tensor, bits: int, candidates: int = CANDIDATES) 
 def rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
     """``values`` after quantization and back; scale and zero point broadcast over them."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return (values / scale).add_(0.5).floor_().clamp_(low - zero_point, high - zero_point).mul_(scale)
+    return (values / scale).add_(0.5).floor_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
 
 
 def _best_end(
