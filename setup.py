@@ -20,8 +20,8 @@ setup(
     package_dir={"dq_kernels": "kernels"},
     package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "tuning/*.json"]},
     install_requires=[
-        "torch>=2.6",
-        "triton>=3.3",
+        "torch>=2.9",
+        "triton>=3.5",
         "diffusers>=0.36",
         "numpy",
         "safetensors",

@@ -170,8 +170,7 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
     is_nvidia = TARGETS[target].backend == "cuda"
     is_dependent = is_nvidia and TARGETS[target].arch >= 90
     constants = dict(use.constants) | {"PTX": is_nvidia, "PDL": is_dependent}
-    options: dict[str, Any] = {"num_warps": use.num_warps}
-    options |= {} if use.fp_fusion else {"enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": use.num_warps, "enable_fp_fusion": use.fp_fusion}
     options |= {"launch_pdl": True} if is_dependent else {}
     if config is not None:
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
@@ -186,7 +185,7 @@ def compile_int8(use: Use, target: str, config: LaunchConfig, parts: int) -> Com
     """Compiles the baseline with weights of one byte, for a use of the GEMM."""
     constants = dict(use.constants)
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "PARTS": parts}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     types = {"x_ptr": INT8, "weight_ptr": INT8, "out_ptr": INT32}
     return _compile(int8_gemm_kernel, target, constants, use.odd, types, options)
 

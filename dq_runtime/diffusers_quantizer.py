@@ -5,7 +5,6 @@ Importing ``dq_runtime`` registers it; diffusers has no public hook, so this wri
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ class DilateQuantizer(DiffusersQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
-        self._checkpoint_keys: set[str] = set()  # stays empty in diffusers 0.36, which does not tell them
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError for a compute dtype that the kernels do not know."""
@@ -47,16 +45,8 @@ class DilateQuantizer(DiffusersQuantizer):
         """None: sizes for ``device_map="auto"`` follow from the tensors themselves, packed ones included."""
         return {}
 
-    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Notes what the checkpoint holds."""
-        self._checkpoint_keys = set(loaded_keys)
-        return loaded_keys
-
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         insert_empty_layers(model, self.quantization_config)
-        ignored = model._keys_to_ignore_on_load_unexpected or ()
-        unexpected = self._checkpoint_keys - set(model.state_dict())
-        self._refuse("unexpected", [key for key in unexpected if not any(re.search(p, key) for p in ignored)])
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raises ValueError for a missing tensor, of which diffusers would make a warning and an empty layer."""
@@ -101,7 +91,11 @@ class DilateQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Puts a tensor into its layer as the checkpoint holds it: ``param_value`` may have been cast already."""
+        """Puts a tensor into its layer as the checkpoint holds it: ``param_value`` may have been cast already.
+
+        Raises ValueError for tensors of the checkpoint that the UNet has no place for, which diffusers would ignore.
+        """
+        self._refuse("unexpected", unexpected_keys or [])
         module_name, _, tensor_name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
         stored, empty = state_dict[param_name], getattr(module, tensor_name)

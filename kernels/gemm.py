@@ -392,4 +392,5 @@ def launch(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(),
+        enable_fp_fusion=True,  # the default until Triton 3.10
     )

@@ -262,6 +262,7 @@ def channel_statistics(x: torch.Tensor) -> torch.Tensor:
         BLOCK_K=STATISTICS_CHANNELS,
         num_warps=4,
         **launch_options(),
+        enable_fp_fusion=True,
     )
     return out
 
@@ -307,6 +308,7 @@ def group_norm_quantize(
         BLOCK_K=next_power_of_2(out_channels // num_groups),
         num_warps=4,
         **launch_options(),
+        enable_fp_fusion=True,
     )
     flat = x.reshape(batch, height * width, channels)
     flat_skip = flat if skip is None else skip.reshape(batch, height * width, skip_channels)

@@ -140,8 +140,4 @@ def launch_options() -> dict[str, Any]:
 @cache
 def use_pdl() -> bool:
     """Whether a kernel may be launched while the one before it runs out: on NVIDIA GPUs since Hopper."""
-    if not use_ptx() or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return False
-    from triton.backends.nvidia.compiler import CUDAOptions
-
-    return hasattr(CUDAOptions, "launch_pdl")
+    return use_ptx() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -199,17 +199,23 @@ def rounded(v):
     return v + (torch.floor(v + 0.5) - v).detach()
 
 
+def clamped(v, low, high):
+    """With the gradient of the identity on the ends too, where that of torch's clamp depends on its version."""
+    return torch.where((v >= low) & (v <= high), v, v.detach().clamp(low, high))
+
+
 def reference_forward(stand_in, x, leaves):
     """float64, straight from the definition of the quantizers; autograd does the rest."""
     quantizer, layer = stand_in.input_quantizer, stand_in.layer
     scale = quantizer.initial_scale.double() * leaves["act_log_ratio"].exp()
     scale = scale[INDEX].view(sample_shape(x.shape))
-    zero_point = rounded(leaves["zero_point"].clamp(quantizer.low, quantizer.high))[INDEX].view(sample_shape(x.shape))
+    zero_point = rounded(clamped(leaves["zero_point"], quantizer.low, quantizer.high))
+    zero_point = zero_point[INDEX].view(sample_shape(x.shape))
     steps = x / quantizer.weight_dilation.double().view(channel_shape(layer)) / scale
-    q = ((rounded(steps) + zero_point).clamp(quantizer.low, quantizer.high) - zero_point) * scale
+    q = (clamped(rounded(steps) + zero_point, quantizer.low, quantizer.high) - zero_point) * scale
     ratio = leaves["log_ratio"].exp()
     weight_scale = stand_in.weight_scale.double()
-    weight = rounded(leaves["steps"] / ratio).clamp(-8, 7) * ratio * weight_scale
+    weight = clamped(rounded(leaves["steps"] / ratio), -8, 7) * ratio * weight_scale
     bias = None
     if "bias" in leaves:
         whole_range = 2.0 * quantizer.high + 1
@@ -250,6 +256,19 @@ def test_gradients_are_those_of_the_straight_through_estimator(kind, bits):
         assert_close(parameter.grad, leaves[name].grad, name)
     assert quantizer.zero_point.grad[:2].tolist() == [0, 0]  # were clamped
     assert 0 < (stand_in.steps.grad == 0).float().mean() < 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_point_at_the_end_of_its_range_is_learned(bits):
+    stand_in, _ = simulated_layer("linear", bits)
+    quantizer = stand_in.input_quantizer.requires_grad_(True)
+    with torch.no_grad():
+        quantizer.zero_point.copy_(torch.tensor([quantizer.low, quantizer.high, quantizer.low]))
+    x = 100 * torch.randn(4, 3, 10, generator=torch.Generator().manual_seed(1))  # most of it out of range
+
+    stand_in(x).square().sum().backward()
+
+    assert (quantizer.zero_point.grad != 0).all()
 
 
 def test_thawing_and_freezing_without_a_step_changes_nothing(kind):
