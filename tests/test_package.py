@@ -196,6 +196,15 @@ def test_the_wheels_metadata(wheel):
     assert any(name.endswith("LICENSE") for name in wheel.namelist())
 
 
+def test_the_oldest_versions_that_are_tested_are_the_oldest_that_install(wheel):
+    metadata = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/METADATA").decode()
+    admitted = dict(re.findall(r"^Requires-Dist: ([\w-]+)>=([\d.]+)$", metadata, re.MULTILINE))
+    pins = (REPOSITORY / "constraints-oldest.txt").read_text()
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)$", pins, re.MULTILINE))
+
+    assert tested == {name: f"{version}.0" for name, version in admitted.items()}
+
+
 def test_every_third_party_import_is_a_requirement(wheel):
     """Of the installed packages; an extra counts only for dq_runtime.evaluation."""
     metadata = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/METADATA").decode()
