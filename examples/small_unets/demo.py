@@ -149,7 +149,8 @@ def environment() -> dict[str, Any]:
         "device": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "diffusers", "dq-runtime")},
+        "torch": torch.__version__,  # names the CUDA version too
+        **{name: version(name) for name in ("triton", "diffusers", "dq-runtime")},
     }
 
 
