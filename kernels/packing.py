@@ -52,12 +52,9 @@ def unpack_int4_x16(packed, PTX: tl.constexpr):
     if PTX:
         # A statement for each: of one with two results, Triton 3.8 takes the second through shared memory.
         low = tl.inline_asm_elementwise(
-            "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xF0F0F0F0;",
-            "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
-        high = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+            "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xF0F0F0F0;", "=r,r", [packed], tl.int8, is_pure=True, pack=4
         )
+        high = tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], tl.int8, is_pure=True, pack=4)
     else:
         low = (packed << 4).to(tl.int8, bitcast=True)
         high = (packed & 0xF0).to(tl.int8, bitcast=True)

@@ -100,7 +100,7 @@ class InputQuantizer(nn.Module):
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """act_scale and act_zero_point, both [T] fp32; a zero point is whole, and its gradient passes through."""
-        # Not clamp's gradient: at the ends, where many zero points start, it depends on torch's version.
+        # Not clamp's gradient: at the ends, where a zero point may start, it depends on torch's version.
         inside = (self.zero_point >= self.low) & (self.zero_point <= self.high)
         zero_point = torch.where(inside, self.zero_point, self.zero_point.detach().clamp(self.low, self.high))
         whole = zero_point + ((zero_point + 0.5).floor() - zero_point).detach()
