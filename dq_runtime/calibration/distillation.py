@@ -35,6 +35,7 @@ from dq_runtime.calibration.replay import (
     blocks_in_order,
     inputs_of,
     outputs_of,
+    remembered,
     result_tensor,
     squared_error,
 )
@@ -47,7 +48,7 @@ logger = logging.getLogger("dq_runtime")
 WEIGHING = 512  # samples that tell each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam does not notice
 FEW_SAMPLES = 4  # for one timestep
-TARGET_BYTES = 2**32  # on disk: the targets of as many blocks are computed at once
+STORED_BYTES = 2**32  # on disk: what does not fit is computed again for each block
 
 Lesson = Callable[[int], torch.Tensor]
 
@@ -154,7 +155,7 @@ def distil(
                 for layer in block_layers.values():
                     layer.quantized = True
                     trainer.free_quantizers.discard(layer.input_quantizer)
-                del blocks[name]
+                trainer.finished[name] = blocks.pop(name)
         finally:
             trainer.store.clear()
         if settings.polish_iterations:
@@ -187,6 +188,7 @@ class _Trainer:
         self.training, self.judging = batches.training, batches.judging
         weighing = -(-WEIGHING // settings.batch_size)
         self.weighing = range(max(0, len(batches) - weighing), len(batches))
+        self.finished: dict[str, nn.Module] = {}  # blocks
         # Who shares an input quantizer with an earlier block finds it fixed.
         self.free_quantizers = {layer.input_quantizer for layer in stand_ins.values()}
 
@@ -198,8 +200,7 @@ class _Trainer:
 
         if _target(name, 0) not in self.store:
             self._store_targets(blocks)
-        for i, batch in enumerate(self.batches):
-            self.store[f"inputs_{i}"] = inputs_of(self.unet, blocks[name], batch)
+        self._store_inputs(blocks[name])
         start = self._feedback(blocks[name], layers) if self.settings.error_feedback else {}
         for layer in layers.values():
             layer.quantized = True
@@ -211,14 +212,22 @@ class _Trainer:
         for i in range(len(self.batches)):
             del self.store[f"inputs_{i}"], self.store[_target(name, i)]
 
+    def _store_inputs(self, block: nn.Module) -> None:
+        """Stores what a block sees behind the finished ones."""
+        # A GPU computes what they return sooner than most disks hand it over.
+        finished = self.finished if self.device.type == "cpu" else {}
+        for i, batch in enumerate(self.batches):
+            with remembered(finished, self.store, i, STORED_BYTES):
+                self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
+
     def _store_targets(self, blocks: Mapping[str, nn.Module]) -> None:
-        """Stores what the floating-point UNet returns in place of the first blocks, until it fills ``TARGET_BYTES``."""
+        """Stores what the floating-point UNet returns in place of the first blocks, up to ``STORED_BYTES``."""
         stored: dict[str, int] = {}  # bytes of a batch
 
         def keep(name: str, output: torch.Tensor) -> bool:
             self.store[_target(name, i)] = output
             stored[name] = output.nbytes
-            return i > 0 or sum(stored.values()) * len(self.batches) < TARGET_BYTES
+            return i > 0 or sum(stored.values()) * len(self.batches) < STORED_BYTES
 
         with self._in_floating_point():
             for i, batch in enumerate(self.batches):

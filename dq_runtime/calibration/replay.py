@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,45 @@ def outputs_of(
     _run_until(unet, call, *(block.register_forward_hook(partial(hand_over, name)) for name, block in blocks.items()))
 
 
+@contextmanager
+def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
+    """Blocks compute once what they return to a call of the UNet, the first time in it; then, it comes from a store.
+
+    Args:
+        call: its number, by which the store tells it from others.
+        most_bytes: nothing is added to a store that holds as much.
+    """
+    forwards = {block: (block.forward, "forward" in vars(block)) for block in blocks.values()}
+
+    def from_store(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        reached = False
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal reached
+            if reached:
+                return compute(*args, **kwargs)
+            reached = True
+            if name not in store:
+                output = compute(*args, **kwargs)
+                if store.nbytes >= most_bytes:
+                    return output
+                store[name] = output
+            return store[name]
+
+        return forward
+
+    for name, block in blocks.items():
+        block.forward = from_store(f"output_{name}_{call}", block.forward)
+    try:
+        yield
+    finally:
+        for block, (forward, was_replaced) in forwards.items():
+            if was_replaced:
+                block.forward = forward
+            else:
+                del block.forward
+
+
 def _run_until(unet: nn.Module, call: UNetCall, *handles: Any) -> Any:
     try:
         call.run(unet)
@@ -121,33 +161,43 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class TensorStore:
-    """Trees of tensors in a folder, a safetensors file each: training data that need not fit into memory."""
+    """Trees of tensors in a folder, a safetensors file each: training data that need not fit into memory.
+
+    Tensors keep their memory layout, on which the last digits of what is computed from them depend.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._trees: dict[str, tuple[list[Any], Any]] = {}
+        self.nbytes = 0  # of all that it holds
+        self._trees: dict[str, tuple[list[Any], Any, int]] = {}
 
     def __setitem__(self, name: str, tree: Any) -> None:
         leaves, structure = tree_flatten(tree)
         tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-        rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self._trees[name] = rest, structure
-        save_file({i: t.detach().to("cpu", copy=True).contiguous() for i, t in tensors.items()}, self._file(name))
+        rest = [_layout(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        if name in self:
+            del self[name]
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._trees[name] = rest, structure, nbytes
+        self.nbytes += nbytes
+        stored = {i: t.detach().permute(_layout(t)).to("cpu", copy=True).contiguous() for i, t in tensors.items()}
+        save_file(stored, self._file(name))
 
     def __getitem__(self, name: str) -> Any:
         """The tree, on the CPU."""
-        rest, structure = self._trees[name]
+        rest, structure, _ = self._trees[name]
         leaves = list(rest)
         for i, tensor in load_file(self._file(name)).items():
-            leaves[int(i)] = tensor
+            layout = rest[int(i)]
+            leaves[int(i)] = tensor.permute([layout.index(d) for d in range(tensor.ndim)])
         return tree_unflatten(leaves, structure)
 
     def __contains__(self, name: str) -> bool:
         return name in self._trees
 
     def __delitem__(self, name: str) -> None:
-        del self._trees[name]
+        self.nbytes -= self._trees.pop(name)[-1]
         self._file(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -157,3 +207,8 @@ class TensorStore:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def _layout(tensor: torch.Tensor) -> list[int]:
+    """A tensor's dimensions from the slowest to the fastest in memory."""
+    return sorted(range(tensor.ndim), key=lambda d: tensor.stride()[d], reverse=True)

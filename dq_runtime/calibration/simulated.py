@@ -25,6 +25,26 @@ from dq_runtime.timesteps import TimestepGrid
 TYPICAL_INPUT = 1 / 8  # of an activation quantizer's whole range
 
 
+class _Tables(torch.autograd.Function):
+    """initial_scale * exp(log_ratio), and the zero point as a whole number between ``low`` and ``high``; all [T]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, initial_scale: torch.Tensor, log_ratio: torch.Tensor, zero_point: torch.Tensor, low: int, high: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ratio = log_ratio.exp()
+        ctx.save_for_backward(initial_scale, ratio, zero_point)
+        ctx.range = low, high
+        return initial_scale * ratio, zero_point.clamp(low, high).add_(0.5).floor_()
+
+    @staticmethod
+    def backward(ctx: Any, grad_scale: torch.Tensor, grad_zero_point: torch.Tensor) -> Any:
+        initial_scale, ratio, zero_point = ctx.saved_tensors
+        low, high = ctx.range
+        inside = (zero_point >= low) & (zero_point <= high)
+        return None, grad_scale * initial_scale * ratio, grad_zero_point * inside, None, None
+
+
 class _RoundActivations(torch.autograd.Function):
     """x / dilation in steps of ``scale``, rounded and clamped, times scale.
 
@@ -48,7 +68,7 @@ class _RoundActivations(torch.autograd.Function):
         exact = x * (dilation * scale).reciprocal_()
         steps = (exact + 0.5).floor_()
         clamped = (steps + zero_point).clamp_(low, high).sub_(zero_point)
-        through = grad * (steps == clamped)
+        through = steps.eq_(clamped).mul_(grad)  # in place it stays in floating point: on a CPU, far quicker than bools
         # Inside the range d/dscale = rounded - exact; outside it the range's end, and d/dzero_point = -scale.
         grad_zero_point = _row_sum(through - grad) * scale
         grad_scale = _row_sum(clamped.mul_(grad).sub_(exact.mul_(through)))
@@ -69,7 +89,7 @@ class _RoundWeights(torch.autograd.Function):
         grad = grad * scale
         exact = steps / ratio
         clamped = round_to_int4(exact)
-        through = grad * (clamped == (exact + 0.5).floor_())
+        through = (exact + 0.5).floor_().eq_(clamped).mul_(grad)
         grad_ratio = _row_sum(clamped.mul_(grad).sub_(exact.mul_(through)))
         return through, grad_ratio, None
 
@@ -99,12 +119,8 @@ class InputQuantizer(nn.Module):
         self.zero_point = nn.Parameter(tensors["act_zero_point"].float(), requires_grad=False)
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """act_scale and act_zero_point, both [T] fp32; a zero point is whole, and its gradient passes through."""
-        # Not clamp's gradient: at the ends, where a zero point may start, it depends on torch's version.
-        inside = (self.zero_point >= self.low) & (self.zero_point <= self.high)
-        zero_point = torch.where(inside, self.zero_point, self.zero_point.detach().clamp(self.low, self.high))
-        whole = zero_point + ((zero_point + 0.5).floor() - zero_point).detach()
-        return self.initial_scale * self.log_ratio.exp(), whole
+        """act_scale and act_zero_point, both [T] fp32."""
+        return _Tables.apply(self.initial_scale, self.log_ratio, self.zero_point, self.low, self.high)
 
     def forward(self, x: torch.Tensor, channel_dim: int) -> torch.Tensor:
         """x / dilation, rounded, in x's shape and in fp32; to be multiplied with dilated weights."""

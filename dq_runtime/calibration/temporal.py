@@ -6,6 +6,7 @@ Initialised by a search for the least squared error on that timestep's samples (
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,28 +45,31 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
     position = 0  # of the call that is running
 
     def keep(name: str, x: torch.Tensor) -> None:
-        x = x.detach().movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x.detach()
-        if not bool(x.isfinite().all()):
+        x = x.detach()
+        if not bool(torch.stack(x.aminmax()).isfinite().all()):  # much quicker than to look at each value
             raise ValueError(
                 f"{name}: its input holds NaN or infinity during calibration. Check that the floating-point UNet draws "
                 "proper images in this dtype (some models overflow in float16: try bfloat16 or float32)"
             )
-        index = indices[position].to(x.device)
+        index = indices[position]
         if x.shape[0] != index.shape[0]:
             raise ValueError(
                 f"{name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}. "
                 "Its timesteps cannot be told: add it to modules_to_not_convert"
             )
+        x = x.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x  # [B, ..., K]
         parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
-        for t in indices[position].unique().tolist():
+        for t in index.unique().tolist():
             wanted = max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
             if earlier_calls[position, t] % -(-calls_at[t] // wanted):
                 continue  # a row of each call would be too many
-            rows = x[index == t].flatten(0, -2)
+            members = (index == t).nonzero()[:, 0]
+            rows = len(members), *x.shape[1:-1]
             # The same rows for layers that see one tensor.
-            chosen = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(position))
-            chosen = chosen[: -(-wanted // calls_at[t])]
-            parts[t].append(rows[chosen.to(rows.device)].float().cpu())
+            chosen = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(position))
+            member, *pixel = torch.unravel_index(chosen[: -(-wanted // calls_at[t])], rows)
+            place = members[member], *pixel
+            parts[t].append(x[place].float().cpu())
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))

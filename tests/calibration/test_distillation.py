@@ -1,5 +1,6 @@
 """Block-wise distillation of tiny random UNets: what it gains, what it needs and what it leaves alone."""
 
+import contextlib
 import copy
 import logging
 import tempfile
@@ -26,6 +27,7 @@ from distilling import (
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, calibrate, record
 from dq_runtime.calibration import distillation
+from dq_runtime.calibration.simulated import SimulatedLayer
 
 
 @pytest.fixture(scope="module", params=[unet2d, unet2d_condition])
@@ -345,11 +347,29 @@ def test_targets_of_many_blocks_at_once_are_those_of_each_by_itself(plain, monke
     assert wanted == batches * [6]
 
     wanted.clear()
-    monkeypatch.setattr(distillation, "TARGET_BYTES", 1)
+    monkeypatch.setattr(distillation, "STORED_BYTES", 1)
     one_by_one = plain.distil()
     later = [1] * (batches - 1)
     assert wanted == [6, *later, 5, *later, 4, *later, 3, *later, 2, *later, 1, *later]
     assert_same_state(one_by_one, plain.distilled)
+
+
+def test_finished_blocks_compute_once_what_fits_on_the_disk(plain, monkeypatch):
+    original, computed = SimulatedLayer.forward, []
+
+    def forward(self, x):
+        computed.append(self)
+        return original(self, x)
+
+    monkeypatch.setattr(SimulatedLayer, "forward", forward)
+    remembering = plain.distil(**UNTRAINED)
+    with_store = len(computed)
+    computed.clear()
+    monkeypatch.setattr(distillation, "remembered", lambda *args: contextlib.nullcontext())
+    computing = plain.distil(**UNTRAINED)
+    # Five blocks before the last, four before the one before it, ...: all but the first time each.
+    assert with_store < len(computed)
+    assert_same_state(remembering, computing)
 
 
 def test_the_temporary_folder_is_removed(plain, monkeypatch, tmp_path):

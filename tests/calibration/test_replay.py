@@ -9,7 +9,14 @@ from torch import nn
 
 from dq_runtime import DilateQuantConfig
 from dq_runtime.calibration.collect import UNetCall
-from dq_runtime.calibration.replay import TensorStore, blocks_in_order, inputs_of, outputs_of, result_tensor
+from dq_runtime.calibration.replay import (
+    TensorStore,
+    blocks_in_order,
+    inputs_of,
+    outputs_of,
+    remembered,
+    result_tensor,
+)
 from dq_runtime.convert import plan_conversion
 
 
@@ -197,6 +204,78 @@ def test_hooks_go_also_where_the_block_is_not_reached_or_fails(unet, layers):
     assert hook_count(unet) == 0
 
 
+def counted(blocks, called):
+    """Appends a block's name whenever the block computes."""
+
+    def count(name, forward):
+        def counting(*args, **kwargs):
+            called.append(name)
+            return forward(*args, **kwargs)
+
+        return counting
+
+    for name, block in blocks.items():
+        block.forward = count(name, block.forward)
+
+
+def test_what_blocks_return_to_a_call_is_computed_once(unet, layers, tmp_path):
+    calls, called = some_calls(unet)[:2], []
+    blocks = blocks_in_order(unet, layers.values(), calls[0])
+    names = list(blocks)
+    expected = {name: [inputs_of(unet, blocks[name], call) for call in calls] for name in names[-4:]}
+    earlier = {name: blocks[name] for name in names[:-4]}
+    counted(earlier, called)
+    store = TensorStore(tmp_path)
+
+    for computed, (name, calls_inputs) in zip((list(earlier), [], [], []), expected.items(), strict=True):
+        for i, call in enumerate(calls):
+            with remembered(earlier, store, i, 2**30):
+                assert_same_tree(inputs_of(unet, blocks[name], call), calls_inputs[i])
+            assert called == computed
+            called.clear()
+    inputs_of(unet, blocks[names[-1]], calls[0])
+    assert called == list(earlier)  # outside, they compute
+
+
+def test_a_full_store_remembers_no_more(unet, layers, tmp_path):
+    call, called = some_calls(unet)[0], []
+    blocks = blocks_in_order(unet, layers.values(), call)
+    *earlier, last = blocks.items()
+    counted(dict(earlier), called)
+    names = [name for name, _ in earlier]
+    store = TensorStore(tmp_path)
+
+    for computed in (names, names[1:]):  # the first one's result fills it
+        with remembered(dict(earlier), store, 0, 1):
+            inputs_of(unet, last[1], call)
+        assert called == computed
+        called.clear()
+
+
+def test_a_block_that_is_called_again_computes_again(tmp_path):
+    block, store = nn.Linear(2, 2), TensorStore(tmp_path)
+    first, second = torch.ones(1, 2), torch.zeros(1, 2)
+    expected = [block(first), block(second)]
+
+    for _ in range(2):
+        with remembered({"block": block}, store, 0, 2**30):
+            assert_same_tree([block(first), block(second)], expected)
+    assert "forward" not in vars(block)
+
+
+def test_replaced_forwards_come_back_after_an_error_too(tmp_path):
+    stock, replaced = nn.Linear(2, 2), nn.Linear(2, 2)
+    replacement = replaced.forward = lambda x: x + 1
+
+    blocks, store = {"replaced": replaced, "stock": stock}, TensorStore(tmp_path)
+    with remembered(blocks, store, 0, 2**30):
+        assert torch.equal(replaced(torch.ones(3)), torch.full((3,), 2.0))
+    with pytest.raises(RuntimeError, match="shapes"), remembered(blocks, store, 1, 2**30):
+        stock(torch.ones(1, 3))
+    assert replaced.forward is replacement
+    assert "forward" not in vars(stock)
+
+
 def test_a_blocks_result_is_found_in_whatever_it_returns():
     tensor = torch.ones(2)
 
@@ -234,6 +313,19 @@ def test_a_tree_comes_back_from_the_disk_as_it_was(tmp_path):
     assert not store["b"].requires_grad
 
 
+def test_memory_layouts_come_back_too(tmp_path):
+    store, image = TensorStore(tmp_path), torch.randn(2, 3, 4, 5)
+    layouts = [image, image.transpose(1, 3), image.permute(2, 0, 3, 1), image[..., 0], image[:, :1]]
+    for shape in ((2, 3, 4, 5), (2, 3, 1, 1)):
+        layouts += [torch.randn(shape), torch.randn(shape).to(memory_format=torch.channels_last)]
+
+    store["images"] = layouts
+    for restored, expected in zip(store["images"], layouts, strict=True):
+        assert torch.equal(restored, expected)
+        dense = torch.empty_like(expected)  # without the gaps of a slice
+        assert restored.stride() == dense.stride()
+
+
 def test_views_of_one_tensor_may_be_stored_together(tmp_path):
     store, whole = TensorStore(tmp_path), torch.arange(6.0)
 
@@ -250,7 +342,14 @@ def test_stored_tensors_are_on_the_disk_and_clear_deletes_them(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) >= 3 * 4000
 
+    assert store.nbytes == 3 * 4000
+    store["inputs_2"] = torch.ones(10), {"x": torch.ones(2, dtype=torch.float16)}, None
+    assert store.nbytes == 2 * 4000 + 44
+    del store["inputs_0"]
+    assert store.nbytes == 4044
+
     store.clear()
+    assert store.nbytes == 0
     assert list(tmp_path.iterdir()) == [other]
     with pytest.raises(KeyError):
         store["inputs_0"]
