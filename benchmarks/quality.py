@@ -133,7 +133,9 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
 
 def one_row_each(jobs: int) -> Executor:
     """Processes that end with their row; they come from one that has imported everything."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    # It looks for modules where a new interpreter does, and says nothing if it cannot find one.
+    path = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["quality"])
     return ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,), max_tasks_per_child=1)
