@@ -133,7 +133,7 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
 
 def one_row_each(jobs: int) -> Executor:
     """Processes that end with their row; they come from one that has imported everything."""
-    # It looks for modules where a new interpreter does, and says nothing if it cannot find one.
+    # The fork server looks for modules where a new interpreter does, and says nothing if it cannot find one.
     path = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
     context = multiprocessing.get_context("forkserver")

@@ -48,7 +48,7 @@ logger = logging.getLogger("dq_runtime")
 WEIGHING = 512  # samples that tell each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam does not notice
 FEW_SAMPLES = 4  # for one timestep
-STORED_BYTES = 2**32  # on disk: what does not fit is computed again for each block
+STORED_BYTES = 2**32  # on disk, of targets and of finished blocks' results each; others are computed for each block
 
 Lesson = Callable[[int], torch.Tensor]
 

@@ -101,13 +101,14 @@ def outputs_of(
 
 @contextmanager
 def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
-    """Blocks compute once what they return to a call of the UNet, the first time in it; then, it comes from a store.
+    """What each block returns the first time that the UNet calls it is computed once, and then comes from a store.
 
     Args:
-        call: its number, by which the store tells it from others.
+        blocks: they must not change as long as the store has their results.
+        call: number of the UNet's call, by which the store tells it from others.
         most_bytes: nothing is added to a store that holds as much.
     """
-    forwards = {block: (block.forward, "forward" in vars(block)) for block in blocks.values()}
+    replaced = {block: vars(block).get("forward") for block in blocks.values()}
 
     def from_store(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
         reached = False
@@ -131,11 +132,11 @@ def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, m
     try:
         yield
     finally:
-        for block, (forward, was_replaced) in forwards.items():
-            if was_replaced:
-                block.forward = forward
-            else:
+        for block, forward in replaced.items():
+            if forward is None:
                 del block.forward
+            else:
+                block.forward = forward
 
 
 def _run_until(unet: nn.Module, call: UNetCall, *handles: Any) -> Any:
@@ -163,34 +164,39 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class TensorStore:
     """Trees of tensors in a folder, a safetensors file each: training data that need not fit into memory.
 
-    Tensors keep their memory layout, on which the last digits of what is computed from them depend.
+    Tensors keep their memory layout, on which the last digits of what is computed from them depend. What an earlier
+    process left in the folder is deleted.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
         self.nbytes = 0  # of all that it holds
         self._trees: dict[str, tuple[list[Any], Any, int]] = {}
 
     def __setitem__(self, name: str, tree: Any) -> None:
-        leaves, structure = tree_flatten(tree)
-        tensors = {str(i): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
-        rest = [_layout(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         if name in self:
             del self[name]
+        leaves, structure = tree_flatten(tree)
+        tensors = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                dense = torch.empty_like(leaf, device="cpu", requires_grad=False).copy_(leaf.detach())
+                tensors[str(i)] = dense.as_strided((dense.numel(),), (1,))
+                leaves[i] = dense.shape, dense.stride()
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        self._trees[name] = rest, structure, nbytes
+        self._trees[name] = leaves, structure, nbytes
         self.nbytes += nbytes
-        stored = {i: t.detach().permute(_layout(t)).to("cpu", copy=True).contiguous() for i, t in tensors.items()}
-        save_file(stored, self._file(name))
+        save_file(tensors, self._file(name))
 
     def __getitem__(self, name: str) -> Any:
         """The tree, on the CPU."""
-        rest, structure, _ = self._trees[name]
-        leaves = list(rest)
+        leaves, structure, _ = self._trees[name]
+        leaves = list(leaves)
         for i, tensor in load_file(self._file(name)).items():
-            layout = rest[int(i)]
-            leaves[int(i)] = tensor.permute([layout.index(d) for d in range(tensor.ndim)])
+            leaves[int(i)] = tensor.as_strided(*leaves[int(i)])
         return tree_unflatten(leaves, structure)
 
     def __contains__(self, name: str) -> bool:
@@ -207,8 +213,3 @@ class TensorStore:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
-
-
-def _layout(tensor: torch.Tensor) -> list[int]:
-    """A tensor's dimensions from the slowest to the fastest in memory."""
-    return sorted(range(tensor.ndim), key=lambda d: tensor.stride()[d], reverse=True)

@@ -25,24 +25,21 @@ from dq_runtime.timesteps import TimestepGrid
 TYPICAL_INPUT = 1 / 8  # of an activation quantizer's whole range
 
 
-class _Tables(torch.autograd.Function):
-    """initial_scale * exp(log_ratio), and the zero point as a whole number between ``low`` and ``high``; all [T]."""
+class _RoundZeroPoint(torch.autograd.Function):
+    """A whole number between ``low`` and ``high``.
+
+    Its gradient passes at these ends, too, where a zero point may start; clamp's depends on torch's version there.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, initial_scale: torch.Tensor, log_ratio: torch.Tensor, zero_point: torch.Tensor, low: int, high: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ratio = log_ratio.exp()
-        ctx.save_for_backward(initial_scale, ratio, zero_point)
-        ctx.range = low, high
-        return initial_scale * ratio, zero_point.clamp(low, high).add_(0.5).floor_()
+    def forward(ctx: Any, zero_point: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        ctx.save_for_backward((zero_point < low) | (zero_point > high))
+        return zero_point.clamp(low, high).add_(0.5).floor_()
 
     @staticmethod
-    def backward(ctx: Any, grad_scale: torch.Tensor, grad_zero_point: torch.Tensor) -> Any:
-        initial_scale, ratio, zero_point = ctx.saved_tensors
-        low, high = ctx.range
-        inside = (zero_point >= low) & (zero_point <= high)
-        return None, grad_scale * initial_scale * ratio, grad_zero_point * inside, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (outside,) = ctx.saved_tensors
+        return grad.masked_fill(outside, 0), None, None
 
 
 class _RoundActivations(torch.autograd.Function):
@@ -119,8 +116,9 @@ class InputQuantizer(nn.Module):
         self.zero_point = nn.Parameter(tensors["act_zero_point"].float(), requires_grad=False)
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """act_scale and act_zero_point, both [T] fp32."""
-        return _Tables.apply(self.initial_scale, self.log_ratio, self.zero_point, self.low, self.high)
+        """act_scale and act_zero_point, both [T] fp32; a zero point is whole, and its gradient passes through."""
+        zero_point = _RoundZeroPoint.apply(self.zero_point, self.low, self.high)
+        return self.initial_scale * self.log_ratio.exp(), zero_point
 
     def forward(self, x: torch.Tensor, channel_dim: int) -> torch.Tensor:
         """x / dilation, rounded, in x's shape and in fp32; to be multiplied with dilated weights."""

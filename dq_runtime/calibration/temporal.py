@@ -46,7 +46,7 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
 
     def keep(name: str, x: torch.Tensor) -> None:
         x = x.detach()
-        if not bool(torch.stack(x.aminmax()).isfinite().all()):  # much quicker than to look at each value
+        if x.numel() and not bool(torch.stack(x.aminmax()).isfinite().all()):  # without a mask as large as x
             raise ValueError(
                 f"{name}: its input holds NaN or infinity during calibration. Check that the floating-point UNet draws "
                 "proper images in this dtype (some models overflow in float16: try bfloat16 or float32)"
@@ -68,7 +68,7 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
             # The same rows for layers that see one tensor.
             chosen = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(position))
             member, *pixel = torch.unravel_index(chosen[: -(-wanted // calls_at[t])], rows)
-            place = members[member], *pixel
+            place = tuple(index.to(x.device) for index in (members[member], *pixel))
             parts[t].append(x[place].float().cpu())
 
     handles = [

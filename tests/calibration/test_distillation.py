@@ -1,6 +1,5 @@
 """Block-wise distillation of tiny random UNets: what it gains, what it needs and what it leaves alone."""
 
-import contextlib
 import copy
 import logging
 import tempfile
@@ -16,6 +15,7 @@ from distilling import (
     Subject,
     assert_same_state,
     distilled,
+    interrupt,
     messages,
     output_error,
     quantized_layers,
@@ -27,7 +27,7 @@ from distilling import (
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, calibrate, record
 from dq_runtime.calibration import distillation
-from dq_runtime.calibration.simulated import SimulatedLayer
+from dq_runtime.calibration.replay import TensorStore
 
 
 @pytest.fixture(scope="module", params=[unet2d, unet2d_condition])
@@ -354,22 +354,42 @@ def test_targets_of_many_blocks_at_once_are_those_of_each_by_itself(plain, monke
     assert_same_state(one_by_one, plain.distilled)
 
 
-def test_finished_blocks_compute_once_what_fits_on_the_disk(plain, monkeypatch):
-    original, computed = SimulatedLayer.forward, []
+@pytest.fixture
+def results(monkeypatch):
+    """Names under which results of finished blocks are stored, and read."""
+    put, get, names = TensorStore.__setitem__, TensorStore.__getitem__, {"stored": [], "read": []}
 
-    def forward(self, x):
-        computed.append(self)
-        return original(self, x)
+    def noting(what, original):
+        def method(store, name, *tree):
+            if name.startswith("output_"):
+                names[what].append(name)
+            return original(store, name, *tree)
 
-    monkeypatch.setattr(SimulatedLayer, "forward", forward)
-    remembering = plain.distil(**UNTRAINED)
-    with_store = len(computed)
-    computed.clear()
-    monkeypatch.setattr(distillation, "remembered", lambda *args: contextlib.nullcontext())
-    computing = plain.distil(**UNTRAINED)
-    # Five blocks before the last, four before the one before it, ...: all but the first time each.
-    assert with_store < len(computed)
-    assert_same_state(remembering, computing)
+        return method
+
+    monkeypatch.setattr(TensorStore, "__setitem__", noting("stored", put))
+    monkeypatch.setattr(TensorStore, "__getitem__", noting("read", get))
+    return names
+
+
+def test_finished_blocks_compute_their_results_once(plain, results):
+    plain.distil(**UNTRAINED)
+    batches = len({name.rpartition("_")[2] for name in results["stored"]})
+    assert len(set(results["stored"])) == len(results["stored"]) == 5 * batches  # the sixth block is the last
+    assert len(results["read"]) == (1 + 2 + 3 + 4 + 5) * batches
+
+
+@pytest.mark.parametrize(("most", "stored"), [(1, range(1)), (200_000, range(1, 20))])
+def test_what_does_not_fit_on_the_disk_is_computed_again(plain, monkeypatch, results, tmp_path, most, stored):
+    monkeypatch.setattr(distillation, "STORED_BYTES", most)
+    assert_same_state(plain.distil(), plain.distilled)
+    assert len(results["stored"]) in stored  # of 20
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, distillation._Trainer, "distil", 3)
+        with pytest.raises(KeyboardInterrupt):
+            plain.distil(folder=tmp_path)
+    assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
 
 
 def test_the_temporary_folder_is_removed(plain, monkeypatch, tmp_path):

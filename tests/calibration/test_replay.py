@@ -316,7 +316,8 @@ def test_a_tree_comes_back_from_the_disk_as_it_was(tmp_path):
 def test_memory_layouts_come_back_too(tmp_path):
     store, image = TensorStore(tmp_path), torch.randn(2, 3, 4, 5)
     layouts = [image, image.transpose(1, 3), image.permute(2, 0, 3, 1), image[..., 0], image[:, :1]]
-    for shape in ((2, 3, 4, 5), (2, 3, 1, 1)):
+    layouts += [torch.randn(1, 3, 4).expand(2, 3, 4), torch.tensor(1.0)]
+    for shape in ((2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 5), (1, 1, 4, 4)):
         layouts += [torch.randn(shape), torch.randn(shape).to(memory_format=torch.channels_last)]
 
     store["images"] = layouts
@@ -324,6 +325,15 @@ def test_memory_layouts_come_back_too(tmp_path):
         assert torch.equal(restored, expected)
         dense = torch.empty_like(expected)  # without the gaps of a slice
         assert restored.stride() == dense.stride()
+
+
+def test_what_an_earlier_process_left_is_deleted(tmp_path):
+    TensorStore(tmp_path)["killed"] = torch.ones(3)
+    (tmp_path / "other").touch()
+
+    store = TensorStore(tmp_path)
+    assert "killed" not in store
+    assert [file.name for file in tmp_path.iterdir()] == ["other"]
 
 
 def test_views_of_one_tensor_may_be_stored_together(tmp_path):
