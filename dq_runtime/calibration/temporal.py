@@ -68,7 +68,7 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
             # The same rows for layers that see one tensor.
             chosen = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(position))
             member, *pixel = torch.unravel_index(chosen[: -(-wanted // calls_at[t])], rows)
-            place = tuple(index.to(x.device) for index in (members[member], *pixel))
+            place = tuple(numbers.to(x.device) for numbers in (members[member], *pixel))
             parts[t].append(x[place].float().cpu())
 
     handles = [
