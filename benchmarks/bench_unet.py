@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,8 @@ def rows(name: str, device: str, compile_mode: str) -> list[Row]:
     def stock(dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         return unets.build(name, device, dtype).to(memory_format=memory_format)
 
-    def quantized(dtype: torch.dtype, fused: bool = True) -> Any:
-        unet = quantized_unets.build(name, device, dtype)
+    def quantized(dtype: torch.dtype, fused: bool = True, int8_attention: Sequence[str] = ()) -> Any:
+        unet = quantized_unets.build(name, device, dtype, int8_attention)
         if fused:
             fuse(unet)
         return unet
@@ -89,6 +89,7 @@ def rows(name: str, device: str, compile_mode: str) -> list[Row]:
         Row("int4", lambda: quantized(half)),
         Row("int4 compiled", lambda: compiled(quantized(half)), is_compiled=True),
         Row("int4 CUDA graph", lambda: quantized(half), replays=True),
+        Row("int4 CUDA graph, int8 attention", lambda: quantized(half, int8_attention=["attentions"]), replays=True),
     ]
 
 
@@ -182,10 +183,10 @@ def keep(row: Row, names: list[str]) -> bool:
 
 def table(name: str, results: list[Result]) -> str:
     """The rows, and for each baseline the speed-up of the fastest of ours."""
-    lines = [f"{name}: {'row':<20} {'ms':>9} {'weights MB':>11} {'peak MB':>9}"]
+    lines = [f"{name}: {'row':<31} {'ms':>9} {'weights MB':>11} {'peak MB':>9}"]
     for result in results:
         peak = "-" if result.peak_mb is None else f"{result.peak_mb:.0f}"
-        lines.append(f"{name}: {result.row:<20} {result.median_ms:>9.2f} {result.weights_mb:>11.1f} {peak:>9}")
+        lines.append(f"{name}: {result.row:<31} {result.median_ms:>9.2f} {result.weights_mb:>11.1f} {peak:>9}")
     ours = [result for result in results if result.row.startswith("int4")]
     if ours:
         best = min(ours, key=lambda result: result.median_ms)

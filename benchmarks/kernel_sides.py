@@ -6,6 +6,7 @@ same: the baseline's weights are the dequantized INT4 ones. All values are rando
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ OURS = "int4"
 BASELINES = {"fp16": torch.float16} if CUDA else {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE = next(iter(BASELINES))  # what speed-ups are relative to
 TIMESTEPS, BITS, GROUPS, EPS = 20, 8, 32, 1e-5
+HEAD_CHANNELS = 64
 
 
 @dataclass(frozen=True)
@@ -384,6 +386,28 @@ def time_projections_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     )
 
 
+def attention_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
+    """Self-attention behind the projection to q, k and v, with heads as wide as SDXL's; ours in int8, to int8."""
+    shape = _main_gate(shapes)
+    channels, heads = shape.in_channels, shape.in_channels // HEAD_CHANNELS
+    q, k, v = _randn(shape.batch, shape.tokens, 3 * channels).chunk(3, dim=-1)
+    following = Tables.random(shape.batch, channels)
+    following = replace(following, scale=following.scale * (math.e / shape.tokens) ** 0.5)  # it averages its values
+
+    def unfused() -> Tensor:
+        per_head = (x.unflatten(-1, (heads, HEAD_CHANNELS)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
+
+    operations = 4 * shape.rows * shape.tokens * channels
+    return (
+        Side(
+            lambda: ops.int8_attention_quantize(q, k, v, heads, *following.of_quantizer), (q, k, v), operations,
+            following.dequantize,
+        ),
+        Side(unfused, (q, k, v), operations),
+    )  # fmt: skip
+
+
 # Layers of a UNet -> ours, baseline.
 CHAINS: dict[str, Callable[[Sequence[LayerShape]], tuple[Side, Side]]] = {
     "group norm + SiLU": group_norm_chain,
@@ -394,4 +418,5 @@ CHAINS: dict[str, Callable[[Sequence[LayerShape]], tuple[Side, Side]]] = {
     "upsampling, conv": upsample_chain,
     "conv with skip": skip_chain,
     "all time projections": time_projections_chain,
+    "attention": attention_chain,
 }

@@ -17,7 +17,7 @@ from int8_baseline import int8_gemm_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from dq_kernels import norm, quantize
+from dq_kernels import attention, norm, quantize
 from dq_kernels.gemm import STATISTICS_ROWS, int4_gemm_kernel
 from dq_kernels.tuning import AMD_FILE, FILES, LaunchConfig, tuned_shapes
 
@@ -36,7 +36,11 @@ TYPES = {
     **dict.fromkeys(("weight_scale_ptr", "act_scale_ptr", "skip_act_scale_ptr", "next_scale_ptr"), FP32),
     **dict.fromkeys(("weight_dilation_ptr", "next_dilation_ptr", "statistics_ptr", "skip_statistics_ptr"), FP32),
     **dict.fromkeys(("bias_ptr", "channel_add_ptr", "residual_ptr", "out_ptr"), FP16),
-    "eps": "fp32",
+    **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), FP16),
+    **dict.fromkeys(("key8_ptr", "value8_ptr"), INT8),
+    **dict.fromkeys(("key_mean_ptr", "value_mean_ptr", "scales_ptr"), FP32),
+    "value_sums_ptr": INT32,
+    **dict.fromkeys(("eps", "score_scale"), "fp32"),
 }  # fmt: skip
 
 
@@ -66,6 +70,7 @@ class Use:
     types: Mapping[str, str] = field(default_factory=dict)
     fp_fusion: bool = True
     num_warps: int = 4
+    num_stages: int | None = None
 
     def configs(self, target: str) -> list[LaunchConfig | None]:
         """The configurations that are shipped for the target, as far as the compiler can tell them apart."""
@@ -144,6 +149,44 @@ _NORM_TILE = {"NUM_GROUPS": 32, "SILU": True, "BITS": 8, "BLOCK_L": norm.BLOCK_L
 _LAYER_NORM = partial(
     Use, norm.layer_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False, num_warps=norm.LAYER_NORM_WARPS
 )
+_NEXT_TABLES = (*NEXT, "timestep_index_ptr")
+
+
+def _head_tile(head_channels: int) -> dict[str, Any]:
+    """Of heads that hold so many channels, channels last."""
+    block_d = attention.padded_head_channels(head_channels)
+    tile = {"HEAD_CHANNELS": head_channels, "BLOCK_N": attention.BLOCK_KEYS, "BLOCK_D": block_d}
+    return tile | dict.fromkeys(("stride_k", "key_stride_k", "value_stride_k"), 1)
+
+
+def _attention(name: str, head_channels: int, even: bool = True, quantized: bool = True) -> Use:
+    tile = _head_tile(head_channels)
+    block_m, num_warps, num_stages = attention.tile_of(tile["BLOCK_D"])
+    constants = tile | {"NEXT_BITS": 8, "EVEN_KEYS": even, "BLOCK_M": block_m}
+    constants |= {} if quantized else dict.fromkeys(_NEXT_TABLES)
+    return Use(
+        attention.int8_attention_kernel, name, constants, odd=(), types=TO_INT8 if quantized else {},
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+
+
+def _keys_values(name: str, head_channels: int) -> Use:
+    tile = _head_tile(head_channels)
+    return Use(
+        attention.quantize_keys_values_kernel, name, tile, odd=(), fp_fusion=False,
+        num_warps=attention.quantizer_warps(tile["BLOCK_D"]),
+    )  # fmt: skip
+
+
+ATTENTION_USES = (
+    *(_keys_values(f"heads of {channels} channels", channels) for channels in (40, 64, 80)),
+    _attention("heads of 64 channels", 64, quantized=False),
+    _attention("heads of 64 channels, quantized", 64),
+    _attention("heads of 32 channels, quantized", 32),
+    _attention("heads of 40 channels, ragged keys, quantized", 40, even=False),
+    _attention("heads of 80 channels, quantized", 80),
+    _attention("heads of 80 channels, ragged keys, quantized", 80, even=False),
+)
 OTHER_USES = (
     _QUANTIZE("channels last", _QUANTIZE_TILE | _UNPADDED | _CHANNELS_LAST),
     _QUANTIZE("channels last, padded", _QUANTIZE_TILE | _PADDED | _CHANNELS_LAST),
@@ -160,7 +203,9 @@ OTHER_USES = (
         for channels, block in ((320, 512), (640, 1024), (1280, 2048))
     ),
 )
-USES = {(use.kernel.__name__.removesuffix("_kernel"), use.name): use for use in (*GEMM_USES, *OTHER_USES)}
+USES = {
+    (use.kernel.__name__.removesuffix("_kernel"), use.name): use for use in (*GEMM_USES, *ATTENTION_USES, *OTHER_USES)
+}
 
 
 def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledKernel:
@@ -172,6 +217,7 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
     constants = dict(use.constants) | {"PTX": is_nvidia, "PDL": is_dependent}
     options: dict[str, Any] = {"num_warps": use.num_warps, "enable_fp_fusion": use.fp_fusion}
     options |= {"launch_pdl": True} if is_dependent else {}
+    options |= {} if use.num_stages is None else {"num_stages": use.num_stages}
     if config is not None:
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
         constants |= {"IS_SPLIT": config.split_k > 1}

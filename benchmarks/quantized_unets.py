@@ -5,6 +5,7 @@ Latency and memory depend on shapes and dtypes, not on values; scales are chosen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from dq_runtime.layers import QuantizedLayer, quantized_layers
 TIMESTEPS = tuple(range(19, 1000, 49))
 
 
-def build(name: str, device: torch.device | str, dtype: torch.dtype) -> Any:
+def build(name: str, device: torch.device | str, dtype: torch.dtype, int8_attention: Sequence[str] = ()) -> Any:
     """A UNet of ``unets.CONFIGS``, quantized, in evaluation mode; drawn on the device."""
     unet = unets.build(name, "meta", dtype)
-    insert_empty_layers(unet, DilateQuantConfig(timesteps=list(TIMESTEPS)))
+    insert_empty_layers(unet, DilateQuantConfig(timesteps=list(TIMESTEPS), int8_attention=list(int8_attention)))
     for layer in quantized_layers(unet).values():
         _fill(layer, device)
     for module in unet.modules():

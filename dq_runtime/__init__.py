@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dq_runtime.attention import Int8AttnProcessor
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import dequantize
 from dq_runtime.diffusers_quantizer import register
@@ -36,6 +37,7 @@ __all__ = [
     "CalibrationSet",
     "DilateQuantConfig",
     "Distillation",
+    "Int8AttnProcessor",
     "QuantConv2d",
     "QuantLinear",
     "calibrate",

@@ -42,6 +42,9 @@ class DilateQuantConfig(QuantizationConfigMixin):
             for each calibrated timestep.
         modules_to_not_convert: layers that stay in floating point, by dotted name or part of one: "conv_in",
             "mid_block", "to_out.0".
+        int8_attention: attentions that multiply q, k, v and the softmax's probabilities in 8 bits, by dotted name or
+            part of one: ["attn1"] for all self-attentions, ["attentions"] for all there are, [] for none. Their scales
+            are found at run time, so calibration and training are the same with and without.
         timesteps: the sorted timesteps that the activation tables hold; filled in by calibration.
 
     Raises:
@@ -55,6 +58,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
     max_dilation: float = 8.0
     timestep_groups: int | None = None
     modules_to_not_convert: list[str] | None = field(default_factory=lambda: ["conv_in", "conv_out"])
+    int8_attention: list[str] | None = field(default_factory=list)
     timesteps: list[float] | None = None
     quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT  # type: ignore[assignment]
 
@@ -71,10 +75,14 @@ class DilateQuantConfig(QuantizationConfigMixin):
             raise ValueError(f"max_dilation must be at least 1, got {self.max_dilation}")
         if self.timestep_groups is not None and not self.timestep_groups >= 1:
             raise ValueError(f"timestep_groups must be at least 1, or None, got {self.timestep_groups}")
-        if self.modules_to_not_convert is None:
-            self.modules_to_not_convert = []
-        if isinstance(self.modules_to_not_convert, str):
-            raise ValueError(f"modules_to_not_convert must be a list, got the string {self.modules_to_not_convert!r}")
+        for name in ("modules_to_not_convert", "int8_attention"):
+            entries = getattr(self, name)
+            if entries is None:
+                setattr(self, name, [])
+            elif not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
+                raise ValueError(f"{name} must be a list of names, got {entries!r}")
+            else:
+                setattr(self, name, list(entries))
 
     def activation_bits_of(self, layer: str) -> int:
         """The number of bits of a layer's input, by the layer's dotted name."""

@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
+from dq_runtime.attention import Int8AttnProcessor, reason_against_int8
 from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
 from dq_runtime.layers import (
     QuantConv2d,
@@ -39,23 +41,30 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Which layers of a UNet are to be quantized, and why the other linears and convolutions are not."""
+    """Which layers of a UNet are to be quantized, which attentions are to run in int8, and why others are not."""
 
     layers: dict[str, nn.Linear | nn.Conv2d]
+    attentions: dict[str, Attention]
     kept: dict[str, str]  # layer name -> reason
-    unmatched: list[str]  # entries of the config that name no layer, as "modules_to_not_convert: 'conv_inn'"
+    kept_attentions: dict[str, str]  # name of an attention that was to run in int8 -> reason
+    unmatched: list[str]  # entries of the config that name nothing, as "modules_to_not_convert: 'conv_inn'"
 
     def log(self) -> None:
-        """Writes one line that lists what stays in floating point and why, and one for each unmatched entry."""
+        """Writes a line that lists what stays in floating point and why, and one for each unmatched entry."""
         for entry in self.unmatched:
-            logger.warning("%s names no linear or convolution of this UNet", entry)
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.kept.items():
-            by_reason.setdefault(reason, []).append(name)
-        if by_reason:
-            text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-            unexpected = set(by_reason) - {REQUESTED}
-            logger.log(logging.WARNING if unexpected else logging.INFO, "Kept in floating point: %s", text)
+            logger.warning("%s names nothing that it could apply to in this UNet", entry)
+        if self.kept:
+            level = logging.WARNING if set(self.kept.values()) - {REQUESTED} else logging.INFO
+            logger.log(level, "Kept in floating point: %s", _by_reason(self.kept))
+        if self.kept_attentions:
+            logger.warning("Attention stays in floating point: %s", _by_reason(self.kept_attentions))
+
+
+def _by_reason(kept: Mapping[str, str]) -> str:
+    names: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in names.items())
 
 
 REQUESTED = "in modules_to_not_convert"
@@ -94,17 +103,27 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
     if not layers:
         reasons = ", ".join(sorted(set(kept.values()))) or "the UNet has no linear and no convolution"
         raise ValueError(f"No layer is left to quantize ({reasons}); shorten modules_to_not_convert if it is the cause")
+    attentions: dict[str, Attention] = {}
+    kept_attentions: dict[str, str] = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and any(is_part(entry, name) for entry in config.int8_attention or ()):
+            reason = _reason_against_int8(module)
+            if reason is None:
+                attentions[name] = module
+            else:
+                kept_attentions[name] = reason
     own_bits = None if config.layer_activation_bits == SHORTCUTS else config.layer_activation_bits
     unmatched = [
         f"{place}: {entry!r}"
         for place, entries, names in (
             ("modules_to_not_convert", config.modules_to_not_convert, kept),
             ("layer_activation_bits", own_bits, layers),
+            ("int8_attention", config.int8_attention, attentions | kept_attentions),
         )
         for entry in entries or ()
         if not any(is_part(entry, name) for name in names)
     ]
-    return ConversionPlan(layers, kept, unmatched)
+    return ConversionPlan(layers, attentions, kept, kept_attentions, unmatched)
 
 
 def _reason_to_keep(
@@ -121,6 +140,12 @@ def _reason_to_keep(
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"padding {module.padding!r}, mode {module.padding_mode!r}"
     return None
+
+
+def _reason_against_int8(attention: Attention) -> str | None:
+    if type(attention.processor) not in (AttnProcessor2_0, Int8AttnProcessor):
+        return type(attention.processor).__name__
+    return reason_against_int8(attention)
 
 
 def insert_empty_layers(unet: Any, config: DilateQuantConfig) -> None:
@@ -167,6 +192,9 @@ def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLaye
     """Puts the layers in place, wherever the old ones are registered, and makes the UNet map its timestep."""
     plan.log()
     replace_layers(unet, {plan.layers[name]: layer for name, layer in layers.items()})
+    attention: Any  # diffusers' annotation of processors lists its own ones
+    for attention in plan.attentions.values():
+        attention.set_processor(Int8AttnProcessor())
     unet.requires_grad_(False)  # no gradient passes the layers; without any wanted, none is refused
     unet.add_module(GRID_NAME, grid.train(unet.training))
     grid.hooks = [
@@ -207,6 +235,9 @@ def dequantize(unet: Any) -> Any:
     unfuse(unet)
     dtype = unet.dtype
     replace_layers(unet, {layer: _dequantized_layer(layer, dtype) for layer in quantized_layers(unet).values()})
+    for module in unet.modules():
+        if isinstance(module, Attention) and type(module.processor) is Int8AttnProcessor:
+            module.set_processor(AttnProcessor2_0())
     unet.requires_grad_(True)
     for hook in unet.timestep_grid.hooks:
         hook.remove()

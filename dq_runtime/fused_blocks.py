@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -24,6 +23,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from dq_kernels import ops
+from dq_runtime.attention import Int8AttnProcessor, float_attention, in_int8
 from dq_runtime.forward_state import ForwardState, LinearGroup, run_as_made, same_quantizer
 from dq_runtime.layers import QuantConv2d, QuantLinear, wants_gradient
 
@@ -177,7 +177,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             if attention is not None:
                 layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
                 others.append(attention)
-                if type(attention.processor) is not AttnProcessor2_0:
+                if type(attention.processor) not in (AttnProcessor2_0, Int8AttnProcessor):
                     return False
         if self.attn2 is not None:
             others.append(self.norm2)
@@ -266,10 +266,13 @@ def _attend(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
     """Attention over [B, tokens, heads x d], its output projection, and the residual."""
-    q, k, v = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in (query, key, value))
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     out = attention.to_out[0]
-    return multiply(out, out.quantize(mixed)[0], query.dtype, residual=residual)
+    if in_int8(attention):
+        quantizer = out.weight_dilation, *tables(out, query, query.shape[-1]), out.activation_bits
+        mixed = ops.int8_attention_quantize(query, key, value, attention.heads, *quantizer)
+    else:
+        mixed, _ = out.quantize(float_attention(query, key, value, attention.heads))
+    return multiply(out, mixed, query.dtype, residual=residual)
 
 
 class FusedTransformer2DModel(Transformer2DModel):

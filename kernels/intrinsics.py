@@ -22,6 +22,17 @@ def floor_to_int(x, PTX: tl.constexpr):
 
 
 @triton.jit
+def round_to_int(x, PTX: tl.constexpr):
+    """The whole number nearest to x as int32, for |x| < 2^22: one instruction less; halves go either way."""
+    if PTX:
+        shifted = tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, 0f4B400000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    return tl.floor(x + 0.5).to(tl.int32)
+
+
+@triton.jit
 def reciprocal(x, PTX: tl.constexpr):
     """1 / x, for x that is no subnormal."""
     if PTX:

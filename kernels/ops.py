@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dq_kernels import conv2d, cpu, linear, norm
+from dq_kernels import attention, conv2d, cpu, linear, norm
 from dq_kernels import quantize as triton_quantize
+from dq_kernels.attention import MAX_HEAD_CHANNELS
 from dq_kernels.checks import (
     COMPUTE_DTYPES,
     check_bits,
@@ -37,12 +38,15 @@ __all__ = [
     "COMPUTE_DTYPES",
     "INT4_MAX",
     "INT4_MIN",
+    "MAX_HEAD_CHANNELS",
     "MAX_LAYER_NORM_CHANNELS",
     "STATISTICS_ROWS",
     "group_norm_quantize",
     "int4_conv2d",
     "int4_linear",
     "int4_linear_quantize",
+    "int8_attention",
+    "int8_attention_quantize",
     "layer_norm_quantize",
     "pack_int4",
     "prepacked_bytes",
@@ -57,6 +61,7 @@ _library = torch.library.Library("dq_kernels", "DEF")
 _TABLES = "Tensor act_scale, Tensor act_zero_point, Tensor timestep_index"
 _WEIGHT = "Tensor weight, Tensor weight_scale, Tensor weight_sum"
 _QUANTIZER = f"Tensor weight_dilation, {_TABLES}, int bits"
+_ATTENTION = "Tensor query, Tensor key, Tensor value, int heads"
 _SCHEMAS = {
     "quantize": f"(Tensor x, {_QUANTIZER}, SymInt[2] padding, Tensor? skip) -> Tensor",
     "layer_norm_quantize": f"(Tensor x, Tensor? weight, Tensor? bias, float eps, {_QUANTIZER}) -> Tensor",
@@ -69,12 +74,15 @@ _SCHEMAS = {
     "Tensor? skip, Tensor? skip_weight, Tensor? skip_weight_sum, Tensor? skip_act_scale, "
     "Tensor? skip_act_zero_point, SymInt[2] stride, SymInt[2] dilation, bool upsample, ScalarType out_dtype, "
     "bool with_statistics) -> (Tensor, Tensor)",
+    "int8_attention": f"({_ATTENTION}) -> Tensor",
+    "int8_attention_quantize": f"({_ATTENTION}, {_QUANTIZER}) -> Tensor",
 }
 for _module, _names in {
     triton_quantize: ("quantize",),
     norm: ("layer_norm_quantize", "group_norm_quantize"),
     linear: ("int4_linear", "int4_linear_quantize"),
     conv2d: ("int4_conv2d",),
+    attention: ("int8_attention", "int8_attention_quantize"),
 }.items():
     for _name in _names:
         _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -82,12 +90,14 @@ for _module, _names in {
         _library.impl(_name, getattr(_module, _name), "CUDA")
 
 
-def _alike(op: str, x: Tensor, tensor: Tensor) -> None:
+def _alike(op: str, x: Tensor, *others: Tensor) -> None:
     """One tensor without values is enough for torch to ask for a result without values, which x's device has not."""
-    if x.is_meta != tensor.is_meta:
-        raise ValueError(
-            f"{op}: x is on {x.device}, a weight or table on {tensor.device}: offloaded weights have to be loaded first"
-        )
+    for tensor in others:
+        if x.is_meta != tensor.is_meta:
+            raise ValueError(
+                f"{op}: one argument is on {x.device}, another on {tensor.device}: offloaded weights have to be loaded "
+                "first"
+            )
 
 
 @torch.library.register_fake("dq_kernels::quantize")
@@ -131,6 +141,18 @@ def _(x, weight, *arguments):  # type: ignore[no-untyped-def]
         x.new_empty(x.shape[0], *size, weight.shape[0], dtype=out_dtype),
         x.new_empty(statistics, dtype=torch.float32),
     )
+
+
+@torch.library.register_fake("dq_kernels::int8_attention")
+def _(query, key, value, heads):  # type: ignore[no-untyped-def]
+    _alike("int8_attention", query, key, value)
+    return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("dq_kernels::int8_attention_quantize")
+def _(query, key, value, heads, weight_dilation, act_scale, act_zero_point, timestep_index, bits):  # type: ignore[no-untyped-def]
+    _alike("int8_attention_quantize", query, key, value, act_scale)
+    return query.new_empty(query.shape, dtype=torch.int8)
 
 
 def quantize(
@@ -473,3 +495,71 @@ def int4_conv2d(
         skip, skip_weight, skip_weight_sum, skip_act_scale, skip_act_zero_point, stride, dilation, upsample, out_dtype,
         with_statistics and size[0] * size[1] % STATISTICS_ROWS == 0,
     )  # fmt: skip
+
+
+def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with q, k, v and the probabilities in 8 bits, both products summed in int32.
+
+    The scales are found on the way: one for each query, one for each 64 keys or values of a head, less their means (see
+    ``attention``).
+
+    Args:
+        query: [B, L, H D] float16, bfloat16 or float32, any strides.
+        key, value: [B, S, H D] float, any strides.
+        heads: H; D is at most ``MAX_HEAD_CHANNELS``.
+
+    Returns:
+        [B, L, H D] in query's dtype, contiguous. NaN where an input that counts is not finite.
+
+    Raises:
+        ValueError: on any other dtype or shape.
+    """
+    _check_attention("int8_attention", query, key, value, heads)
+    return torch.ops.dq_kernels.int8_attention.default(query, key, value, heads)
+
+
+def int8_attention_quantize(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    weight_dilation: Tensor,
+    act_scale: Tensor,
+    act_zero_point: Tensor,
+    timestep_index: Tensor,
+    bits: int,
+) -> Tensor:
+    """``int8_attention`` and ``quantize``, without the float result between them.
+
+    Args:
+        query, key, value, heads: as for ``int8_attention``; H D is even.
+        weight_dilation, act_scale, act_zero_point, timestep_index, bits: as for ``quantize``, of H D channels.
+
+    Returns:
+        [B, L, H D] int8, contiguous.
+
+    Raises:
+        ValueError: on any other dtype or shape.
+    """
+    op = "int8_attention_quantize"
+    _check_attention(op, query, key, value, heads)
+    batch, _, channels = query.shape
+    if channels % 2:
+        raise ValueError(f"{op}: the channels must be even, got {channels}; use int8_attention and quantize instead")
+    check_quantizer(op, batch, channels, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    return torch.ops.dq_kernels.int8_attention_quantize.default(
+        query, key, value, heads, weight_dilation, act_scale, act_zero_point, timestep_index, bits
+    )
+
+
+def _check_attention(op: str, query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
+    check_floats(op, "query", query, ("B", "L", "H D"))
+    batch, _, channels = query.shape
+    check_floats(op, "key", key, (batch, "S", channels))
+    check_floats(op, "value", value, key.shape)
+    if key.shape[1] == 0:
+        raise ValueError(f"{op}: key {list(key.shape)} has no token")
+    if batch >= 2**16:
+        raise ValueError(f"{op}: at most {2**16 - 1} samples are launched at a time, got {batch}; split the batch")
+    if heads < 1 or channels % heads or not 1 <= channels // heads <= MAX_HEAD_CHANNELS:
+        raise ValueError(f"{op}: the {channels} channels must divide into {heads} heads of 1 to {MAX_HEAD_CHANNELS}")

@@ -241,3 +241,56 @@ def layer_norm_quantize(
     weight, bias = (None if parameter is None else parameter.double() for parameter in (weight, bias))
     y = F.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
     return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+
+
+def quantize_to_127(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """x fp32 in steps of its largest magnitude along ``dims`` / 127: int8, and the steps (1 where all of x is 0)."""
+    largest = x.abs().amax(dims, keepdim=True)
+    scale = torch.where(largest > 1e-30, largest / 127, 1.0) + largest * 0  # NaN where x is not finite
+    return torch.floor(x * (1 / scale) + 0.5).to(torch.int8), scale
+
+
+def int8_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, block_keys: int = 64
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v with q, k, v and the probabilities in 8 bits, block of keys by block of keys.
+
+    query [B, L, H D], key and value [B, S, H D] -> [B, L, H D] in query's dtype. A query has a scale of its own, a
+    block of keys or values another; both are quantized less their means over S, and the values' is added at the end.
+    The probabilities of a block are relative to the largest up to this block, and rounded to steps of 1/255; what they
+    are divided by is not rounded.
+    """
+    dtype = query.dtype
+    key_mean, value_mean = (x.float().mean(1, keepdim=True) for x in (key, value))
+    key, value = key.float() - key_mean, value.float() - value_mean
+    q, k, v = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    q8, q_scale = quantize_to_127(q, (-1,))
+    largest = torch.full((*q.shape[:-1], 1), -torch.inf, dtype=torch.float64)
+    total = torch.zeros_like(largest)
+    result = torch.zeros(q.shape, dtype=torch.float64)
+    for k_block, v_block in zip(k.split(block_keys, dim=2), v.split(block_keys, dim=2), strict=True):
+        (k8, k_scale), (v8, v_scale) = quantize_to_127(k_block, (-2, -1)), quantize_to_127(v_block, (-2, -1))
+        score = (q8.long() @ k8.long().mT) * (q_scale.double() * k_scale.double() * q.shape[-1] ** -0.5)
+        so_far = torch.maximum(largest, score.amax(-1, keepdim=True))
+        fade, p = torch.exp(largest - so_far), torch.exp(score - so_far)
+        p8 = torch.floor(255 * p + 0.5).long()
+        total = total * fade + p.sum(-1, keepdim=True)
+        result = result * fade + (p8 @ v8.long()) * (v_scale.double() / 255)
+        largest = so_far
+    return ((result / total).transpose(1, 2).flatten(2) + value_mean).to(dtype)
+
+
+def int8_attention_quantize(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    weight_dilation: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """``int8_attention`` and the next layer's quantization: int8 [B, L, H D]."""
+    y = int8_attention(query.float(), key, value, heads)
+    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits)

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when dq_kernels is imported; kernels then run on CPU tensors
 
-from dq_kernels import conv2d, linear, norm, ops, quantize
+from dq_kernels import attention, conv2d, linear, norm, ops, quantize
 from dq_kernels.packing import pack_int4
 
 ZERO_POINTS = (-128, 3, 127)  # one a timestep; the ends of int8 are uint8 0 and 255 to oneDNN
@@ -20,6 +20,8 @@ LAUNCHERS = {
     "int4_linear": linear.int4_linear,
     "int4_linear_quantize": linear.int4_linear_quantize,
     "int4_conv2d": conv2d.int4_conv2d,
+    "int8_attention": attention.int8_attention,
+    "int8_attention_quantize": attention.int8_attention_quantize,
 }
 
 
@@ -278,6 +280,34 @@ def conv2d_arguments():
         return arguments, values
 
     return conv2d_arguments
+
+
+@pytest.fixture(scope="session")
+def attention_arguments():
+    """Makes keyword arguments for int8_attention: normal queries, keys and values."""
+
+    def attention_arguments(batch, query_length, key_length, heads, head_channels, dtype=torch.float32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = {"query": query_length, "key": key_length, "value": key_length}
+        channels = heads * head_channels
+        return {
+            name: torch.randn(batch, length, channels, generator=generator).to(dtype)
+            for name, length in lengths.items()
+        } | {"heads": heads}
+
+    return attention_arguments
+
+
+@pytest.fixture(scope="session")
+def attention_quantize_arguments(attention_arguments, quantizer_arguments):
+    """Makes keyword arguments for int8_attention_quantize, whose results use most of the range of 8 bits."""
+
+    def attention_quantize_arguments(batch, *shape, dtype=torch.float32, seed=0):
+        arguments = attention_arguments(batch, *shape, dtype, seed)
+        quantizer = quantizer_arguments(batch, arguments["query"].shape[-1], seed)
+        return arguments | quantizer | {"act_scale": quantizer["act_scale"] / 8}
+
+    return attention_quantize_arguments
 
 
 def _with_border(image, zero_point, padding):

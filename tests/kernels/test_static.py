@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from dq_kernels import attention
+
 triton = pytest.importorskip("triton")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -71,8 +73,12 @@ def identity(row: Row) -> str:
     return f"{row['target']} {row['kernel']} ({row['use']}) {static_kernels.config_of(row)}"
 
 
+def rows_of(kernel: str, rows: list[Row], *targets: str) -> dict[str, Row]:
+    return {identity(row): row for row in rows if row["kernel"] == kernel and row["target"] in targets}
+
+
 def gemms(rows: list[Row], *targets: str) -> dict[str, Row]:
-    return {identity(row): row for row in rows if row["kernel"] == "int4_gemm" and row["target"] in targets}
+    return rows_of("int4_gemm", rows, *targets)
 
 
 def test_report_covers_all_that_is_shipped(committed: dict[str, Any]) -> None:
@@ -129,6 +135,25 @@ def test_gemms_multiply_int8_on_matrix_units(rows: list[Row], target: str) -> No
     for name, row in gemms(rows, target).items():
         assert row["loop_mma"] > 0, name
         assert [mma for mma in row["mma"] if not re.fullmatch(MMA[target], mma)] == [], name
+
+
+@pytest.mark.parametrize("target", MMA)
+def test_attention_multiplies_int8_on_matrix_units(rows: list[Row], target: str) -> None:
+    for name, row in rows_of("int8_attention", rows, target).items():
+        assert row["loop_mma"] > 0, name
+        assert [mma for mma in row["mma"] if not re.fullmatch(MMA[target], mma)] == [], name
+
+
+def test_attention_loads_keys_and_values_as_wide_as_they_come(rows: list[Row]) -> None:
+    # 64 keys and as many values, padded to 32, 64 or 128 channels, by 16 bytes a thread; what is loaded by less are the
+    # sums of the values and two scales. Probabilities do not pass through shared memory, which would take 16 stores.
+    for name, row in rows_of("int8_attention", rows, *NVIDIA).items():
+        padded = next(size for size in (32, 64, 128) if int(re.search(r"(\d+) channels", name)[1]) <= size)
+        num_warps = attention.tile_of(padded)[1]
+        assert row["loop_loads"]["16"] == 2 * 64 * padded // (16 * 32 * num_warps), name
+        assert row["loop_shared_stores"] <= 5, name
+    for name, row in rows_of("quantize_keys_values", rows, *MMA).items():
+        assert set(row["loop_loads"]) == {"16"}, name
 
 
 def test_main_loop_stores_no_operand_to_shared_memory(rows: list[Row]) -> None:

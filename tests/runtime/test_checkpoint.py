@@ -52,6 +52,7 @@ def test_saved_files_are_safetensors_and_a_config(saved):
         "max_dilation": 8.0,
         "timestep_groups": None,
         "modules_to_not_convert": ["conv_in", "conv_out"],
+        "int8_attention": [],
         "timesteps": [0.0, 250.0, 500.0, 750.0],
     }
 

@@ -15,8 +15,9 @@ CONFIGS = pytest.mark.parametrize(
         DilateQuantConfig(activation_bits=4, dilation="none", modules_to_not_convert=[]),
         DilateQuantConfig(activation_bits=6, max_dilation=2.5, modules_to_not_convert=["mid_block", "to_out.0"]),
         DilateQuantConfig(timesteps=[0.0, 0.1, 1 / 3, 499.5, 999.0]),
+        DilateQuantConfig(int8_attention=["attn1", "mid_block"]),
     ],
-    ids=["default", "w4a4", "kept", "timesteps"],
+    ids=["default", "w4a4", "kept", "timesteps", "int8 attention"],
 )
 
 
@@ -75,6 +76,8 @@ def test_config_survives_in_the_config_file_of_a_unet(subject, tmp_path):
         ("max_dilation", 0.99),
         ("max_dilation", float("nan")),
         ("modules_to_not_convert", "conv_in"),
+        ("int8_attention", "attn1"),
+        ("int8_attention", True),
     ],
 )
 def test_unsupported_values_are_refused_by_name(field, value):

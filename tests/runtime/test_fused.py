@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -32,7 +32,9 @@ from peft import LoraConfig
 from tiny_unets import attend_twice
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dq_kernels import ops
 from dq_kernels.ops import STATISTICS_ROWS
+from dq_runtime import Int8AttnProcessor
 from dq_runtime.fused import FUSED, fuse
 
 pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
@@ -466,3 +468,94 @@ def test_residuals_of_a_controlnet_are_added(assert_same_output):
         down_block_additional_residuals=residuals([(32, 16, 16), (32, 16, 16), (32, 8, 8), (64, 8, 8)]),
         mid_block_additional_residual=residuals([(64, 8, 8)])[0],
     )
+
+
+# Attention in int8.
+
+
+def in_int8(unet):
+    for attention in modules_of(unet, Attention):
+        attention.set_processor(Int8AttnProcessor())
+    return unet
+
+
+def attention_operators(unet, **arguments):
+    """How often an attention runs quantized and fused, in int8 alone, and in floating point."""
+    with Operators() as operators:
+        call(unet, **arguments)
+    count = operators.count()
+    return (
+        count["int8_attention_quantize"],
+        count["int8_attention"],
+        sum(count[name] for name in count if name.startswith("_scaled_dot_product")),
+    )
+
+
+@pytest.mark.parametrize("name", ["conv projections", "linear projections", "prompt left out", "UNet2DModel"])
+def test_int8_attention_computes_as_unfused(assert_same_output, name):
+    assert_same_output(in_int8(fused(name)), in_int8(quantized(name)))
+
+
+def test_int8_attention_is_quantized_in_the_same_pass():
+    unet = fused()
+    blocks = len(modules_of(unet, BasicTransformerBlock))
+    assert attention_operators(unet) == (0, 0, 2 * blocks)
+    with Operators() as operators:
+        call(unet)
+    before = operators.count()["quantize"]
+
+    in_int8(unet)
+
+    assert attention_operators(unet) == (2 * blocks, 0, 0)
+    with Operators() as operators:
+        call(unet)
+    assert operators.count()["quantize"] == before - 2 * blocks
+
+
+def test_attention_in_int8_and_one_in_floating_point_share_a_fused_block(assert_same_output):
+    actual, expected = fused(), quantized()
+    for unet in (actual, expected):
+        for block in modules_of(unet, BasicTransformerBlock):
+            block.attn2.set_processor(Int8AttnProcessor())
+    blocks = len(modules_of(actual, BasicTransformerBlock))
+
+    assert attention_operators(actual) == (blocks, 0, blocks)
+    assert_same_output(actual, expected)
+
+
+def test_attention_processors_may_be_set_before_and_after_fusing():
+    before = in_int8(quantized())
+    fuse(before)
+    after = in_int8(fused())
+
+    assert torch.equal(call(before), call(after))
+    after.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(call(after), call(fused()))
+
+
+def test_mask_of_the_prompt_is_heeded_by_int8_attention(assert_same_output, relative_rms):
+    actual, expected = in_int8(fused()), in_int8(quantized())
+    blocks = len(modules_of(actual, BasicTransformerBlock))
+
+    assert attention_operators(actual, encoder_attention_mask=MASK) == (0, blocks, blocks)
+    assert relative_rms(call(expected), call(expected, encoder_attention_mask=MASK)) > 0.001  # it changes something
+    assert_same_output(actual, expected, encoder_attention_mask=MASK)
+
+
+def test_heads_too_large_for_int8_stay_in_floating_point_in_fused_blocks(assert_same_output, monkeypatch):
+    monkeypatch.setattr(ops, "MAX_HEAD_CHANNELS", 8)  # those of the middle block have 16
+    actual = in_int8(fused())
+
+    assert attention_operators(actual) == (6, 0, 2)
+    assert_same_output(actual, in_int8(quantized()))
+
+
+def test_adapter_works_on_a_fused_unet_with_int8_attention(assert_same_output, relative_rms):
+    actual, expected = in_int8(fused()), in_int8(quantized())
+    without = call(expected)
+
+    for unet in (actual, expected):
+        add_lora(unet, ["to_q", "to_k", "to_v", "to_out.0"])
+
+    assert relative_rms(call(expected), without) > 2 * FLIPS
+    assert_same_output(actual, expected)

@@ -1,0 +1,304 @@
+"""Attention in int8 on the GPU: both products on the matrix units' int8 path, and no probability in memory.
+
+    s_mn = (q8_m . k8_n) scale_m scale_b / sqrt(D)                  p_mn = exp(s_mn - max_n s_mn)
+    y_m = sum_n p8_mn v8_n scale_b / sum_n p_mn + mean of v         p8 = floor(255 p + 0.5) / 255
+
+Nothing has to be calibrated: a query has a scale of its own, and so has each block b of ``BLOCK_KEYS`` keys or values,
+the largest magnitude / 127. Keys and values are quantized less their means over all tokens. For keys that shifts all
+scores of a query alike and so leaves its probabilities as they are (the smoothing of SageAttention, arXiv 2410.02367);
+values get theirs back at the end, as probabilities add up to 1. What all tokens have in common so takes no range, and
+what is lost of many small probabilities, which rounding makes 0, is the values' mean and not nothing.
+
+Probabilities are rounded to 8 bits against the largest that their query has met so far (online softmax, in Flash
+Attention 2's order); int8 holds them less 128, and the sums of v8 make up for it.
+
+What is not finite in the input makes NaN of every result that it has a part in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dq_kernels.intrinsics import floor_to_int, follow_previous_kernel, round_to_int
+from dq_kernels.quantize import quantize_tile, select_timestep
+from dq_kernels.tuning import cdiv, launch_options, next_power_of_2, use_ptx
+
+BLOCK_KEYS = 64
+MAX_HEAD_CHANNELS = 128
+SMALLEST = tl.constexpr(1e-30)  # magnitudes that count as 0: the inverse of a smaller one's scale would be infinite
+LOG2_E = 1.4426950408889634
+LOG2_255 = tl.constexpr(7.994353436858858)
+
+
+@triton.jit
+def quantize_to_127(x, largest, total, PTX: tl.constexpr):
+    """x in steps of largest / 127 as int8, and this step; NaN where ``total``, the sum of x times 0, is."""
+    scale = tl.where(largest > SMALLEST, tl.math.div_rn(largest, 127.0), 1.0) + total
+    return floor_to_int(x * tl.math.div_rn(1.0, scale) + 0.5, PTX).to(tl.int8), scale
+
+
+@triton.jit(do_not_specialize=["length"])
+def quantize_keys_values_kernel(
+    key_ptr,
+    value_ptr,
+    key_mean_ptr,
+    value_mean_ptr,
+    key8_ptr,
+    value8_ptr,
+    scales_ptr,
+    value_sums_ptr,
+    length,
+    key_stride_b,
+    key_stride_l,
+    key_stride_k,
+    value_stride_b,
+    value_stride_l,
+    value_stride_k,
+    HEAD_CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One block of one head: key, value [B, S, H D] (strided), their means [B, H D] -> int8, padded with zeros.
+
+    key8 [B, H, blocks, BLOCK_N, BLOCK_D]; value8 [B, H, blocks, BLOCK_D, BLOCK_N], since matrix units want the
+    channel that is summed over to be contiguous; scales [B, H, blocks, 2] fp32; value_sums [B, H, blocks, BLOCK_D].
+    """
+    follow_previous_kernel(PDL)
+    block, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    heads = tl.num_programs(1)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    token, channel = (block * BLOCK_N + n)[:, None], (head * HEAD_CHANNELS + d)[None, :]
+    d_inside = (d < HEAD_CHANNELS)[None, :]
+    inside = (token < length) & d_inside
+
+    key_ptr += sample.to(tl.int64) * key_stride_b
+    key = tl.load(key_ptr + token * key_stride_l + channel * key_stride_k, mask=inside, other=0.0).to(tl.float32)
+    mean_offsets = sample * heads * HEAD_CHANNELS + channel
+    key = tl.where(inside, key - tl.load(key_mean_ptr + mean_offsets, mask=d_inside, other=0.0), 0.0)
+    key8, key_scale = quantize_to_127(key, tl.max(tl.max(tl.abs(key), 1), 0), tl.sum(tl.sum(key * 0, 1), 0), PTX)
+
+    value_ptr += sample.to(tl.int64) * value_stride_b
+    value = tl.load(value_ptr + token * value_stride_l + channel * value_stride_k, mask=inside, other=0.0)
+    value = value.to(tl.float32)
+    value = tl.where(inside, value - tl.load(value_mean_ptr + mean_offsets, mask=d_inside, other=0.0), 0.0)
+    value8, value_scale = quantize_to_127(
+        value, tl.max(tl.max(tl.abs(value), 1), 0), tl.sum(tl.sum(value * 0, 1), 0), PTX
+    )
+
+    place = ((sample * heads + head) * tl.num_programs(0) + block).to(tl.int64)
+    tile = place * (BLOCK_N * BLOCK_D)
+    tl.store(key8_ptr + tile + n[:, None] * BLOCK_D + d[None, :], key8)
+    tl.store(value8_ptr + tile + d[:, None] * BLOCK_N + n[None, :], tl.trans(value8))
+    tl.store(scales_ptr + place * 2, key_scale)
+    tl.store(scales_ptr + place * 2 + 1, value_scale)
+    tl.store(value_sums_ptr + place * BLOCK_D + d, tl.sum(value8.to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["num_timesteps", "query_length", "key_length"])
+def int8_attention_kernel(
+    query_ptr,
+    key8_ptr,
+    value8_ptr,
+    scales_ptr,
+    value_sums_ptr,
+    value_mean_ptr,
+    next_dilation_ptr,
+    next_scale_ptr,
+    next_zero_point_ptr,
+    timestep_index_ptr,
+    out_ptr,
+    num_timesteps,
+    query_length,
+    key_length,
+    score_scale,
+    stride_b,
+    stride_l,
+    stride_k,
+    HEAD_CHANNELS: tl.constexpr,
+    NEXT_BITS: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Some queries of one head: query [B, L, H D] (strided) and what the kernel above made -> out [B, L, H D].
+
+    ``score_scale`` is log2(e) / sqrt(D). With ``next_*`` the result is the next layer's int8. EVEN_KEYS: the last
+    block is full.
+    """
+    follow_previous_kernel(PDL)
+    head, sample = tl.program_id(1), tl.program_id(2)
+    heads, num_blocks = tl.num_programs(1), tl.cdiv(key_length, BLOCK_N)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = head * HEAD_CHANNELS + d
+    d_inside = d < HEAD_CHANNELS
+    inside = (m < query_length)[:, None] & d_inside[None, :]
+
+    query_ptr += sample.to(tl.int64) * stride_b
+    query = tl.load(query_ptr + m[:, None] * stride_l + channel[None, :] * stride_k, mask=inside, other=0.0)
+    query = query.to(tl.float32)
+    query8, query_scale = quantize_to_127(query, tl.max(tl.abs(query), 1)[:, None], tl.sum(query * 0, 1)[:, None], PTX)
+    query_scale *= score_scale
+
+    first = (sample * heads + head).to(tl.int64) * num_blocks
+    key_ptrs = key8_ptr + first * (BLOCK_N * BLOCK_D) + n[None, :] * BLOCK_D + d[:, None]
+    value_ptrs = value8_ptr + first * (BLOCK_N * BLOCK_D) + d[None, :] * BLOCK_N + n[:, None]
+    scales_ptr += first * 2
+    sums_ptrs = value_sums_ptr + first * BLOCK_D + d[None, :]
+    largest = tl.full((BLOCK_M, 1), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, 1), dtype=tl.float32)
+    result = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for block in range(num_blocks):
+        scale = query_scale * tl.load(scales_ptr + 2 * block) + SMALLEST  # not 0, or a key beyond the end would count
+        score = tl.dot(query8, tl.load(key_ptrs), out_dtype=tl.int32).to(tl.float32)
+        if not EVEN_KEYS:
+            # Far below all others, by arithmetic: AMD's compiler keeps the bits of a comparison in too few registers.
+            beyond = (block * BLOCK_N + n - (key_length - 1)).to(tl.float32)
+            score -= tl.maximum(beyond, 0.0)[None, :] * 1e36
+        highest = tl.max(score, 1)[:, None]
+        so_far = tl.maximum(largest, highest * scale)
+        fade = tl.exp2(largest - so_far)
+        # No more than 255, however it is rounded: a sum of two numbers that are not above 0, and the logarithm of 255.
+        p = tl.exp2((score - highest) * scale + (tl.minimum(highest * scale - so_far, 0.0) + LOG2_255))
+        total = total * fade + tl.sum(p, 1)[:, None]
+        p8 = (round_to_int(p, PTX) - 128).to(tl.int8)
+        product = tl.dot(p8, tl.load(value_ptrs), out_dtype=tl.int32) + 128 * tl.load(sums_ptrs)
+        result = result * fade + product.to(tl.float32) * tl.load(scales_ptr + 2 * block + 1)
+        largest = so_far
+        key_ptrs += BLOCK_N * BLOCK_D
+        value_ptrs += BLOCK_N * BLOCK_D
+        sums_ptrs += BLOCK_D
+    mean_ptrs = value_mean_ptr + sample * heads * HEAD_CHANNELS + channel
+    result = result / total + tl.load(mean_ptrs, mask=d_inside, other=0.0)[None, :]
+
+    if next_scale_ptr is not None:
+        t = select_timestep(timestep_index_ptr + sample, num_timesteps)
+        inverse_scale = tl.math.div_rn(1.0, tl.load(next_scale_ptr + t))
+        inverse_dilation = tl.math.div_rn(1.0, tl.load(next_dilation_ptr + channel, mask=d_inside, other=1.0))
+        zero_point = tl.load(next_zero_point_ptr + t)
+        result = quantize_tile(result, inverse_dilation[None, :], inverse_scale, zero_point, NEXT_BITS, PTX)
+    out_ptr += sample.to(tl.int64) * query_length * (heads * HEAD_CHANNELS)
+    tl.store(
+        out_ptr + m[:, None] * (heads * HEAD_CHANNELS) + channel[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+def int8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
+    """As ``reference.int8_attention``."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    _launch(query, key, value, heads, out)
+    return out
+
+
+def int8_attention_quantize(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    weight_dilation: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_zero_point: torch.Tensor,
+    timestep_index: torch.Tensor,
+    bits: int,
+) -> torch.Tensor:
+    """As ``reference.int8_attention_quantize``."""
+    out = torch.empty(query.shape, dtype=torch.int8, device=query.device)
+    _launch(query, key, value, heads, out, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    return out
+
+
+def _launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: int,
+    out: torch.Tensor,
+    weight_dilation: torch.Tensor | None = None,
+    act_scale: torch.Tensor | None = None,
+    act_zero_point: torch.Tensor | None = None,
+    timestep_index: torch.Tensor | None = None,
+    bits: int = 8,
+) -> None:
+    batch, query_length, channels = query.shape
+    key_length, head_channels = key.shape[1], channels // heads
+    block_d, num_blocks = padded_head_channels(head_channels), cdiv(key_length, BLOCK_KEYS)
+    blocks = (batch, heads, num_blocks)
+    key8 = torch.empty(*blocks, BLOCK_KEYS, block_d, dtype=torch.int8, device=query.device)
+    value8 = torch.empty(*blocks, block_d, BLOCK_KEYS, dtype=torch.int8, device=query.device)
+    scales = torch.empty(*blocks, 2, dtype=torch.float32, device=query.device)
+    value_sums = torch.empty(*blocks, block_d, dtype=torch.int32, device=query.device)
+    key_mean, value_mean = (x.mean(1, dtype=torch.float32) for x in (key, value))
+    quantize_keys_values_kernel[(num_blocks, heads, batch)](
+        key,
+        value,
+        key_mean,
+        value_mean,
+        key8,
+        value8,
+        scales,
+        value_sums,
+        key_length,
+        *key.stride(),
+        *value.stride(),
+        HEAD_CHANNELS=head_channels,
+        BLOCK_N=BLOCK_KEYS,
+        BLOCK_D=block_d,
+        PTX=use_ptx(),
+        num_warps=quantizer_warps(block_d),
+        **launch_options(),
+        enable_fp_fusion=False,
+    )
+    block_m, num_warps, num_stages = tile_of(block_d)
+    int8_attention_kernel[(cdiv(query_length, block_m), heads, batch)](
+        query,
+        key8,
+        value8,
+        scales,
+        value_sums,
+        value_mean,
+        weight_dilation,
+        act_scale,
+        act_zero_point,
+        timestep_index,
+        out,
+        0 if act_scale is None else act_scale.numel(),
+        query_length,
+        key_length,
+        LOG2_E * head_channels**-0.5,
+        *query.stride(),
+        HEAD_CHANNELS=head_channels,
+        NEXT_BITS=bits,
+        EVEN_KEYS=key_length % BLOCK_KEYS == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=BLOCK_KEYS,
+        BLOCK_D=block_d,
+        PTX=use_ptx(),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **launch_options(),
+        enable_fp_fusion=True,
+    )
+
+
+def padded_head_channels(head_channels: int) -> int:
+    """The head's size in memory: a power of two, and at least what one int8 matrix instruction sums over."""
+    return max(32, next_power_of_2(head_channels))
+
+
+def tile_of(block_d: int) -> tuple[int, int, int]:
+    """Queries, warps and pipeline stages of a program, chosen from the compiler's report: not one of them spills."""
+    return (64, 4, 3) if block_d <= 64 else (128, 8, 3)
+
+
+def quantizer_warps(block_d: int) -> int:
+    """Warps of a program that quantizes a block of keys and values: such that a thread has 32 elements."""
+    return block_d * BLOCK_KEYS // (32 * 32)
