@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # The Python of an environment with CUDA's torch and this package; only the default one is set up here.
 GPU_PYTHON ?= $(BIN)/python
+# Processes that share the tests, file by file, each on one thread.
+TEST_JOBS ?= 2
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .PHONY: demo test lint train gpu tune clean
@@ -14,7 +16,7 @@ demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: o
 	$(BIN)/python examples/small_unets/demo.py
 
 test: $(INSTALLED) lint  ## everything: style, types, tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(TEST_JOBS) --dist=loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

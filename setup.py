@@ -6,7 +6,7 @@ from setuptools import setup
 
 EVALUATION = ["scikit-image", "matplotlib"]
 EXAMPLES = [*EVALUATION, "scikit-learn", "pillow"]
-TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "ruff", "mypy", "build", "transformers", "peft"]
+TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "mypy", "build", "transformers", "peft"]
 
 setup(
     name="dq-runtime",

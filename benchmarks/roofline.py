@@ -20,7 +20,8 @@ quantized layer is two: one reads x in 16 bit and writes it quantized, the other
 
 Precisions: fp16; W4A8, W4A4: layers have packed 4-bit weights with an fp32 scale and an int32 sum per output channel,
 compute in int8 (no 4-bit tensor cores since Hopper; Ampere's and Ada's are not used) and read 8-bit or packed 4-bit
-activations. Norms are done and attention computes in 16 bit, whatever the layers do.
+activations. Norms are done in 16 bit, and attention, too, but in the column that says otherwise: there its two products
+are int8, of q, k and v that are read in 16 bit.
 """
 
 from __future__ import annotations
@@ -97,24 +98,33 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Precision:
-    """How layers store their operands, in bits, and the ``Device`` ceiling of their arithmetic."""
+    """How layers store their operands, in bits, and the ``Device`` ceiling of their arithmetic and of attention's."""
 
     weight_bits: int
     activation_bits: int
     arithmetic: str
+    attention: str = "fp16"
 
 
-PRECISIONS = {"fp16": Precision(16, 16, "fp16"), "w4a8": Precision(4, 8, "int8"), "w4a4": Precision(4, 4, "int8")}
+PRECISIONS = {
+    "fp16": Precision(16, 16, "fp16"),
+    "w4a8": Precision(4, 8, "int8"),
+    "w4a8, int8 attention": Precision(4, 8, "int8", "int8"),
+    "w4a4": Precision(4, 4, "int8"),
+}
 # Precision, fused; the columns of the tables.
 VARIANTS = {
     "fp16 unfused": ("fp16", False),
     "fp16 fused": ("fp16", True),
     "w4a8 unfused": ("w4a8", False),
     "w4a8 fused": ("w4a8", True),
+    "w4a8 fused, int8 attention": ("w4a8, int8 attention", True),
     "w4a4 fused": ("w4a4", True),
 }
-# One layer by itself in fp16 has nothing to fuse.
-LAYER_VARIANTS = {"fp16": ("fp16", False)} | {v: choice for v, choice in VARIANTS.items() if choice[0] != "fp16"}
+# One layer by itself in fp16 has nothing to fuse, and no attention.
+LAYER_VARIANTS = {"fp16": ("fp16", False)} | {
+    v: choice for v, choice in VARIANTS.items() if choice[0] in ("w4a8", "w4a4")
+}
 
 
 @dataclass
@@ -268,7 +278,8 @@ def fused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
                 continue
         else:
             if not is_layer or sources != shared:
-                kernels.append(Kernel(step.kind, chosen.arithmetic if is_layer else "fp16"))
+                arithmetic = {"layer": chosen.arithmetic, "attention": chosen.attention}.get(step.kind, "fp16")
+                kernels.append(Kernel(step.kind, arithmetic))
             index = len(kernels) - 1
             kernels[index].operations += step.operations
             kernels[index].weight_bytes += weight_bytes(step.shape, chosen) if step.shape else 0

@@ -16,7 +16,7 @@ class Int8AttnProcessor(AttnProcessor2_0):
 
     Whatever that operator cannot do (see ``reason_against_int8``; a mask, or a gradient that is wanted) is done in
     floating point. ``DilateQuantConfig.int8_attention`` puts it in place, or diffusers' own ``set_processor`` does, in
-    any attention of any UNet.
+    any attention that has ``AttnProcessor2_0``.
     """
 
     def __call__(
@@ -29,7 +29,11 @@ class Int8AttnProcessor(AttnProcessor2_0):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As ``AttnProcessor2_0.__call__``: [B, tokens, channels] or [B, channels, H, W], in and out."""
+        """As ``AttnProcessor2_0.__call__``: [B, tokens, channels] or [B, channels, H, W], in and out.
+
+        Raises:
+            ValueError: for an attention with added keys and values, which has another processor.
+        """
         if attn.added_kv_proj_dim is not None:
             raise ValueError(
                 "Int8AttnProcessor does not know added keys and values: call set_processor(AttnAddedKVProcessor2_0()) "

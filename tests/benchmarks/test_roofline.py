@@ -183,6 +183,20 @@ def test_fusion_and_fewer_bits_never_make_the_bound_slower(steps, name, device):
     assert times["w4a8 unfused"] > times["w4a8 fused"]
 
 
+def test_attention_in_int8_changes_the_time_of_attention_alone(steps):
+    times = [
+        roofline.by_kind((kernel.kind, kernel.seconds(roofline.DEVICES["A100"])) for kernel in kernels)
+        for kernels in (
+            roofline.forward_kernels(steps["sdxl"], *roofline.VARIANTS[variant])
+            for variant in ("w4a8 fused", "w4a8 fused, int8 attention")
+        )
+    ]
+    in_float, in_int8 = (time.pop("attention") for time in times)
+
+    assert times[0] == times[1]
+    assert 0.4 * in_float < in_int8 < 0.6 * in_float
+
+
 @pytest.mark.parametrize("variant", roofline.VARIANTS)
 def test_a_device_with_higher_ceilings_is_faster(steps, variant):
     times = [milliseconds(steps["sd15"], device, variant) for device in ("A100", "H100 (measured)", "H100", "H200")]

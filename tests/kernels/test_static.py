@@ -153,7 +153,7 @@ def test_attention_loads_keys_and_values_as_wide_as_they_come(rows: list[Row]) -
         assert row["loop_loads"]["16"] == 2 * 64 * padded // (16 * 32 * num_warps), name
         assert row["loop_shared_stores"] <= 5, name
     for name, row in rows_of("quantize_keys_values", rows, *MMA).items():
-        assert set(row["loop_loads"]) == {"16"}, name
+        assert {"16"} <= set(row["loop_loads"]) <= {"16", "4"}, name  # Triton 3.5 reads a maximum back by 4
 
 
 def test_main_loop_stores_no_operand_to_shared_memory(rows: list[Row]) -> None:
