@@ -1,16 +1,21 @@
 """What attention in int8, softmax included, costs in image quality, alone and on top of INT4 layers.
 
     python benchmarks/int8_attention.py [--task digits/cross_attention] [--seeds 3] [--output FILE]
+    python benchmarks/int8_attention.py --random
 
 Draws the same noise in fp32 and with the UNet's attentions in int8, all else in floating point; then with a UNet that
 was calibrated and trained block by block, W4A8 and W4A4, as it is and with its attentions in int8. The figures are PSNR
 to fp32 and label accuracy, for each seed of calibration data, training and images.
+
+These UNets attend to few tokens. ``--random`` writes the signal-to-noise ratio (dB) of one attention to as many as
+4096, all of them random, by the standard deviation of its scores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from copy import deepcopy
 from pathlib import Path
 from statistics import mean
@@ -23,9 +28,11 @@ from quality import FIRST_IMAGE_SEED, ROOT, STEPS, collect
 from tasks import TASKS
 
 import dq_runtime
+from dq_kernels import ops
+from dq_runtime.attention import float_attention
 from dq_runtime.evaluation.metrics import psnr
 
-IMAGES = 300
+IMAGES, ACTIVATION_BITS = 300, (8, 4)
 ITERATIONS = dq_runtime.Distillation().iterations
 
 
@@ -45,7 +52,7 @@ def measure(task_name: str, seed: int) -> dict[str, dict[str, float]]:
     labels, classifier = task.labels(IMAGES), task.classifier()
     calibration_set = collect(task, stock, seed)
     unets = {"fp32": stock}
-    for bits in (8, 4):
+    for bits in ACTIVATION_BITS:
         config = dq_runtime.DilateQuantConfig(activation_bits=bits)
         distillation = dq_runtime.Distillation(iterations=ITERATIONS, seed=seed)
         unets[f"W4A{bits}"] = dq_runtime.calibrate(deepcopy(stock), calibration_set, config, distillation)
@@ -61,13 +68,28 @@ def measure(task_name: str, seed: int) -> dict[str, dict[str, float]]:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    seeds = [measure(arguments.task, seed) for seed in range(arguments.seeds)]
+def sqnr_db(tokens: int, spread: float) -> float:
+    """Of int8 attention to normally distributed tokens, in heads of 64 channels, whose scores deviate by ``spread``."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, length, 256, generator=generator) for length in (256, tokens, tokens))
+    exact = float_attention(*(x.double() for x in (spread * query, key, value)), 4)
+    error = ops.int8_attention(spread * query, key, value, 4) - exact
+    return 10 * math.log10(float(exact.square().mean() / error.square().mean()))
+
+
+def random_tokens() -> list[dict[str, float]]:
+    """Of attention to random tokens: how many, how far their scores deviate, and the signal-to-noise ratio."""
+    rows = []
+    for spread in (1.0, 2.0, 4.0):
+        for tokens in (64, 256, 1024, 4096):
+            rows.append({"tokens": tokens, "spread": spread, "sqnr_db": sqnr_db(tokens, spread)})
+            print(f"{tokens:5d} tokens, spread {spread:.0f}: {rows[-1]['sqnr_db']:.1f} dB")
+    return rows
+
+
+def drawn(task_name: str, num_seeds: int) -> list[dict[str, Any]]:
+    """By UNet: the means over the seeds, and each seed's figures."""
+    seeds = [measure(task_name, seed) for seed in range(num_seeds)]
     rows = [
         {
             "unet": name,
@@ -78,16 +100,25 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['unet']:24s}  {row['mean_psnr_db']:6.2f} dB  {row['mean_label_accuracy']:.1%}")
-    slug = arguments.task.replace("/", "_")
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"int8_attention_{slug}.json"
-    report = {
-        "command": f"python benchmarks/int8_attention.py --task {arguments.task} --seeds {arguments.seeds}",
-        "environment": environment.describe(),
-        "task": arguments.task,
-        "images": IMAGES,
-        "rows": rows,
-    }
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--random", action="store_true", help="attend to random tokens; no UNet draws")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.random:
+        name, command = "random", "--random"
+        report = {"rows": random_tokens()}
+    else:
+        name, command = arguments.task.replace("/", "_"), f"--task {arguments.task} --seeds {arguments.seeds}"
+        report = {"task": arguments.task, "images": IMAGES, "rows": drawn(arguments.task, arguments.seeds)}
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"int8_attention_{name}.json"
+    about = {"command": f"python benchmarks/int8_attention.py {command}", "environment": environment.describe()}
+    output.write_text(json.dumps(about | report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The studies that README quotes: timesteps' importance, skip ranges, samplers that no calibration has seen."""
+"""The studies that README quotes: timesteps' importance, skip ranges, unseen timesteps, attention in int8."""
 
 import importlib
 import json
@@ -79,6 +79,28 @@ def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run):
     measured = [value for row in (ddim, lcm) for values in row["psnr_db"].values() for value in values]
     assert len(set(measured)) == len(measured) == 5
     assert min(measured) > 20
+
+
+def test_attention_in_int8_costs_an_image_next_to_nothing(run, monkeypatch):
+    quality = importlib.import_module("quality")
+    monkeypatch.setattr(quality, "CALIBRATION_SAMPLES", 4)
+    monkeypatch.setattr(quality, "STEPS", 4)
+
+    report = run("int8_attention", "--seeds", "1", IMAGES=4, ITERATIONS=0, STEPS=4, ACTIVATION_BITS=(4,))
+
+    psnr_db = {row["unet"]: row["mean_psnr_db"] for row in report["rows"]}
+    assert list(psnr_db) == ["fp32", "W4A4", "fp32, int8 attention", "W4A4, int8 attention"]
+    assert psnr_db["fp32"] == 100 > psnr_db["fp32, int8 attention"] > 60
+    assert 0 < abs(psnr_db["W4A4"] - psnr_db["W4A4, int8 attention"]) < 3
+
+
+def test_attention_to_more_random_tokens_loses_more(run):
+    rows = run("int8_attention", "--random")["rows"]
+
+    for spread in (1, 2, 4):
+        ratios = [row["sqnr_db"] for row in rows if row["spread"] == spread]
+        assert ratios == sorted(ratios, reverse=True)
+        assert 29 < min(ratios) < max(ratios) < 40
 
 
 def test_gains_of_scales_are_seed_by_seed(monkeypatch):
