@@ -111,7 +111,7 @@ def test_entry_that_names_no_attention_is_one_warning(calibration_call, caplog):
         ({"kv_heads": 2}, "keys of fewer heads"),
         ({"qk_norm": "layer_norm"}, "norms of queries and keys"),
     ],
-    ids=str,
+    ids=["large heads", "another processor", "added keys", "fewer heads", "normed queries"],
 )
 def test_attention_that_cannot_run_in_int8_stays_and_one_warning_says_why(options, reason, caplog):
     unet = new_unet("UNet2DModel")
