@@ -42,10 +42,10 @@ def test_dry_run_works_end_to_end(tmp_path):
     assert {"device", "date", "cpu_model", "threads", "versions"} <= set(document)
     kernels = document["results"]["kernels"]
     assert kernels["columns"][:5] == ["group", "unet", "kind", "implementation", "us"]
-    assert len(kernels["rows"]) == 25  # 3 layers by 3 implementations, 8 chains by 2
+    assert len(kernels["rows"]) == 27  # 3 layers by 3 implementations, 9 chains by 2
     assert document["results"]["unet"]["unets"]["ddpm_cifar"][0]["median_ms"] > 0
     lines = output.read_text().splitlines()
-    assert sum(line.startswith("[") for line in lines) == 25  # one line a row
+    assert sum(line.startswith("[") for line in lines) == 27  # one line a row
 
 
 def test_a_failed_stage_is_recorded_and_the_others_run(tmp_path):
