@@ -54,6 +54,7 @@ class Int8AttnProcessor(AttnProcessor2_0):
             if attn.norm_cross:
                 context = attn.norm_encoder_hidden_states(context)
         projected = attn.to_q(tokens), attn.to_k(context), attn.to_v(context)
+        # Asked here and not of wants_gradient, since a compiled attention may be trained, too.
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in projected)
         known = projected[0].dtype in ops.COMPUTE_DTYPES
         attend = ops.int8_attention if known and not differentiable else float_attention

@@ -33,9 +33,13 @@ LOG2_255 = tl.constexpr(7.994353436858858)
 
 
 @triton.jit
-def quantize_to_127(x, largest, total, PTX: tl.constexpr):
-    """x in steps of largest / 127 as int8, and this step; NaN where ``total``, the sum of x times 0, is."""
-    scale = tl.where(largest > SMALLEST, tl.math.div_rn(largest, 127.0), 1.0) + total
+def quantize_to_127(x, PER_ROW: tl.constexpr, PTX: tl.constexpr):
+    """x in steps of its largest magnitude / 127 as int8, and the step, of a row or of all; NaN if x is not finite."""
+    if PER_ROW:
+        largest, zero_or_nan = tl.max(tl.abs(x), 1)[:, None], tl.sum(x * 0, 1)[:, None]
+    else:
+        largest, zero_or_nan = tl.max(tl.max(tl.abs(x), 1), 0), tl.sum(tl.sum(x * 0, 1), 0)
+    scale = tl.where(largest > SMALLEST, tl.math.div_rn(largest, 127.0), 1.0) + zero_or_nan
     return floor_to_int(x * tl.math.div_rn(1.0, scale) + 0.5, PTX).to(tl.int8), scale
 
 
@@ -79,15 +83,13 @@ def quantize_keys_values_kernel(
     key = tl.load(key_ptr + token * key_stride_l + channel * key_stride_k, mask=inside, other=0.0).to(tl.float32)
     mean_offsets = sample * heads * HEAD_CHANNELS + channel
     key = tl.where(inside, key - tl.load(key_mean_ptr + mean_offsets, mask=d_inside, other=0.0), 0.0)
-    key8, key_scale = quantize_to_127(key, tl.max(tl.max(tl.abs(key), 1), 0), tl.sum(tl.sum(key * 0, 1), 0), PTX)
+    key8, key_scale = quantize_to_127(key, False, PTX)
 
     value_ptr += sample.to(tl.int64) * value_stride_b
     value = tl.load(value_ptr + token * value_stride_l + channel * value_stride_k, mask=inside, other=0.0)
     value = value.to(tl.float32)
     value = tl.where(inside, value - tl.load(value_mean_ptr + mean_offsets, mask=d_inside, other=0.0), 0.0)
-    value8, value_scale = quantize_to_127(
-        value, tl.max(tl.max(tl.abs(value), 1), 0), tl.sum(tl.sum(value * 0, 1), 0), PTX
-    )
+    value8, value_scale = quantize_to_127(value, False, PTX)
 
     place = ((sample * heads + head) * tl.num_programs(0) + block).to(tl.int64)
     tile = place * (BLOCK_N * BLOCK_D)
@@ -144,7 +146,7 @@ def int8_attention_kernel(
     query_ptr += sample.to(tl.int64) * stride_b
     query = tl.load(query_ptr + m[:, None] * stride_l + channel[None, :] * stride_k, mask=inside, other=0.0)
     query = query.to(tl.float32)
-    query8, query_scale = quantize_to_127(query, tl.max(tl.abs(query), 1)[:, None], tl.sum(query * 0, 1)[:, None], PTX)
+    query8, query_scale = quantize_to_127(query, True, PTX)
     query_scale *= score_scale
 
     first = (sample * heads + head).to(tl.int64) * num_blocks
