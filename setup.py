@@ -16,9 +16,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["dq_runtime", "dq_runtime.calibration", "dq_runtime.evaluation", "dq_kernels"],
+    packages=[
+        "dq_runtime",
+        "dq_runtime.calibration",
+        "dq_runtime.evaluation",
+        "dq_kernels",
+        "dq_kernels.cpu",
+        "dq_kernels.triton",
+    ],
     package_dir={"dq_kernels": "kernels"},
-    package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "tuning/*.json"]},
+    package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "triton/tuning/*.json"]},
     install_requires=[
         "torch>=2.9",
         "triton>=3.5",

@@ -21,7 +21,7 @@ from dq_runtime.layers import (
     QuantConv2d,
     QuantizedLayer,
     QuantLinear,
-    conv2d_arguments,
+    constructor_arguments,
     is_quantized,
     quantized_layers,
 )
@@ -252,12 +252,9 @@ def dequantize(unet: Any) -> Any:
 
 def _dequantized_layer(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
     weight = layer.dequantized_weight()
-    module: nn.Linear | nn.Conv2d
     if isinstance(layer, QuantConv2d):
         weight = weight.permute(0, 3, 1, 2).contiguous()
-        module = nn.Conv2d(**conv2d_arguments(layer), device="meta")
-    else:
-        module = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
+    module = layer.stock(**constructor_arguments(layer), device="meta")
     state = {"weight": weight.to(dtype)}
     if layer.bias is not None:
         state["bias"] = layer.bias.to(dtype)

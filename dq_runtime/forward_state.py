@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooks
 
 from dq_kernels import ops
+from dq_kernels.ops import PackedWeight
 from dq_runtime.layers import QuantLinear
 
 QUANTIZER = ("weight_dilation", "act_scale", "act_zero_point")
@@ -17,12 +19,14 @@ MERGED = ("weight", "weight_scale", "weight_sum", "bias")
 
 
 def run_as_made(modules: Iterable[nn.Module]) -> bool:
-    """Whether a call of these modules would run their own forwards and nothing else: then it can be left out.
+    """True if a call of these modules runs their own forwards and nothing else, so that it can be left out.
 
-    Offloaders, adapters and whoever watches or changes results hook into a module, or put another forward in its place.
+    Offloaders, adapters, profilers and users' code hook into a module, or put another forward in its place.
     """
     if torch.compiler.is_compiling():
         return True
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return False
     for module in modules:  # hundreds in a forward pass: no generator, and no look at the class
         own = module.__dict__
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
@@ -90,15 +94,12 @@ class LinearGroup:
         tensors = (getattr(layer, name) for layer in self.layers for name in MERGED)
         return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
-    def multiply(self, q: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def multiply(self, q: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         """int8 [B, ..., K] -> the members' results beside each other, [B, ..., sum of N]."""
         if not torch.compiler.is_compiling() and self._addresses != self._members_addresses():
             self._merge()  # the model was moved, cast or copied, or other weights were put in
-        first = self.layers[0]
-        return ops.int4_linear(
-            q, self.weight, self.weight_scale, self.weight_sum, first.act_scale, first.act_zero_point, index,
-            self.bias, out_dtype=dtype,
-        )  # fmt: skip
+        weight = PackedWeight(self.weight, self.weight_scale, self.weight_sum)
+        return ops.int4_linear(q, weight, self.layers[0].quantizer(q), self.bias, out_dtype=out_dtype)
 
     def result(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         """A member's result for x; the first member that is asked for computes all."""
@@ -106,8 +107,7 @@ class LinearGroup:
             read = x if self.activation is None else self.activation(x)
             if not run_as_made(self.layers) or any(member.weight.device != x.device for member in self.layers):
                 return layer(read)
-            q, index = layer.quantize(read)
-            self._results = self.multiply(q, index, x.dtype).split(self.sizes, dim=-1)
+            self._results = self.multiply(layer.quantize(read), x.dtype).split(self.sizes, dim=-1)
             self._read = x
         return self._results[[member is layer for member in self.layers].index(True)]
 
@@ -150,10 +150,16 @@ class ForwardState:
         return statistics if known() is image and version == _version(image) else None
 
     def begin(self, unet: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Drops what a pass that failed has left; notes whether images will be changed after they were measured."""
+        """Drops the remains of a pass that failed; notes whether images may change after they were measured.
+
+        Inference tensors do not count changes in place. In inference mode statistics are kept only if nothing can
+        change an image: no hook, and no T2I-Adapter, whose features are added in place.
+        """
         self.forget()
-        # A T2I-Adapter's features are added in place, which inference tensors do not count.
-        self._images_are_final = kwargs.get("down_intrablock_additional_residuals") is None
+        self._images_are_final = kwargs.get("down_intrablock_additional_residuals") is None and (
+            not torch.is_inference_mode_enabled()
+            or run_as_made(module for module in unet.modules() if module is not unet)
+        )
 
     def forget(self, *_: Any) -> None:
         """Drops everything, at the end of a forward pass."""
@@ -163,7 +169,7 @@ class ForwardState:
 
 
 def _version(image: torch.Tensor) -> int:
-    """Counts changes in place, but of inference tensors."""
+    """The number of changes in place; inference tensors have none."""
     return 0 if image.is_inference() else image._version
 
 

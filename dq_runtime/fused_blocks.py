@@ -25,59 +25,21 @@ from torch import nn
 from dq_kernels import ops
 from dq_runtime.attention import Int8AttnProcessor, float_attention, in_int8
 from dq_runtime.forward_state import ForwardState, LinearGroup, run_as_made, same_quantizer
-from dq_runtime.layers import QuantConv2d, QuantLinear, wants_gradient
+from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, wants_gradient
 
 
-def tables(layer: Any, x: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A layer's activation tables and the current timestep's row in them, for x of so many channels."""
-    return layer.act_scale, layer.act_zero_point, layer.timestep_index(x.shape[0], channels, x.dtype)
-
-
-def group_norm(norm: Any, layer: Any, x: torch.Tensor, skip: torch.Tensor | None = None, **options: Any) -> Any:
-    """A layer's int8 input through its group norm, channels last."""
-    channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-    return ops.group_norm_quantize(
-        x, norm.num_groups, norm.weight, norm.bias, norm.eps, layer.weight_dilation, *tables(layer, x, channels),
-        layer.activation_bits, skip=skip, **options,
-    )  # fmt: skip
-
-
-def layer_norm(norm: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """A layer's int8 input through its layer norm."""
-    return ops.layer_norm_quantize(
-        x, norm.weight, norm.bias, norm.eps, layer.weight_dilation, *tables(layer, x, x.shape[-1]),
-        layer.activation_bits,
-    )  # fmt: skip
-
-
-def convolve(layer: Any, q: torch.Tensor, dtype: torch.dtype, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The convolution of a padded int8 image: NHWC, and the next norm's statistics (see ``ops.int4_conv2d``).
-
-    A linear layer is a 1x1 convolution.
-    """
-    weight = layer.weight
-    if isinstance(layer, QuantConv2d):
-        options |= {"stride": layer.stride, "dilation": layer.dilation}
-    else:
-        weight = weight[:, None, None]
-    return ops.int4_conv2d(
-        q, weight, layer.weight_scale, layer.weight_sum, layer.act_scale, layer.act_zero_point,
-        layer.index_of_batch(q.shape[0]), layer.bias, out_dtype=dtype, with_statistics=True, **options,
-    )  # fmt: skip
-
-
-def multiply(layer: Any, q: torch.Tensor, dtype: torch.dtype, residual: Any = None) -> torch.Tensor:
-    """A linear layer, or a 1x1 convolution of pixels, on int8."""
-    return ops.int4_linear(
-        q, layer.weight.flatten(1), layer.weight_scale, layer.weight_sum, layer.act_scale, layer.act_zero_point,
-        layer.index_of_batch(q.shape[0]), layer.bias, residual, dtype,
-    )  # fmt: skip
+def quantized(layer: Any) -> QuantizedLayer:
+    """A block's layer, which is quantized where this is called; diffusers annotates it as a stock one."""
+    return layer
 
 
 class FusedResnetBlock2D(ResnetBlock2D):
     """Group norm + SiLU + quantize, conv + time embedding + statistics, norm again, conv + residual."""
 
     state: ForwardState
+    conv1: QuantConv2d
+    conv2: QuantConv2d
+    conv_shortcut: QuantConv2d | None
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
@@ -124,18 +86,18 @@ class FusedResnetBlock2D(ResnetBlock2D):
                 channel_add = group.result(self.time_emb_proj, temb)
             else:
                 channel_add = self.time_emb_proj(self.nonlinearity(temb))
-        q = group_norm(
-            self.norm1, self.conv1, x, skip=skip, padding=self.conv1.padding, statistics=statistics,
-            skip_statistics=skip_statistics,
+        q = self.conv1.group_norm_quantize(
+            x, self.norm1, skip=skip, statistics=statistics, skip_statistics=skip_statistics,
+            padding=self.conv1.padding,
         )  # fmt: skip
-        h, statistics = convolve(self.conv1, q, dtype, channel_add=channel_add)
-        q = group_norm(
-            self.norm2, self.conv2, h, padding=self.conv2.padding,
-            statistics=statistics if statistics.numel() else None,
-        )  # fmt: skip
-        shortcut: Any = self.conv_shortcut
-        residual = x if shortcut is None else multiply(shortcut, shortcut.quantize(x, skip=skip)[0], dtype)
-        y, statistics = convolve(self.conv2, q, dtype, residual=residual)
+        h, statistics = self.conv1.convolve(q, dtype, channel_add=channel_add)
+        q = self.conv2.group_norm_quantize(
+            h, self.norm2, statistics=statistics if statistics.numel() else None, padding=self.conv2.padding
+        )
+        residual = x
+        if self.conv_shortcut is not None:
+            residual = self.conv_shortcut.multiply(self.conv_shortcut.quantize(x, skip=skip), dtype)
+        y, statistics = self.conv2.convolve(q, dtype, residual=residual)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
@@ -212,13 +174,12 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
         x, dtype = hidden_states, hidden_states.dtype
-        to_q: Any = self.attn1.to_q
-        index = to_q.index_of_batch(x.shape[0])
-        q = layer_norm(self.norm1, to_q, x)
-        query, key, value = self.self_attention.multiply(q, index, dtype).chunk(3, dim=-1)
+        q = quantized(self.attn1.to_q).layer_norm_quantize(x, self.norm1)
+        query, key, value = self.self_attention.multiply(q, dtype).chunk(3, dim=-1)
         x = _attend(self.attn1, query, key, value, residual=x)
         if self.attn2 is not None:
-            query = multiply(self.attn2.to_q, layer_norm(self.norm2, self.attn2.to_q, x), dtype)
+            to_q = quantized(self.attn2.to_q)
+            query = to_q.multiply(to_q.layer_norm_quantize(x, self.norm2), dtype)
             if encoder_hidden_states is None:
                 normed = self.norm2(x)
                 key, value = self.attn2.to_k(normed), self.attn2.to_v(normed)
@@ -228,13 +189,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 )
             x = _attend(self.attn2, query, key, value, residual=x)
         net: Any = self.ff.net
-        up, down = net[0].proj, net[2]
-        q = layer_norm(self.norm3, up, x)
-        q = ops.int4_linear_quantize(
-            q, up.weight, up.weight_scale, up.weight_sum, up.act_scale, up.act_zero_point, index,
-            down.weight_dilation, down.act_scale, down.act_zero_point, down.activation_bits, up.bias, "geglu",
-        )  # fmt: skip
-        return multiply(down, q, dtype, residual=x)
+        up, down = quantized(net[0].proj), quantized(net[2])
+        q = up.geglu_quantize(up.layer_norm_quantize(x, self.norm3), down)
+        return down.multiply(q, dtype, residual=x)
 
     def _of_encoder(self, layer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         group = self.state.groups.get("encoder_hidden_states")
@@ -266,13 +223,12 @@ def _attend(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
     """Attention over [B, tokens, heads x d], its output projection, and the residual."""
-    out = attention.to_out[0]
+    out = quantized(attention.to_out[0])
     if in_int8(attention):
-        quantizer = out.weight_dilation, *tables(out, query, query.shape[-1]), out.activation_bits
-        mixed = ops.int8_attention_quantize(query, key, value, attention.heads, *quantizer)
+        mixed = ops.int8_attention_quantize(query, key, value, attention.heads, out.quantizer(query))
     else:
-        mixed, _ = out.quantize(float_attention(query, key, value, attention.heads))
-    return multiply(out, mixed, query.dtype, residual=residual)
+        mixed = out.quantize(float_attention(query, key, value, attention.heads))
+    return out.multiply(mixed, query.dtype, residual=residual)
 
 
 class FusedTransformer2DModel(Transformer2DModel):
@@ -298,8 +254,10 @@ class FusedTransformer2DModel(Transformer2DModel):
         if not self._fused_now(hidden_states):
             return super()._operate_on_continuous_inputs(hidden_states)
         statistics = self.state.recall(hidden_states)
-        q = group_norm(self.norm, self.proj_in, hidden_states.permute(0, 2, 3, 1), silu=False, statistics=statistics)
-        tokens = multiply(self.proj_in, q.flatten(1, 2), hidden_states.dtype)
+        proj_in = quantized(self.proj_in)
+        image = hidden_states.permute(0, 2, 3, 1)
+        q = proj_in.group_norm_quantize(image, self.norm, silu=False, statistics=statistics)
+        tokens = proj_in.multiply(q.flatten(1, 2), hidden_states.dtype)
         return tokens, tokens.shape[-1]
 
     def _get_output_for_continuous_inputs(
@@ -315,9 +273,9 @@ class FusedTransformer2DModel(Transformer2DModel):
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
-        proj_out: Any = self.proj_out
-        q = proj_out.quantize(hidden_states)[0].unflatten(1, (height, width))
-        y, statistics = convolve(proj_out, q, hidden_states.dtype, residual=residual.permute(0, 2, 3, 1))
+        proj_out = quantized(self.proj_out)
+        q = proj_out.quantize(hidden_states).unflatten(1, (height, width))
+        y, statistics = proj_out.convolve(q, hidden_states.dtype, residual=residual.permute(0, 2, 3, 1))
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
@@ -344,8 +302,8 @@ class FusedUpsample2D(Upsample2D):
         conv: Any = self.conv
         if (output_size is not None and list(output_size) != doubled) or not _fused_conv(conv, hidden_states):
             return super().forward(hidden_states, output_size, *args, **kwargs)
-        q, _ = conv.quantize(hidden_states.permute(0, 2, 3, 1), (1, 1))
-        y, statistics = convolve(conv, q, hidden_states.dtype, upsample=True)
+        q = conv.quantize(hidden_states.permute(0, 2, 3, 1), (1, 1))
+        y, statistics = conv.convolve(q, hidden_states.dtype, upsample=True)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
@@ -364,8 +322,8 @@ class FusedDownsample2D(Downsample2D):
         conv: Any = self.conv
         if not _fused_conv(conv, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
-        q, _ = conv.quantize(hidden_states.permute(0, 2, 3, 1), conv.padding)
-        y, statistics = convolve(conv, q, hidden_states.dtype)
+        q = conv.quantize(hidden_states.permute(0, 2, 3, 1), conv.padding)
+        y, statistics = conv.convolve(q, hidden_states.dtype)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 

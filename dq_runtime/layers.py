@@ -6,18 +6,20 @@ forward quantizes the input with the current timestep's scale, multiplies intege
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from dq_kernels import ops
+from dq_kernels.ops import Norm, PackedWeight, Quantizer
 from dq_runtime.tables import TableModule
 from dq_runtime.timesteps import TimestepGrid
 
 
 class _NoGradient(torch.autograd.Function):
-    """y as it is, whose gradient towards x is an error: without it x would seem not to matter."""
+    """y unchanged; its gradient towards x is an error, as rounding has none and zero would be silently wrong."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -33,12 +35,14 @@ class _NoGradient(torch.autograd.Function):
 
 
 def wants_gradient(x: torch.Tensor) -> bool:
-    """Whether what is computed from x will be asked for its gradient."""
+    """True if autograd may need a gradient through x."""
     return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class QuantizedLayer(TableModule):
-    """What ``QuantLinear`` and ``QuantConv2d`` have in common.
+    """A linear layer or convolution with packed INT4 weights; it owns its operators.
+
+    ``quantize`` and the norms' forms of it make its int8 input, which ``multiply`` and ``convolve`` take.
 
     Tensors (N output channels, K input channels, T timesteps):
         weight: uint8, packed: [N, K'/2] or [N, KH, KW, K'/2], K' = K padded to even.
@@ -58,44 +62,158 @@ class QuantizedLayer(TableModule):
     timestep_grid: TimestepGrid
     name: str
     activation_bits: int
+    stock: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    _weight_view: torch.Tensor | None = None
 
-    def _init_quantized(
-        self, name: str, packed_shape: tuple[int, ...], channels: int, activation_bits: int, timestep_grid: TimestepGrid
-    ) -> None:
-        self.name = name
-        self.activation_bits = activation_bits
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """``like`` makes a quantized layer. Called as its stock class is, the class makes a floating-point one.
+
+        PEFT builds the convolutions of a LoRA with ``type(base_layer)(...)``.
+        """
+        return cls.stock(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    @classmethod
+    def like(
+        cls, layer: nn.Linear | nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid
+    ) -> QuantizedLayer:
+        """An empty quantized layer of a stock layer's shape (groups = 1)."""
+        quantized = cls.__new__(cls)
+        cls.stock.__init__(quantized, **constructor_arguments(layer), device="meta", dtype=layer.weight.dtype)
+        out_channels, in_channels, *taps = layer.weight.shape
+        quantized.name = name
+        quantized.activation_bits = activation_bits
         # One grid serves all layers and belongs to the UNet; as a submodule it would be saved once a layer.
-        object.__setattr__(self, "timestep_grid", timestep_grid)
-        self.weight = nn.Parameter(torch.empty(packed_shape, dtype=torch.uint8, device="meta"), requires_grad=False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        per_output, per_timestep = (packed_shape[0],), (timestep_grid.num_timesteps,)
-        for table, shape, dtype in (
-            ("weight_scale", per_output, torch.float32),
-            ("weight_sum", per_output, torch.int32),
-            ("weight_dilation", (channels,), torch.float32),
-            ("act_scale", per_timestep, torch.float32),
-            ("act_zero_point", per_timestep, torch.int32),
+        object.__setattr__(quantized, "timestep_grid", timestep_grid)
+        packed = torch.empty(out_channels, *taps, (in_channels + 1) // 2, dtype=torch.uint8, device="meta")
+        quantized.weight = nn.Parameter(packed, requires_grad=False)
+        if quantized.bias is not None:
+            quantized.bias.requires_grad_(False)
+        for table, size, dtype in (
+            ("weight_scale", out_channels, torch.float32),
+            ("weight_sum", out_channels, torch.int32),
+            ("weight_dilation", in_channels, torch.float32),
+            ("act_scale", timestep_grid.num_timesteps, torch.float32),
+            ("act_zero_point", timestep_grid.num_timesteps, torch.int32),
         ):
-            self.register_buffer(table, torch.empty(shape, dtype=dtype, device="meta"))
+            quantized.register_buffer(table, torch.empty(size, dtype=dtype, device="meta"))
+        return quantized
 
-    def timestep_index(self, batch: int, channels: int, dtype: torch.dtype) -> torch.Tensor:
-        """The current timestep's row of the tables for each sample, [batch] int32.
+    def _checked_quantizer(self, x: torch.Tensor, channels: int) -> Quantizer:
+        """The input quantizer at the current timestep of each sample.
+
+        Args:
+            x: the layer's floating-point input, [B, ...].
+            channels: of the input; with a skip connection those of both tensors.
 
         Raises:
             ValueError: if an input of so many samples and channels, or of that dtype, cannot be this layer's.
             RuntimeError: if no timestep is known.
         """
-        if channels != self.weight_dilation.shape[0]:
-            raise ValueError(
-                f"{self.name}: expected an input of {self.weight_dilation.shape[0]} channels, got {channels}"
-            )
-        if dtype not in ops.COMPUTE_DTYPES:
-            raise ValueError(f"{self.name}: expected float16, bfloat16 or float32, got {dtype}; cast the UNet to one")
-        return self.index_of_batch(batch)
+        tables: Any = self._buffers  # nn.Module's attribute look-up is slow, and a forward pass makes thousands
+        expected = tables["weight_dilation"].shape[0]
+        if channels != expected:
+            raise ValueError(f"{self.name}: expected an input of {expected} channels, got {channels}")
+        if x.dtype not in ops.COMPUTE_DTYPES:
+            raise ValueError(f"{self.name}: expected float16, bfloat16 or float32, got {x.dtype}; cast the UNet to one")
+        return self.quantizer(x)
+
+    def quantizer(self, x: torch.Tensor) -> Quantizer:
+        """The input quantizer for the samples of x, which is the floating-point input or its integers."""
+        tables: Any = self._buffers
+        index = self.index_of_batch(x.shape[0]).to(x.device)
+        return Quantizer(
+            tables["weight_dilation"], tables["act_scale"], tables["act_zero_point"], index, self.activation_bits
+        )
+
+    def quantize(
+        self, x: torch.Tensor, padding: tuple[int, int] = (0, 0), skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [B, ..., K] -> int8 [B, ..., K']; an image gets its borders.
+
+        Args:
+            skip: is concatenated behind x's channels.
+        """
+        channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+        return ops.quantize(x, self._checked_quantizer(x, channels), padding, skip)
+
+    def layer_norm_quantize(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """The int8 input of the layer: x [B, ..., K] through a layer norm."""
+        return ops.layer_norm_quantize(
+            x, Norm(norm.weight, norm.bias, norm.eps), self._checked_quantizer(x, x.shape[-1])
+        )
+
+    def group_norm_quantize(
+        self,
+        x: torch.Tensor,
+        norm: nn.GroupNorm,
+        silu: bool = True,
+        skip: torch.Tensor | None = None,
+        statistics: torch.Tensor | None = None,
+        skip_statistics: torch.Tensor | None = None,
+        padding: tuple[int, int] = (0, 0),
+    ) -> torch.Tensor:
+        """The int8 input of the layer: an image x [B, H, W, K] through a group norm (``ops.group_norm_quantize``)."""
+        channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
+        quantizer = self._checked_quantizer(x, channels)
+        parameters = Norm(norm.weight, norm.bias, norm.eps)
+        return ops.group_norm_quantize(
+            x, norm.num_groups, parameters, quantizer, silu, skip, statistics, skip_statistics, padding
+        )
+
+    def multiply(self, q: torch.Tensor, out_dtype: torch.dtype, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The product with the quantized input, [B, ..., N]; a 1x1 convolution is a linear of its pixels."""
+        return ops.int4_linear(q, self.packed_weight(2), self.quantizer(q), self.bias, residual, out_dtype)
+
+    def geglu_quantize(self, q: torch.Tensor, following: QuantizedLayer) -> torch.Tensor:
+        """The product, GEGLU, and the int8 input of the layer that follows, [B, ..., N / 2]."""
+        weight = self.packed_weight(2)
+        return ops.int4_geglu_quantize(q, weight, self.quantizer(q), following.quantizer(q), self.bias)
+
+    def convolve(
+        self,
+        q: torch.Tensor,
+        out_dtype: torch.dtype,
+        channel_add: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        upsample: bool = False,
+        with_statistics: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The convolution of the padded int8 image, and the next norm's statistics (``ops.int4_conv2d``).
+
+        A linear layer is a 1x1 convolution.
+        """
+        return ops.int4_conv2d(
+            q, self.packed_weight(4), self.quantizer(q), self.bias, channel_add, residual, self.stride, self.dilation,
+            upsample, out_dtype, with_statistics,
+        )  # fmt: skip
+
+    def packed_weight(self, ndim: int) -> PackedWeight:
+        """The weight as a matrix [N, K'/2] or, for 4 dimensions, as taps [N, KH, KW, K'/2]."""
+        tables: Any = self._buffers
+        values: Any = self._parameters["weight"]
+        if values.ndim != ndim:
+            values = self._with_other_rank(values)
+        return PackedWeight(values, tables["weight_scale"], tables["weight_sum"])
+
+    def _with_other_rank(self, values: torch.Tensor) -> torch.Tensor:
+        """The weight without its two dimensions of 1, or with them."""
+        known = self._weight_view
+        if known is not None and values.device.type == "cpu" and known.data_ptr() == values.data_ptr():
+            return known
+        view = values[:, None, None] if values.ndim == 2 else values.flatten(1)
+        if values.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._weight_view = view  # one object: oneDNN's copy of the weight is kept for as long as it lives
+        return view
 
     def index_of_batch(self, batch: int) -> torch.Tensor:
-        """``timestep_index`` for an input that was checked before."""
+        """The current timestep's row of the tables for each sample, [batch] int32.
+
+        Raises:
+            ValueError: if the samples are not those of the UNet and have different timesteps.
+            RuntimeError: if no timestep is known.
+        """
         grid = self.timestep_grid
         if batch == grid.index.shape[0]:
             return grid.index
@@ -112,17 +230,13 @@ class QuantizedLayer(TableModule):
             )
         return grid.index[:1].expand(batch).contiguous()  # an attention processor changed the batch
 
-    def quantize(
-        self, x: torch.Tensor, padding: tuple[int, int] = (0, 0), skip: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [B, ..., K] -> (int8 [B, ..., K'], an image with its borders; timestep index [B]).
-
-        ``skip`` are the channels that a concat would put behind x's.
-        """
-        channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-        index = self.timestep_index(x.shape[0], channels, x.dtype).to(x.device)
-        tables = self.act_scale, self.act_zero_point, index
-        return ops.quantize(x, self.weight_dilation, *tables, self.activation_bits, padding, skip), index
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
+        """A copy that follows the same UNet's timesteps, unless that UNet, with its grid, is copied as well."""
+        memo.setdefault(id(self.timestep_grid), self.timestep_grid)
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__setstate__(copy.deepcopy({**self.__dict__, "_weight_view": None}, memo))
+        return duplicate
 
     def check_tensors(self) -> None:
         """Raises ValueError, naming the layer, if a tensor holds values that no calibration writes."""
@@ -146,65 +260,36 @@ class QuantizedLayer(TableModule):
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """``y = x W^T + b`` with packed INT4 weights; takes and returns [B, ..., channels] in the compute dtype.
+    """``y = x W^T + b`` with packed INT4 weights; takes and returns [B, ..., channels] in the compute dtype."""
 
-    Made by ``like``.
-    """
-
-    @classmethod
-    def like(cls, linear: nn.Linear, name: str, activation_bits: int, timestep_grid: TimestepGrid) -> QuantLinear:
-        """An empty quantized layer of a linear layer's shape."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
-        packed_shape = (linear.out_features, (linear.in_features + 1) // 2)
-        layer._init_quantized(name, packed_shape, linear.in_features, activation_bits, timestep_grid)
-        return layer
+    stock = nn.Linear
+    stride = dilation = (1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, index = self.quantize(x)
-        y = ops.int4_linear(
-            q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
-            out_dtype=x.dtype,
-        )  # fmt: skip
+        y = self.multiply(self.quantize(x), x.dtype)
         return _NoGradient.apply(y, x, self.name) if wants_gradient(x) else y
 
 
-def conv2d_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    """The arguments with which ``nn.Conv2d`` makes a convolution of the same shape."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-    return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
-
-
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW].
+    """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW]."""
 
-    Made by ``like``. Called as ``nn.Conv2d`` is, the class makes an ``nn.Conv2d``: so PEFT, which builds a LoRA's own
-    convolutions with ``type(base_layer)(...)``, gets floating-point ones.
-    """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
-
-    @classmethod
-    def like(cls, conv: nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid) -> QuantConv2d:
-        """An empty quantized layer of a convolution's shape (groups = 1)."""
-        layer = cls.__new__(cls)
-        nn.Conv2d.__init__(layer, **conv2d_arguments(conv), device="meta", dtype=conv.weight.dtype)
-        packed_shape = (conv.out_channels, *conv.kernel_size, (conv.in_channels + 1) // 2)
-        layer._init_quantized(name, packed_shape, conv.in_channels, activation_bits, timestep_grid)
-        return layer
-
+    stock = nn.Conv2d
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, index = self.quantize(x.permute(0, 2, 3, 1), self.padding)
-        y, _ = ops.int4_conv2d(
-            q, self.weight, self.weight_scale, self.weight_sum, self.act_scale, self.act_zero_point, index, self.bias,
-            stride=self.stride, dilation=self.dilation, out_dtype=x.dtype,
-        )  # fmt: skip
-        y = y.permute(0, 3, 1, 2)
+        q = self.quantize(x.permute(0, 2, 3, 1), self.padding)
+        y = self.convolve(q, x.dtype, with_statistics=False)[0].permute(0, 3, 1, 2)
         return _NoGradient.apply(y, x, self.name) if wants_gradient(x) else y
+
+
+def constructor_arguments(layer: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+    """The arguments with which ``nn.Linear`` or ``nn.Conv2d`` makes a layer of the same shape."""
+    names = ["in_features", "out_features"]
+    if isinstance(layer, nn.Conv2d):
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+    return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
 
 
 def is_quantized(unet: nn.Module) -> bool:

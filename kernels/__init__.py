@@ -1,6 +1,5 @@
-"""dq_kernels: INT4 x INT8 operators for diffusion UNets, on torch and triton alone.
+"""dq_kernels: INT4 x INT8 operators for diffusion models, on torch and triton alone.
 
-``ops`` is the one door: every operator there dispatches through ``torch.library`` to Triton on GPUs (``quantize`` and
-``norm`` make int8 activations; ``linear`` and ``conv2d`` launch the one ``gemm``) and to ``cpu`` on CPUs. ``reference``
-states what each operator computes, in plain torch; tests hold every implementation against it.
+``ops`` is the interface: every operator there dispatches through ``torch.library`` to ``triton`` on GPUs and to ``cpu``
+on CPUs. ``reference`` defines what each operator computes, in plain torch; tests hold every implementation to it.
 """

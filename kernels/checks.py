@@ -1,17 +1,24 @@
-"""What the operators ask of their arguments: each check names the operator, the argument and what it may be.
+"""Checks of the operators' arguments: each error names the operator, the argument and the values that it may have.
 
 Symbols are those of ``ops``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dq_kernels.records import Norm, PackedWeight, Quantizer
+from dq_kernels.shapes import MAX_REDUCTION, quantized_shape
+
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_ELEMENTS = 2**31 - 1  # the kernels count elements in int32
+MAX_SAMPLES = 2**16 - 1  # of a launch grid's third dimension
 _FLOATS = "float16, bfloat16 or float32"
+_FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
 
 
 def check_tensor(
@@ -24,7 +31,7 @@ def check_tensor(
 ) -> None:
     """Raises unless the tensor is contiguous and has one of the dtypes and the shape, where a letter is any size.
 
-    The message is put together only when it is needed: formatting sizes makes torch.compile specialize on them.
+    The message is made only when it is needed: formatting sizes makes torch.compile specialize on them.
     """
     fits = tensor.dtype in dtypes and tensor.ndim == len(shape) and (any_strides or tensor.is_contiguous())
     if fits:
@@ -39,89 +46,90 @@ def check_tensor(
         )
 
 
-def check_tables(
-    op: str, batch: int, act_scale: Tensor, act_zero_point: Tensor, timestep_index: Tensor, prefix: str = "act"
-) -> None:
-    check_tensor(op, f"{prefix}_scale", act_scale, (torch.float32,), ("T",))
-    check_tensor(op, f"{prefix}_zero_point", act_zero_point, (torch.int32,), act_scale.shape)
-    check_tensor(op, "timestep_index", timestep_index, (torch.int32,), (batch,))
-
-
 def check_quantizer(
-    op: str,
-    batch: int,
-    channels: int,
-    weight_dilation: Tensor,
-    act_scale: Tensor,
-    act_zero_point: Tensor,
-    timestep_index: Tensor,
-    bits: int,
+    op: str, quantizer: Quantizer, batch: int, channels: int | None = None, name: str = "quantizer"
 ) -> None:
-    check_tensor(op, "weight_dilation", weight_dilation, (torch.float32,), (channels,))
-    check_tables(op, batch, act_scale, act_zero_point, timestep_index)
-    check_bits(op, bits)
+    """Its tables and, where the operator divides by it, its dilation of so many channels."""
+    dilation, scale, zero_point, timestep_index, bits = quantizer
+    if channels is not None:
+        check_tensor(op, f"{name}.dilation", dilation, _FLOAT32, (channels,))
+    check_tensor(op, f"{name}.scale", scale, _FLOAT32, ("T",))
+    check_tensor(op, f"{name}.zero_point", zero_point, _INT32, scale.shape)
+    check_tensor(op, f"{name}.timestep_index", timestep_index, _INT32, (batch,))
+    if bits < 2 or bits > 8:
+        raise ValueError(f"{op}: {name}.bits must be 2 to 8, got {bits}")
 
 
 def check_floats(op: str, name: str, x: Tensor, shape: Sequence[int | str]) -> None:
-    """x: any strides; the kernels count a sample's elements in int32."""
+    """A float tensor with any strides, a sample of which the kernels can count."""
     if "..." not in shape:
         check_tensor(op, name, x, COMPUTE_DTYPES, shape, any_strides=True)
     elif x.dtype not in COMPUTE_DTYPES or x.ndim < 2:
         raise ValueError(f"{op}: {name} must be {_FLOATS} [B, ..., K], got {x.dtype} {list(x.shape)}")
-    if x.shape[1:].numel() >= 2**31:
+    if x.shape[1:].numel() > MAX_ELEMENTS:
         raise ValueError(f"{op}: a sample of {name} {list(x.shape)} has 2^31 elements or more")
 
 
-def check_bits(op: str, bits: int, name: str = "bits") -> None:
-    if bits < 2 or bits > 8:
-        raise ValueError(f"{op}: {name} must be 2 to 8, got {bits}")
+def check_samples(op: str, batch: int) -> None:
+    """So many as one launch takes."""
+    if batch > MAX_SAMPLES:
+        raise ValueError(f"{op}: at most {MAX_SAMPLES} samples are launched at a time, got {batch}; split the batch")
 
 
-def check_padding(op: str, x: Tensor, padding: tuple[int, int]) -> None:
+def check_padding(op: str, x: Tensor, channels: int, padding: tuple[int, int]) -> None:
+    """Borders of an image, whose result of so many channels the kernels can count."""
     if min(padding) < 0 or (max(padding) > 0 and x.ndim != 4):
         raise ValueError(
             f"{op}: padding must not be negative, and only an image [B, H, W, K] takes any; "
             f"got {padding} for x {list(x.shape)}"
         )
+    size = quantized_shape((*x.shape[:-1], channels), padding)[1:]
+    if math.prod(size) > MAX_ELEMENTS:
+        raise ValueError(f"{op}: a sample of the result {size} has 2^31 elements or more; padding is {padding}")
 
 
 def check_operands(
     op: str,
     x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
+    weight: PackedWeight,
     bias: Tensor | None,
     x_shape: Sequence[int | str],
-    weight_shape: Sequence[int | str],
-    out_dtype: torch.dtype,
-    source: str = "x",
+    values_shape: Sequence[int | str],
 ) -> None:
-    prefix = "" if source == "x" else f"{source}_"
-    check_tensor(op, source, x, (torch.int8,), x_shape)
-    check_tensor(op, f"{prefix}weight", weight, (torch.uint8,), weight_shape)
-    if x.shape[-1] != 2 * weight.shape[-1]:
+    """The int8 activation and the packed weight of one product, and the bias."""
+    values, scale, total = weight
+    check_tensor(op, "x", x, (torch.int8,), x_shape)
+    check_tensor(op, "weight.values", values, (torch.uint8,), values_shape)
+    if x.shape[-1] != 2 * values.shape[-1]:
         raise ValueError(
-            f"{op}: the packed {prefix}weight {list(weight.shape)} takes {2 * weight.shape[-1]} input channels, "
-            f"{source} {list(x.shape)} has {x.shape[-1]}"
+            f"{op}: the packed weight {list(values.shape)} takes {2 * values.shape[-1]} input channels, "
+            f"x {list(x.shape)} has {x.shape[-1]}"
         )
-    check_tensor(op, "weight_scale", weight_scale, (torch.float32,), weight.shape[:1])
-    check_tensor(op, f"{prefix}weight_sum", weight_sum, (torch.int32,), weight.shape[:1])
+    check_tensor(op, "weight.scale", scale, _FLOAT32, values.shape[:1])
+    check_tensor(op, "weight.sum", total, _INT32, values.shape[:1])
+    if 2 * values.shape[1:].numel() > MAX_REDUCTION:
+        raise ValueError(
+            f"{op}: a sum of {2 * values.shape[1:].numel()} products may exceed int32; at most {MAX_REDUCTION} fit. "
+            "Keep the layer in floating point with modules_to_not_convert"
+        )
     if bias is not None:
-        check_tensor(op, "bias", bias, COMPUTE_DTYPES, weight.shape[:1])
+        check_tensor(op, "bias", bias, COMPUTE_DTYPES, values.shape[:1])
+
+
+def check_out_dtype(op: str, out_dtype: torch.dtype) -> None:
     if out_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"{op}: out_dtype must be {_FLOATS}, got {out_dtype}")
 
 
-def check_parameters(op: str, channels: int, parameters: dict[str, Tensor | None]) -> None:
-    for name, parameter in parameters.items():
+def check_norm(op: str, norm: Norm, channels: int) -> None:
+    for name, parameter in (("weight", norm.weight), ("bias", norm.bias)):
         if parameter is not None:
-            check_tensor(op, name, parameter, COMPUTE_DTYPES, (channels,))
+            check_tensor(op, f"norm.{name}", parameter, COMPUTE_DTYPES, (channels,))
 
 
 def check_size(op: str, x: Tensor, rows: int, out_channels: int) -> None:
-    """The kernels count elements in int32."""
-    if x.numel() >= 2**31 or rows * out_channels >= 2**31:
+    """Elements of the operand and of the result, which the kernels can count."""
+    if x.numel() > MAX_ELEMENTS or rows * out_channels > MAX_ELEMENTS:
         raise ValueError(
             f"{op}: x {list(x.shape)} or the result [{rows}, {out_channels}] has 2^31 elements or more; split the batch"
         )

@@ -8,8 +8,6 @@ size. An odd K is padded with one zero channel.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 INT4_MIN, INT4_MAX = -8, 7
 
@@ -40,22 +38,3 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """Inverts ``pack_int4``: [..., K/2] uint8 -> [..., K] int8 in [-8, 7], K even."""
     signed = packed.view(torch.int8)
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
-
-
-@triton.jit
-def unpack_int4_x16(packed, PTX: tl.constexpr):
-    """uint8 tile -> two int8 tiles that hold 16 times the values of the low and of the high nibbles.
-
-    A nibble in the upper half of a byte *is* the int8 number 16 q, so no sign extension is needed; whoever sums
-    products of these divides by 16, exactly. With ``PTX`` one instruction works on four bytes at once.
-    """
-    if PTX:
-        # A statement for each: of one with two results, Triton 3.8 takes the second through shared memory.
-        low = tl.inline_asm_elementwise(
-            "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xF0F0F0F0;", "=r,r", [packed], tl.int8, is_pure=True, pack=4
-        )
-        high = tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], tl.int8, is_pure=True, pack=4)
-    else:
-        low = (packed << 4).to(tl.int8, bitcast=True)
-        high = (packed & 0xF0).to(tl.int8, bitcast=True)
-    return low, high

@@ -1,85 +1,69 @@
 """The oracle: what every operator computes, in plain torch, slow and obvious.
 
-Symbols: B samples, K input channels (even; an odd count is padded by one), N output channels, T timestep groups.
-``timestep_index`` picks, for each sample, its row of the ``act_scale`` and ``act_zero_point`` tables; an index outside
-[0, T-1] is clamped to it. Sums of products are integers: the int64 arithmetic here has the value that int32 has in the
-kernels. The method is DilateQuant's (arXiv 2409.14307).
+Symbols: B samples, K input channels (even; an odd count is padded by one), N output channels, T timestep groups. The
+integers are summed in int64 or float64, which hold the same values as int32 in the kernels. The method is DilateQuant
+(arXiv 2409.14307). The signatures here are those of every implementation, and of the registered operators.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from dq_kernels.packing import unpack_int4
+from dq_kernels.records import Norm, PackedWeight, Quantizer
 
 
-def _select(table: torch.Tensor, timestep_index: torch.Tensor, ndim: int) -> torch.Tensor:
-    """The row of each sample: [T] -> [B, 1, ...] with ``ndim`` dimensions."""
-    rows = table[timestep_index.long().clamp(0, table.numel() - 1)]
-    return rows.reshape(-1, *[1] * (ndim - 1))
+def _tables(quantizer: Quantizer, ndim: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each sample: [T] -> [B, 1, ...] with ``ndim`` dimensions."""
+    rows = quantizer.timestep_index.long().clamp(0, quantizer.scale.numel() - 1)
+    per_sample = (-1, *[1] * (ndim - 1))
+    return quantizer.scale[rows].reshape(per_sample), quantizer.zero_point[rows].reshape(per_sample)
 
 
-def quantize(
-    x: torch.Tensor,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-    padding: tuple[int, int] = (0, 0),
-    skip: torch.Tensor | None = None,
-) -> torch.Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0), skip: Tensor | None = None) -> Tensor:
     """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1].
 
     An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side. ``skip`` [B, ..., K2]
-    stands for a concat of channels.
+    is concatenated along the channels.
     """
     x = (x if skip is None else torch.cat([x, skip], dim=-1)).float()
+    dilation = quantizer.dilation
     if any(padding):
         pad_h, pad_w = padding
         x = F.pad(x, (0, 0, pad_w, pad_w, pad_h, pad_h))
     if x.shape[-1] % 2:
-        x, weight_dilation = F.pad(x, (0, 1)), F.pad(weight_dilation, (0, 1), value=1.0)
-    scale = _select(act_scale, timestep_index, x.ndim)
-    zero_point = _select(act_zero_point, timestep_index, x.ndim)
-    q = torch.floor(x * (1 / weight_dilation) * (1 / scale) + 0.5) + zero_point
-    return q.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
+        x, dilation = F.pad(x, (0, 1)), F.pad(dilation, (0, 1), value=1.0)
+    scale, zero_point = _tables(quantizer, x.ndim)
+    q = torch.floor(x * (1 / dilation) * (1 / scale) + 0.5) + zero_point
+    return q.clamp(-(2 ** (quantizer.bits - 1)), 2 ** (quantizer.bits - 1) - 1).to(torch.int8)
 
 
-def dequantize_activation(
-    q: torch.Tensor,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-) -> torch.Tensor:
+def dequantize_activation(q: Tensor, quantizer: Quantizer) -> Tensor:
     """Inverts ``quantize`` up to rounding: int8 [B, ..., K] -> fp32 [B, ..., K]."""
-    q = q[..., : weight_dilation.numel()]
-    scale = _select(act_scale, timestep_index, q.ndim)
-    zero_point = _select(act_zero_point, timestep_index, q.ndim)
-    return (q.float() - zero_point) * scale * weight_dilation
+    q = q[..., : quantizer.dilation.numel()]
+    scale, zero_point = _tables(quantizer, q.ndim)
+    return (q.float() - zero_point) * scale * quantizer.dilation
 
 
-def dequantize_weight(
-    weight: torch.Tensor, weight_scale: torch.Tensor, weight_dilation: torch.Tensor | None = None
-) -> torch.Tensor:
+def dequantize_weight(values: Tensor, scale: Tensor, dilation: Tensor | None = None) -> Tensor:
     """Packed [N, ..., K/2] -> fp32 [N, ..., K]: the dilated weight or, given the dilation, the original one."""
-    w = unpack_int4(weight).float() * weight_scale.reshape(-1, *[1] * (weight.ndim - 1))
-    if weight_dilation is not None:
-        w = w[..., : weight_dilation.numel()] / weight_dilation
+    w = unpack_int4(values).float() * scale.reshape(-1, *[1] * (values.ndim - 1))
+    if dilation is not None:
+        w = w[..., : dilation.numel()] / dilation
     return w
 
 
-def linear_accumulator(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """sum_k q_x q_w: x int8 [B, ..., K], weight packed [N, K/2] -> int64 [B, ..., N]."""
-    return x.long() @ unpack_int4(weight).long().t()
+def linear_accumulator(x: Tensor, values: Tensor) -> Tensor:
+    """sum_k q_x q_w: x int8 [B, ..., K], packed values [N, K/2] -> int64 [B, ..., N]."""
+    return x.long() @ unpack_int4(values).long().t()
 
 
 def conv2d_accumulator(
-    x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, int], dilation: tuple[int, int], upsample: bool
-) -> torch.Tensor:
-    """sum_{tap,k} q_x q_w: x int8 [B, H, W, K], padded already, weight packed [N, KH, KW, K/2] -> int64 [B, OH, OW, N].
+    x: Tensor, values: Tensor, stride: tuple[int, int], dilation: tuple[int, int], upsample: bool
+) -> Tensor:
+    """sum_{tap,k} q_x q_w: padded x int8 [B, H, W, K], packed values [N, KH, KW, K/2] -> int64 [B, OH, OW, N].
 
     With ``upsample`` the image inside the border of 1 is doubled, each pixel to 2 x 2, and the border is 1 again.
     Summed in float64, which is exact below 2^53.
@@ -89,100 +73,51 @@ def conv2d_accumulator(
         doubled = F.interpolate(image[..., 1:-1, 1:-1], scale_factor=2, mode="nearest")
         border = image[..., :1, :1]  # the zero point of each sample, equal in all channels
         image = F.pad(doubled - border, (1, 1, 1, 1)) + border
-    w = unpack_int4(weight).double().permute(0, 3, 1, 2)
+    w = unpack_int4(values).double().permute(0, 3, 1, 2)
     return F.conv2d(image, w, None, stride, 0, dilation).permute(0, 2, 3, 1).long()
 
 
+def _dequantize_product(accumulator: Tensor, weight: PackedWeight, quantizer: Quantizer) -> Tensor:
+    """act_scale_t weight_scale_n (sum q_x q_w - zp_t sum q_w), float64."""
+    scale, zero_point = _tables(quantizer, accumulator.ndim)
+    sums = unpack_int4(weight.values).long().flatten(1).sum(1)
+    return (accumulator - zero_point * sums) * scale.double() * weight.scale.double()
+
+
 def int4_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_sum: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
     out_dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, in float64 until the end."""
-    scale = _select(act_scale, timestep_index, x.ndim).double()
-    zero_point = _select(act_zero_point, timestep_index, x.ndim)
-    accumulator = linear_accumulator(x, weight) - zero_point * unpack_int4(weight).long().sum(-1)
-    y = accumulator * scale * weight_scale.double()
+    y = _dequantize_product(linear_accumulator(x, weight.values), weight, quantizer)
     for addend in (bias, residual):
         if addend is not None:
             y = y + addend.double()
     return y.to(out_dtype)
 
 
-def int4_linear_quantize(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_sum: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    next_dilation: torch.Tensor,
-    next_scale: torch.Tensor,
-    next_zero_point: torch.Tensor,
-    next_bits: int,
-) -> torch.Tensor:
-    """The linear layer, its activation, and the next layer's quantization: int8 [B, ..., N], for "geglu" N of 2N.
+def int4_geglu_quantize(
+    x: Tensor, weight: PackedWeight, quantizer: Quantizer, next_quantizer: Quantizer, bias: Tensor | None
+) -> Tensor:
+    """A linear layer of 2N channels, GEGLU, and the next layer's quantization: int8 [B, ..., N].
 
-    "gelu" is x Phi(x); "geglu" splits the channels in two and multiplies the first half by gelu of the second.
+    GEGLU is the first half of the channels times gelu of the second; gelu(x) is x Phi(x).
     """
-    y = int4_linear(
-        x, weight, weight_scale, weight_sum, act_scale, act_zero_point, timestep_index, bias, None, torch.float64
-    )
-    if activation == "geglu":
-        hidden, gate = y.chunk(2, dim=-1)
-        y = hidden * F.gelu(gate)
-    elif activation == "gelu":
-        y = F.gelu(y)
-    return quantize(y, next_dilation, next_scale, next_zero_point, timestep_index, next_bits)
+    hidden, gate = int4_linear(x, weight, quantizer, bias, None, torch.float64).chunk(2, dim=-1)
+    return quantize(hidden * F.gelu(gate), next_quantizer)
 
 
 def int4_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_sum: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    channel_add: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    skip: torch.Tensor | None,
-    skip_weight: torch.Tensor | None,
-    skip_weight_sum: torch.Tensor | None,
-    skip_act_scale: torch.Tensor | None,
-    skip_act_zero_point: torch.Tensor | None,
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-    upsample: bool,
-    out_dtype: torch.dtype,
-    with_statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The convolution of int8 x [B, H, W, K], padded already, with packed weight [N, KH, KW, K/2].
+    x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, channel_add: Tensor | None,
+    residual: Tensor | None, stride: tuple[int, int], dilation: tuple[int, int], upsample: bool,
+    out_dtype: torch.dtype, with_statistics: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The convolution of int8 x [B, H, W, K], padded already, with packed values [N, KH, KW, K/2].
 
-    ``skip`` is a second image beside x, as in a concat of channels, with weights and tables of its own and the same
-    weight_scale. Adds bias [N], channel_add [B, N] (the time embedding) and residual [B, OH, OW, N]; returns
-    [B, OH, OW, N] and, if wanted, its ``channel_statistics`` (otherwise an empty tensor).
+    Adds bias [N], channel_add [B, N] (the time embedding) and residual [B, OH, OW, N]; returns [B, OH, OW, N] and, if
+    wanted, its ``channel_statistics`` (otherwise an empty tensor).
     """
-    sources = [(x, weight, act_scale, act_zero_point)]
-    if skip is not None and skip_weight is not None and skip_act_scale is not None and skip_act_zero_point is not None:
-        sources.append((skip, skip_weight, skip_act_scale, skip_act_zero_point))
-    y = torch.zeros((), dtype=torch.float64)
-    for image, w, scales, zero_points in sources:
-        zero_point = _select(zero_points, timestep_index, 4)
-        accumulator = conv2d_accumulator(image, w, stride, dilation, upsample)
-        corrected = accumulator - zero_point * unpack_int4(w).long().sum((1, 2, 3))
-        y = y + corrected * _select(scales, timestep_index, 4).double() * weight_scale.double()
+    y = _dequantize_product(conv2d_accumulator(x, weight.values, stride, dilation, upsample), weight, quantizer)
     if channel_add is not None:
         y = y + channel_add.double()[:, None, None, :]
     for addend in (bias, residual):
@@ -192,7 +127,7 @@ def int4_conv2d(
     return y, channel_statistics(y) if with_statistics else torch.empty(0, 0, 2, y.shape[-1])
 
 
-def channel_statistics(x: torch.Tensor, run: int = 64) -> torch.Tensor:
+def channel_statistics(x: Tensor, run: int = 64) -> Tensor:
     """x [B, H, W, K] -> fp32 [B, ceil(H W / run), 2, K]: sum and centred sum of squares of each run of pixels."""
     runs = x.double().flatten(1, 2).split(run, dim=1)
     total = [part.sum(1) for part in runs]
@@ -201,64 +136,42 @@ def channel_statistics(x: torch.Tensor, run: int = 64) -> torch.Tensor:
 
 
 def group_norm_quantize(
-    x: torch.Tensor,
-    skip: torch.Tensor | None,
-    statistics: torch.Tensor | None,
-    skip_statistics: torch.Tensor | None,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    silu: bool,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-    padding: tuple[int, int],
-) -> torch.Tensor:
+    x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
+    statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
+) -> Tensor:  # fmt: skip
     """Group norm of x [B, H, W, K] beside skip [B, H, W, K2], SiLU if wanted, quantized: int8, padded.
 
     The statistics are those of x and skip by definition, so they are not read here.
     """
     image = (x if skip is None else torch.cat([x, skip], dim=-1)).double().permute(0, 3, 1, 2)
-    y = F.group_norm(image, num_groups, weight.double(), bias.double(), eps).permute(0, 2, 3, 1)
-    return quantize(F.silu(y) if silu else y, weight_dilation, act_scale, act_zero_point, timestep_index, bits, padding)
+    y = F.group_norm(image, num_groups, *_double(norm), norm.eps).permute(0, 2, 3, 1)
+    return quantize(F.silu(y) if silu else y, quantizer, padding)
 
 
-def layer_norm_quantize(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-) -> torch.Tensor:
+def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     """Layer norm of x [B, ..., K] over its channels, quantized."""
-    weight, bias = (None if parameter is None else parameter.double() for parameter in (weight, bias))
-    y = F.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
-    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    y = F.layer_norm(x.double(), x.shape[-1:], *_double(norm), norm.eps)
+    return quantize(y, quantizer)
 
 
-def quantize_to_127(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def _double(norm: Norm) -> tuple[Tensor | None, ...]:
+    return tuple(None if parameter is None else parameter.double() for parameter in (norm.weight, norm.bias))
+
+
+def quantize_to_127(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """x fp32 in steps of its largest magnitude along ``dims`` / 127: int8, and the steps (1 where all of x is 0)."""
     largest = x.abs().amax(dims, keepdim=True)
     scale = torch.where(largest > 1e-30, largest / 127, 1.0) + largest * 0  # NaN where x is not finite
     return torch.floor(x * (1 / scale) + 0.5).to(torch.int8), scale
 
 
-def int8_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, block_keys: int = 64
-) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v with q, k, v and the probabilities in 8 bits, block of keys by block of keys.
+def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with q, k, v and the probabilities in 8 bits, 64 keys at a time.
 
     query [B, L, H D], key and value [B, S, H D] -> [B, L, H D] in query's dtype. A query has a scale of its own, a
     block of keys or values another; both are quantized less their means over S, and the values' is added at the end.
-    The probabilities of a block are relative to the largest up to this block, and rounded to steps of 1/255; what they
-    are divided by is not rounded.
+    The probabilities of a block are relative to the largest up to this block, and rounded to steps of 1/255; their sum,
+    the divisor, is not rounded.
     """
     dtype = query.dtype
     key_mean, value_mean = (x.float().mean(1, keepdim=True) for x in (key, value))
@@ -268,7 +181,7 @@ def int8_attention(
     largest = torch.full((*q.shape[:-1], 1), -torch.inf, dtype=torch.float64)
     total = torch.zeros_like(largest)
     result = torch.zeros(q.shape, dtype=torch.float64)
-    for k_block, v_block in zip(k.split(block_keys, dim=2), v.split(block_keys, dim=2), strict=True):
+    for k_block, v_block in zip(k.split(64, dim=2), v.split(64, dim=2), strict=True):
         (k8, k_scale), (v8, v_scale) = quantize_to_127(k_block, (-2, -1)), quantize_to_127(v_block, (-2, -1))
         score = (q8.long() @ k8.long().mT) * (q_scale.double() * k_scale.double() * q.shape[-1] ** -0.5)
         so_far = torch.maximum(largest, score.amax(-1, keepdim=True))
@@ -280,17 +193,6 @@ def int8_attention(
     return ((result / total).transpose(1, 2).flatten(2) + value_mean).to(dtype)
 
 
-def int8_attention_quantize(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    heads: int,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-) -> torch.Tensor:
+def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
     """``int8_attention`` and the next layer's quantization: int8 [B, L, H D]."""
-    y = int8_attention(query.float(), key, value, heads)
-    return quantize(y, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    return quantize(int8_attention(query.float(), key, value, heads), quantizer)

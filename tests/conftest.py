@@ -9,20 +9,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when dq_kernels is imported; kernels then run on CPU tensors
 
-from dq_kernels import attention, conv2d, linear, norm, ops, quantize
+from flat_operators import ops, triton
+
 from dq_kernels.packing import pack_int4
+from dq_kernels.triton import tuning
 
 ZERO_POINTS = (-128, 3, 127)  # one a timestep; the ends of int8 are uint8 0 and 255 to oneDNN
-LAUNCHERS = {
-    "quantize": quantize.quantize,
-    "layer_norm_quantize": norm.layer_norm_quantize,
-    "group_norm_quantize": norm.group_norm_quantize,
-    "int4_linear": linear.int4_linear,
-    "int4_linear_quantize": linear.int4_linear_quantize,
-    "int4_conv2d": conv2d.int4_conv2d,
-    "int8_attention": attention.int8_attention,
-    "int8_attention_quantize": attention.int8_attention_quantize,
-}
 
 
 def pytest_collection_modifyitems(items):
@@ -65,7 +57,7 @@ def run(implementation, triton_device, to_device):
     def run(op, arguments):
         if implementation == "cpu":
             return getattr(ops, op)(**arguments)
-        result = LAUNCHERS[op](**to_device(arguments, triton_device))
+        result = getattr(triton, op)(**to_device(arguments, triton_device))
         return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
     return run
@@ -73,11 +65,10 @@ def run(implementation, triton_device, to_device):
 
 @pytest.fixture
 def use_config(monkeypatch):
-    """Makes every GEMM launch with one configuration."""
+    """Makes one configuration that of every GEMM, before it is adjusted to the launch."""
 
     def use_config(config):
-        for module in (linear, conv2d):
-            monkeypatch.setattr(module, "launch_config", lambda *shape: config)
+        monkeypatch.setattr(tuning, "tuned_config", lambda *shape: config)
 
     return use_config
 
@@ -141,11 +132,11 @@ def quantizer_arguments():
         generator = torch.Generator().manual_seed(seed)
         num_timesteps = len(ZERO_POINTS)
         return {
-            "weight_dilation": 1 + 3 * torch.rand(channels, generator=generator),
-            "act_scale": 0.01 + 0.03 * torch.rand(num_timesteps, generator=generator),
-            "act_zero_point": torch.randint(-20, 20, (num_timesteps,), dtype=torch.int32, generator=generator),
-            "timestep_index": (torch.arange(batch, dtype=torch.int32) + 1) % num_timesteps,
-            "bits": 8,
+            "quantizer_dilation": 1 + 3 * torch.rand(channels, generator=generator),
+            "quantizer_scale": 0.01 + 0.03 * torch.rand(num_timesteps, generator=generator),
+            "quantizer_zero_point": torch.randint(-20, 20, (num_timesteps,), dtype=torch.int32, generator=generator),
+            "quantizer_timestep_index": (torch.arange(batch, dtype=torch.int32) + 1) % num_timesteps,
+            "quantizer_bits": 8,
         }
 
     return quantizer_arguments
@@ -159,9 +150,9 @@ def layer_norm_arguments(quantizer_arguments):
         generator = torch.Generator().manual_seed(seed)
         return {
             "x": (2 + 3 * torch.randn(x_shape, generator=generator)).to(dtype),
-            "weight": torch.randn(x_shape[-1], generator=generator).to(dtype),
-            "bias": torch.randn(x_shape[-1], generator=generator).to(dtype),
-            "eps": 1e-5,
+            "norm_weight": torch.randn(x_shape[-1], generator=generator).to(dtype),
+            "norm_bias": torch.randn(x_shape[-1], generator=generator).to(dtype),
+            "norm_eps": 1e-5,
             **quantizer_arguments(x_shape[0], x_shape[-1], seed),
         }
 
@@ -209,31 +200,23 @@ def linear_arguments():
 
 
 @pytest.fixture(scope="session")
-def linear_quantize_arguments(linear_arguments, quantizer_arguments):
-    """Makes keyword arguments for int4_linear_quantize, and the 4-bit values: [N, K], or [2N, K] for "geglu"."""
+def geglu_quantize_arguments(linear_arguments, quantizer_arguments):
+    """Makes keyword arguments for int4_geglu_quantize, and the 4-bit values [2N, K]."""
 
-    def linear_quantize_arguments(x_shape, out_channels, activation, dtype=torch.float32, seed=0):
-        rows = 2 * out_channels if activation == "geglu" else out_channels
-        arguments, values = linear_arguments(x_shape, rows, dtype, seed)
+    def geglu_quantize_arguments(x_shape, out_channels, dtype=torch.float32, seed=0):
+        arguments, values = linear_arguments(x_shape, 2 * out_channels, dtype, seed)
         del arguments["residual"], arguments["out_dtype"]
         following = quantizer_arguments(x_shape[0], out_channels, seed)
-        return arguments | {
-            "activation": activation,
-            "next_dilation": following["weight_dilation"],
-            "next_scale": following["act_scale"],
-            "next_zero_point": following["act_zero_point"],
-            "next_bits": 8,
-        }, values
+        return arguments | {f"next_{name}": value for name, value in following.items()}, values
 
-    return linear_quantize_arguments
+    return geglu_quantize_arguments
 
 
 @pytest.fixture(scope="session")
 def conv2d_arguments():
-    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K + K2]; for ``dtype`` see linear.
+    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K]; for ``dtype`` see linear.
 
-    The images have the zero point of their timestep in a border of ``padding``. With ``skip_channels`` (K and they are
-    even) there is a second one of another range, whose weights are the last values.
+    The images have the zero point of their timestep in a border of ``padding``.
     """
 
     def conv2d_arguments(
@@ -244,32 +227,18 @@ def conv2d_arguments():
         padding=(1, 1),
         dilation=(1, 1),
         upsample=False,
-        skip_channels=0,
         with_statistics=False,
         dtype=None,
         seed=0,
     ):
         generator = torch.Generator().manual_seed(seed)
         batch, height, width, channels = image_shape
-        shape = (out_channels, *kernel, channels + skip_channels)
-        values = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
-        arguments = _operands(image_shape, values[..., :channels], dtype, generator)
-        skip = dict.fromkeys(("skip", "skip_weight", "skip_weight_sum", "skip_act_scale", "skip_act_zero_point"))
-        if skip_channels:
-            second = _operands((*image_shape[:3], skip_channels), values[..., channels:], dtype, generator)
-            skip = {
-                "skip": second["x"],
-                "skip_weight": second["weight"],
-                "skip_weight_sum": second["weight_sum"],
-                "skip_act_scale": second["act_scale"],
-                "skip_act_zero_point": second["act_zero_point"].flip(0),
-            }
-        arguments |= skip | {"channel_add": None, "residual": None}
+        values = torch.randint(-8, 8, (out_channels, *kernel, channels), dtype=torch.int8, generator=generator)
+        arguments = _operands(image_shape, values, dtype, generator)
+        arguments |= {"channel_add": None, "residual": None}
         arguments |= {"stride": stride, "dilation": dilation, "upsample": upsample, "with_statistics": with_statistics}
-        for image, zero_point in (("x", "act_zero_point"), ("skip", "skip_act_zero_point")):
-            if arguments[image] is not None:
-                zero = arguments[zero_point][arguments["timestep_index"]].view(-1, 1, 1, 1)
-                arguments[image] = _with_border(arguments[image], zero, padding)
+        zero = arguments["quantizer_zero_point"][arguments["quantizer_timestep_index"]].view(-1, 1, 1, 1)
+        arguments["x"] = _with_border(arguments["x"], zero, padding)
         if dtype is not None:
             scale = 2 if upsample else 1
             empty = torch.empty(1, 1, scale * height, scale * width, device="meta")
@@ -305,7 +274,7 @@ def attention_quantize_arguments(attention_arguments, quantizer_arguments):
     def attention_quantize_arguments(batch, *shape, dtype=torch.float32, seed=0):
         arguments = attention_arguments(batch, *shape, dtype, seed)
         quantizer = quantizer_arguments(batch, arguments["query"].shape[-1], seed)
-        return arguments | quantizer | {"act_scale": quantizer["act_scale"] / 8}
+        return arguments | quantizer | {"quantizer_scale": quantizer["quantizer_scale"] / 8}
 
     return attention_quantize_arguments
 
@@ -323,19 +292,21 @@ def _operands(x_shape, values, dtype, generator):
     x_shape = (*x_shape[:-1], channels + channels % 2)
     arguments = {
         "x": torch.randint(-128, 128, x_shape, dtype=torch.int8, generator=generator),
-        "weight": pack_int4(values),
+        "weight_values": pack_int4(values),
         "weight_scale": torch.ones(out_channels),
         "weight_sum": values.flatten(1).sum(1, dtype=torch.int32),
-        "act_scale": torch.ones(num_timesteps),
-        "act_zero_point": torch.tensor(ZERO_POINTS, dtype=torch.int32),
-        "timestep_index": (torch.arange(batch, dtype=torch.int32) + 1) % num_timesteps,
+        "quantizer_scale": torch.ones(num_timesteps),
+        "quantizer_zero_point": torch.tensor(ZERO_POINTS, dtype=torch.int32),
+        "quantizer_timestep_index": (torch.arange(batch, dtype=torch.int32) + 1) % num_timesteps,
+        "quantizer_dilation": torch.ones(channels),
+        "quantizer_bits": 8,
         "bias": None,
         "out_dtype": torch.float32,
     }
     if dtype is not None:
         arguments |= {
             "weight_scale": 0.01 + 0.02 * torch.rand(out_channels, generator=generator),
-            "act_scale": 0.005 + 0.03 * torch.rand(num_timesteps, generator=generator),
+            "quantizer_scale": 0.005 + 0.03 * torch.rand(num_timesteps, generator=generator),
             "bias": torch.randn(out_channels, generator=generator).to(dtype),
             "out_dtype": dtype,
         }

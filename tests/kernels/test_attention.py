@@ -3,17 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from flat_operators import reference
 
-from dq_kernels import attention, cpu, reference
-from dq_kernels.tuning import launch_options, next_power_of_2, use_ptx
+from dq_kernels.cpu import attention as cpu_attention
+from dq_kernels.triton.attention import quantize_keys_values_kernel
+from dq_kernels.triton.launch import launch_options, next_power_of_2
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TENSORS = ("query", "key", "value")
 
 
 def quantizer_of(arguments):
-    names = ("weight_dilation", "act_scale", "act_zero_point", "timestep_index", "bits")
-    return {name: arguments[name] for name in names}
+    return {name: value for name, value in arguments.items() if name.startswith("quantizer_")}
 
 
 def float64_attention(query, key, value, heads):
@@ -343,14 +344,14 @@ def test_cpu_takes_as_many_heads_at_a_time_as_memory_allows(
 ):
     arguments = attention_arguments(2, 9, 77, 3, 40)
     expected = run("int8_attention", arguments)
-    monkeypatch.setattr(cpu, "ATTENTION_SCORES", at_once)
+    monkeypatch.setattr(cpu_attention, "ATTENTION_SCORES", at_once)
 
     assert_attention_alike(run("int8_attention", arguments), expected, 3)
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 8), (torch.float16, 8), (torch.bfloat16, 4)], ids=str)
 def test_quantized_attention_is_the_references(run, attention_quantize_arguments, assert_steps_alike, dtype, bits):
-    arguments = attention_quantize_arguments(4, 33, 65, 1, 40, dtype=dtype) | {"bits": bits}
+    arguments = attention_quantize_arguments(4, 33, 65, 1, 40, dtype=dtype) | {"quantizer_bits": bits}
     expected = reference.int8_attention_quantize(**arguments)
     assert expected.unique().numel() > (100 if bits == 8 else 12)
 
@@ -404,9 +405,9 @@ def test_keys_and_values_are_quantized_exactly_as_the_references(triton_device, 
         )
     )
 
-    attention.quantize_keys_values_kernel[(blocks, heads, batch)](
+    quantize_keys_values_kernel[(blocks, heads, batch)](
         key, value, *means.to(triton_device), key8, value8, scales, sums, length, *key.stride(), *value.stride(),
-        HEAD_CHANNELS=head_channels, BLOCK_N=64, BLOCK_D=block_d, PTX=use_ptx(), num_warps=2, **launch_options(),
+        HEAD_CHANNELS=head_channels, BLOCK_N=64, BLOCK_D=block_d, num_warps=2, **launch_options(),
         enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from flat_operators import cpu, ops, reference
 
-from dq_kernels import conv2d, cpu, ops, reference
-from dq_kernels.tuning import LaunchConfig
+from dq_kernels.triton import tuning
+from dq_kernels.triton.tuning import LaunchConfig
 
 # Packed bytes a step: a GPU's int8 dot takes 32 at least, Triton's interpreter any number.
 SMALLEST_K = 32 if torch.cuda.is_available() else 16
@@ -29,7 +30,6 @@ GEOMETRIES = [
     pytest.param((7, 6), (3, 2), (3, 1), (0, 1), (1, 2), id="columns-unlike-rows"),
 ]
 CHANNELS = [(2, 1), (34, 9), (128, 66)]
-SKIP_SHAPES = [(2, 34), (34, 2), (128, 66)]  # channels of the image and of the one beside it
 
 # As for the linear layer: against float64, rounded once to the result's dtype.
 TOLERANCES = [
@@ -40,34 +40,22 @@ TOLERANCES = [
 
 
 def exact_sums(arguments):
-    """sum_{tap,k} q_x q_w - zp_t sum_{tap,k} q_w of all sources, in integers; fp32 holds them exactly below 2^24."""
-    total = 0
-    for source, tables in (("x", ""), ("skip", "skip_")):
-        if arguments[source] is None:
-            continue
-        zero_point = arguments[f"{tables}act_zero_point"][arguments["timestep_index"]].view(-1, 1, 1, 1)
-        geometry = (arguments[name] for name in ("stride", "dilation", "upsample"))
-        accumulator = reference.conv2d_accumulator(arguments[source], arguments[f"{tables}weight"], *geometry)
-        total = total + accumulator - zero_point * arguments[f"{tables}weight_sum"]
-    return total.float()
+    """sum_{tap,k} q_x q_w - zp_t sum_{tap,k} q_w, in integers; fp32 holds them exactly below 2^24."""
+    zero_point = arguments["quantizer_zero_point"][arguments["quantizer_timestep_index"]].view(-1, 1, 1, 1)
+    geometry = (arguments[name] for name in ("stride", "dilation", "upsample"))
+    accumulator = reference.conv2d_accumulator(arguments["x"], arguments["weight_values"], *geometry)
+    return (accumulator - zero_point * arguments["weight_sum"]).float()
 
 
 def float64_conv2d(arguments, values, padding):
     """torch's own convolution, padded with 0, on the numbers that the integers stand for."""
-
-    def image(source, prefix):
-        scale, zero_point = (
-            arguments[f"{prefix}{name}"][arguments["timestep_index"]].double().view(-1, 1, 1, 1)
-            for name in ("act_scale", "act_zero_point")
-        )
-        height, width = arguments[source].shape[1:3]
-        inside = arguments[source][:, padding[0] : height - padding[0], padding[1] : width - padding[1]]
-        return scale * (inside - zero_point)
-
-    x = image("x", "")[..., : values.shape[3]]
-    if arguments["skip"] is not None:
-        x = torch.cat([x, image("skip", "skip_")], dim=-1)
-    x = x.permute(0, 3, 1, 2)
+    scale, zero_point = (
+        arguments[name][arguments["quantizer_timestep_index"]].double().view(-1, 1, 1, 1)
+        for name in ("quantizer_scale", "quantizer_zero_point")
+    )
+    height, width = arguments["x"].shape[1:3]
+    inside = arguments["x"][:, padding[0] : height - padding[0], padding[1] : width - padding[1]]
+    x = (scale * (inside - zero_point))[..., : values.shape[3]].permute(0, 3, 1, 2)
     if arguments["upsample"]:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
     w = values.double() * arguments["weight_scale"].double().view(-1, 1, 1, 1)
@@ -103,25 +91,10 @@ def test_integer_sums_of_a_latent_of_odd_size_are_exact(conv2d_arguments, stride
     assert torch.equal(cpu.int4_conv2d(**arguments)[0], exact_sums(arguments))
 
 
-@pytest.mark.parametrize(("channels", "skip_channels"), SKIP_SHAPES)
-@pytest.mark.parametrize(("image", "kernel", "stride", "padding", "dilation"), GEOMETRIES[:5])
-def test_integer_sums_of_two_sources_are_exact(
-    run, conv2d_arguments, image, kernel, stride, padding, dilation, channels, skip_channels
-):
-    arguments, _ = conv2d_arguments(
-        (3, *image, channels), 9, kernel, stride, padding, dilation, skip_channels=skip_channels
-    )
-
-    assert torch.equal(result(run, arguments), exact_sums(arguments))
-
-
-@pytest.mark.parametrize("skip_channels", [0, 6])
 @pytest.mark.parametrize(("channels", "out_channels"), CHANNELS)
 @pytest.mark.parametrize("image", [(3, 4), (1, 5), (4, 1), (1, 1)], ids=str)
-def test_integer_sums_of_an_upsampled_image_are_exact(
-    run, conv2d_arguments, image, channels, out_channels, skip_channels
-):
-    arguments, _ = conv2d_arguments((3, *image, channels), out_channels, upsample=True, skip_channels=skip_channels)
+def test_integer_sums_of_an_upsampled_image_are_exact(run, conv2d_arguments, image, channels, out_channels):
+    arguments, _ = conv2d_arguments((3, *image, channels), out_channels, upsample=True)
 
     assert torch.equal(result(run, arguments), exact_sums(arguments))
 
@@ -139,9 +112,9 @@ def test_extreme_values_do_not_overflow(run, conv2d_arguments, q_x, q_w, zero_po
     channels = 2560  # with 9 taps, the longest sum of SDXL
     arguments, _ = conv2d_arguments((1, 3, 3, channels), 2, padding=(0, 0))
     arguments["x"].fill_(q_x)
-    arguments["weight"].fill_((q_w & 15) | (q_w & 15) << 4)
+    arguments["weight_values"].fill_((q_w & 15) | (q_w & 15) << 4)
     arguments["weight_sum"].fill_(9 * channels * q_w)
-    arguments["act_zero_point"].fill_(zero_point)
+    arguments["quantizer_zero_point"].fill_(zero_point)
 
     y = result(run, arguments)
 
@@ -151,7 +124,7 @@ def test_extreme_values_do_not_overflow(run, conv2d_arguments, q_x, q_w, zero_po
 def test_downsampler_padded_on_one_side_is_exact(run, conv2d_arguments):
     """diffusers' Downsample2D pads right and bottom with 0 before a stride-2 convolution: 0 quantizes to zp."""
     arguments, values = conv2d_arguments((3, 6, 8, 34), 9, stride=(2, 2), padding=(0, 0))
-    zero_point = arguments["act_zero_point"][arguments["timestep_index"]].view(-1, 1, 1, 1)
+    zero_point = arguments["quantizer_zero_point"][arguments["quantizer_timestep_index"]].view(-1, 1, 1, 1)
     unpadded = arguments["x"]
     arguments["x"] = zero_point.to(torch.int8).repeat(1, 7, 9, 34)
     arguments["x"][:, :6, :8] = unpadded
@@ -163,22 +136,19 @@ def test_downsampler_padded_on_one_side_is_exact(run, conv2d_arguments):
 
 def test_pixels_of_many_samples_in_one_tile_take_their_own_timestep(run, conv2d_arguments):
     arguments, _ = conv2d_arguments((20, 2, 3, 34), 5)
-    arguments["timestep_index"] = torch.tensor([2, 0, 1, 1, 0] * 4, dtype=torch.int32)
-    arguments["act_scale"] = torch.tensor([1.0, 2.0, 4.0])
-    scale = arguments["act_scale"][arguments["timestep_index"]].view(-1, 1, 1, 1)
+    arguments["quantizer_timestep_index"] = torch.tensor([2, 0, 1, 1, 0] * 4, dtype=torch.int32)
+    arguments["quantizer_scale"] = torch.tensor([1.0, 2.0, 4.0])
+    scale = arguments["quantizer_scale"][arguments["quantizer_timestep_index"]].view(-1, 1, 1, 1)
 
     assert torch.equal(result(run, arguments), exact_sums(arguments) * scale)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-@pytest.mark.parametrize("skip_channels", [0, 10], ids=["alone", "beside-a-skip"])
 @pytest.mark.parametrize(("image", "kernel", "stride", "padding", "dilation"), [GEOMETRIES[0], GEOMETRIES[-1]])
 def test_epilogue_scales_then_adds_bias_channels_and_residual(
-    run, conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation, skip_channels, dtype, tolerance
+    run, conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation, dtype, tolerance
 ):
-    arguments, values = conv2d_arguments(
-        (3, *image, 34), 9, kernel, stride, padding, dilation, skip_channels=skip_channels, dtype=dtype
-    )
+    arguments, values = conv2d_arguments((3, *image, 34), 9, kernel, stride, padding, dilation, dtype=dtype)
     expected = float64_conv2d(arguments, values, padding)
 
     y = result(run, arguments)
@@ -203,7 +173,6 @@ def test_addends_may_have_another_dtype_than_the_result(run, conv2d_arguments, r
     assert relative_rms(result(run, arguments), float64_conv2d(arguments, values, (1, 1))) < 1e-6
 
 
-@pytest.mark.parametrize("with_skip", [False, True], ids=["alone", "beside-a-skip"])
 @pytest.mark.parametrize(
     ("image", "geometry", "dtype"),
     [
@@ -213,13 +182,11 @@ def test_addends_may_have_another_dtype_than_the_result(run, conv2d_arguments, r
     ],
 )
 def test_statistics_are_those_of_the_stored_result(
-    run, conv2d_arguments, use_config, relative_rms, image, geometry, dtype, with_skip
+    run, conv2d_arguments, use_config, relative_rms, image, geometry, dtype
 ):
     """In tiles of 128 pixels, of which the last is cut; 192 pixels a sample, so that tiles span samples."""
     use_config(LaunchConfig(128, 16, SMALLEST_K, 4, 2))
-    arguments, _ = conv2d_arguments(
-        (3, *image, 10), 9, skip_channels=6 if with_skip else 0, with_statistics=True, dtype=dtype, **geometry
-    )
+    arguments, _ = conv2d_arguments((3, *image, 10), 9, with_statistics=True, dtype=dtype, **geometry)
 
     y, statistics = run("int4_conv2d", arguments)
 
@@ -250,7 +217,7 @@ def test_statistics_do_not_cancel(run, conv2d_arguments, relative_rms):
 
 
 def test_result_and_statistics_are_the_same_in_every_run(run, conv2d_arguments):
-    arguments, _ = conv2d_arguments((2, 8, 8, 34), 9, with_statistics=True, skip_channels=6, dtype=torch.float16)
+    arguments, _ = conv2d_arguments((2, 8, 8, 34), 9, with_statistics=True, dtype=torch.float16)
     first, first_statistics = run("int4_conv2d", arguments)
 
     again, statistics = run("int4_conv2d", arguments)
@@ -273,7 +240,7 @@ def test_launch_is_tuned_as_its_gemm(monkeypatch, run, conv2d_arguments, kernel,
     """A 1x1 convolution is a linear layer of its pixels."""
     asked = []
     config = LaunchConfig(16, 16, SMALLEST_K, 4, 2)
-    monkeypatch.setattr(conv2d, "launch_config", lambda *shape: asked.append(shape) or config)
+    monkeypatch.setattr(tuning, "tuned_config", lambda architecture, *shape: asked.append(shape) or config)
     arguments, _ = conv2d_arguments((3, 4, 5, 34), 9, kernel, stride, padding=(0, 0))
 
     run("int4_conv2d", arguments)
@@ -283,23 +250,20 @@ def test_launch_is_tuned_as_its_gemm(monkeypatch, run, conv2d_arguments, kernel,
 
 def test_result_is_fp16_without_addends_and_statistics_unless_told_otherwise(conv2d_arguments):
     arguments, _ = conv2d_arguments((2, 4, 5, 4), 5)
-    required = ("x", "weight", "weight_scale", "weight_sum", "act_scale", "act_zero_point", "timestep_index")
+    required = {key: value for key, value in arguments.items() if key.startswith(("x", "weight_", "quantizer_"))}
 
-    y, statistics = ops.int4_conv2d(**{key: arguments[key] for key in required})
+    y, statistics = ops.int4_conv2d(**required)
 
     assert torch.equal(y, exact_sums(arguments).half())
     assert statistics.shape == (0, 0, 2, 5)
 
 
-@pytest.mark.parametrize("skip_channels", [0, 10], ids=["alone", "beside-a-skip"])
 @pytest.mark.parametrize(("image", "kernel", "stride", "padding", "dilation"), GEOMETRIES)
 def test_reference_agrees_with_torchs_conv2d_in_float64(
-    conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation, skip_channels
+    conv2d_arguments, relative_rms, image, kernel, stride, padding, dilation
 ):
     """torch's is padded with 0, so this also shows that the quantized zero in the border is a float 0."""
-    arguments, values = conv2d_arguments(
-        (3, *image, 36), 9, kernel, stride, padding, dilation, skip_channels=skip_channels, dtype=torch.float32
-    )
+    arguments, values = conv2d_arguments((3, *image, 36), 9, kernel, stride, padding, dilation, dtype=torch.float32)
     expected = float64_conv2d(arguments, values, padding)
 
     y, _ = reference.int4_conv2d(**arguments | {"out_dtype": torch.float64})
@@ -307,14 +271,9 @@ def test_reference_agrees_with_torchs_conv2d_in_float64(
     assert relative_rms(y, expected) < 1e-12
 
 
-@pytest.mark.parametrize("skip_channels", [0, 10], ids=["alone", "beside-a-skip"])
 @pytest.mark.parametrize("image", [(3, 4), (1, 1)], ids=str)
-def test_reference_agrees_with_torchs_interpolation_and_conv2d_in_float64(
-    conv2d_arguments, relative_rms, image, skip_channels
-):
-    arguments, values = conv2d_arguments(
-        (3, *image, 36), 9, upsample=True, skip_channels=skip_channels, dtype=torch.float32
-    )
+def test_reference_agrees_with_torchs_interpolation_and_conv2d_in_float64(conv2d_arguments, relative_rms, image):
+    arguments, values = conv2d_arguments((3, *image, 36), 9, upsample=True, dtype=torch.float32)
 
     y, _ = reference.int4_conv2d(**arguments | {"out_dtype": torch.float64})
 
@@ -336,6 +295,6 @@ def test_reference_dequantizes_the_weight(conv2d_arguments, relative_rms):
     weight_dilation = torch.linspace(1, 8, 35)
     expected = values * arguments["weight_scale"].view(-1, 1, 1, 1) / weight_dilation
 
-    w = reference.dequantize_weight(arguments["weight"], arguments["weight_scale"], weight_dilation)
+    w = reference.dequantize_weight(arguments["weight_values"], arguments["weight_scale"], weight_dilation)
 
     assert relative_rms(w, expected) < 1e-6

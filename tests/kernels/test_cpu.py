@@ -4,8 +4,9 @@ import gc
 
 import pytest
 import torch
+from flat_operators import ops, reference
 
-from dq_kernels import ops, reference
+from dq_kernels.ops import PackedWeight, Quantizer, int4_linear
 from dq_kernels.packing import pack_int4
 
 
@@ -41,7 +42,7 @@ def test_one_int8_copy_of_a_weight_is_counted_however_often_it_is_used(make, op)
     before = ops.prepacked_bytes()
 
     for batch in (1, 2, 5):
-        getattr(ops, op)(**make(op, batch=batch) | {"weight": arguments["weight"]})
+        getattr(ops, op)(**make(op, batch=batch) | {"weight_values": arguments["weight_values"]})
 
         assert ops.prepacked_bytes() == before + WEIGHTS[op]
 
@@ -58,14 +59,14 @@ def test_every_weight_has_a_copy_of_its_own(make, op):
 
 
 def test_copies_of_some_weights_can_be_counted_alone(make):
-    used, unused = make("int4_linear", seed=0)["weight"], make("int4_linear", seed=1)["weight"]
+    used, unused = make("int4_linear", seed=0)["weight_values"], make("int4_linear", seed=1)["weight_values"]
     conv = make("int4_conv2d")
-    ops.int4_linear(**make("int4_linear") | {"weight": used})
+    ops.int4_linear(**make("int4_linear") | {"weight_values": used})
     ops.int4_conv2d(**conv)
 
     assert ops.prepacked_bytes([used]) == WEIGHTS["int4_linear"]
     assert ops.prepacked_bytes([unused]) == 0
-    assert ops.prepacked_bytes([used, unused, conv["weight"]]) == sum(WEIGHTS.values())
+    assert ops.prepacked_bytes([used, unused, conv["weight_values"]]) == sum(WEIGHTS.values())
 
 
 @OPERATORS
@@ -101,7 +102,7 @@ def test_copy_is_refreshed_when_the_weight_changes(make, op, change):
     before = ops.prepacked_bytes()
     first = call(ops, op, arguments)
 
-    change(arguments["weight"], other["weight"])
+    change(arguments["weight_values"], other["weight_values"])
     second = call(ops, op, arguments | {"weight_sum": other["weight_sum"]})
 
     assert not torch.equal(first, second)
@@ -118,7 +119,7 @@ def test_weight_made_in_inference_mode_works_in_and_after_it(make, op):
 
 
 def test_conv_copy_serves_other_image_sizes_and_batches(make):
-    weight = {key: make("int4_conv2d")[key] for key in ("weight", "weight_sum")}
+    weight = {key: make("int4_conv2d")[key] for key in ("weight_values", "weight_sum")}
 
     for batch, size in [(2, (8, 8)), (2, (13, 5)), (5, (13, 5)), (1, (1, 1)), (3, (40, 64)), (2, (8, 8))]:
         assert_exact("int4_conv2d", make("int4_conv2d", batch, size, seed=batch) | weight)
@@ -132,22 +133,13 @@ def test_conv_copy_serves_other_strides_dilations_and_upsampling(make):
         assert_exact("int4_conv2d", arguments | geometry)
 
 
-def test_both_sources_of_a_convolution_have_a_copy(conv2d_arguments):
-    arguments, _ = conv2d_arguments((2, 8, 8, 34), 9, skip_channels=6)
-
-    assert_exact("int4_conv2d", arguments)
-
-    assert ops.prepacked_bytes([arguments["weight"]]) == WEIGHTS["int4_conv2d"]
-    assert ops.prepacked_bytes([arguments["skip_weight"]]) == 9 * 9 * 6
-
-
-def test_requantizing_shares_the_copy_of_the_plain_layer(linear_arguments, linear_quantize_arguments):
-    plain, _ = linear_arguments((2, 8, 34), 10)
-    requantizing, _ = linear_quantize_arguments((2, 8, 34), 10, "gelu")
+def test_requantizing_shares_the_copy_of_the_plain_layer(linear_arguments, geglu_quantize_arguments):
+    plain, _ = linear_arguments((2, 8, 34), 20)
+    requantizing, _ = geglu_quantize_arguments((2, 8, 34), 10)
     ops.int4_linear(**plain)
     before = ops.prepacked_bytes()
 
-    ops.int4_linear_quantize(**requantizing | {"weight": plain["weight"]})
+    ops.int4_geglu_quantize(**requantizing | {"weight_values": plain["weight_values"]})
 
     assert ops.prepacked_bytes() == before
 
@@ -166,16 +158,16 @@ def test_every_zero_point_is_exact_whichever_came_first(make, op, zero_points):
     arguments = make(op)
 
     for zero_point in zero_points:
-        assert_exact(op, arguments | {"act_zero_point": torch.full((3,), zero_point, dtype=torch.int32)})
+        assert_exact(op, arguments | {"quantizer_zero_point": torch.full((3,), zero_point, dtype=torch.int32)})
 
 
 @OPERATORS
 def test_batch_of_mixed_timesteps_gives_what_its_samples_give_alone(make, op):
-    arguments = make(op, batch=5) | {"timestep_index": torch.tensor([2, 0, 2, 1, 0], dtype=torch.int32)}
+    arguments = make(op, batch=5) | {"quantizer_timestep_index": torch.tensor([2, 0, 2, 1, 0], dtype=torch.int32)}
 
     together = call(ops, op, arguments)
 
-    per_sample = ("x", "timestep_index")
+    per_sample = ("x", "quantizer_timestep_index")
     for sample in range(5):
         alone = arguments | {name: arguments[name][sample : sample + 1] for name in per_sample}
         assert torch.equal(together[sample : sample + 1], call(ops, op, alone))
@@ -192,10 +184,9 @@ def test_both_halves_of_a_byte_reach_onednn():
     """One channel at a time: x picks it out, and the result is its weight."""
     values = torch.tensor([[1, -2, 3, -4, 5, -6, 7, -8]], dtype=torch.int8)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    index = torch.zeros(8, dtype=torch.int32)
+    weight = PackedWeight(pack_int4(values), one, zero)
+    quantizer = Quantizer(torch.ones(8), one, zero, torch.zeros(8, dtype=torch.int32), 8)
 
-    y = ops.int4_linear(
-        torch.eye(8, dtype=torch.int8), pack_int4(values), one, zero, one, zero, index, out_dtype=torch.float32
-    )
+    y = int4_linear(torch.eye(8, dtype=torch.int8), weight, quantizer, out_dtype=torch.float32)
 
     assert y.flatten().tolist() == values.flatten().tolist()

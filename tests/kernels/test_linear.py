@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
-
-from dq_kernels import ops, reference
+from flat_operators import ops, reference
 
 # Against float64, rounded once to the result's dtype. fp32: some five roundings of 2^-24. fp16: the few values next to
 # a rounding boundary may come out one step of 2^-10 further. bf16: all may, by a step of 2^-7 at most, because Triton's
@@ -19,17 +18,17 @@ TOLERANCES = [
 
 def exact_sums(arguments):
     """sum_k q_x q_w - zp_t sum_k q_w, in integers; fp32 holds them exactly below 2^24."""
-    x, weight, timestep_index = (arguments[name] for name in ("x", "weight", "timestep_index"))
-    zero_point = arguments["act_zero_point"][timestep_index].view(-1, *[1] * (x.ndim - 1))
+    x, weight, timestep_index = (arguments[name] for name in ("x", "weight_values", "quantizer_timestep_index"))
+    zero_point = arguments["quantizer_zero_point"][timestep_index].view(-1, *[1] * (x.ndim - 1))
     return (reference.linear_accumulator(x, weight) - zero_point * arguments["weight_sum"]).float()
 
 
 def float64_linear(arguments, values):
     """torch's own linear layer on the numbers that the integers stand for."""
-    x, timestep_index = arguments["x"], arguments["timestep_index"]
+    x, timestep_index = arguments["x"], arguments["quantizer_timestep_index"]
     scale, zero_point = (
         arguments[name][timestep_index].double().view(-1, *[1] * (x.ndim - 1))
-        for name in ("act_scale", "act_zero_point")
+        for name in ("quantizer_scale", "quantizer_zero_point")
     )
     w = values.double() * arguments["weight_scale"].double()[:, None]
     bias, residual = arguments["bias"], arguments.get("residual")
@@ -55,9 +54,9 @@ def test_extreme_values_do_not_overflow(run, linear_arguments, channels, q_x, q_
     arguments, _ = linear_arguments((2, channels), 3)
     byte = (q_w & 15) | (q_w & 15) << 4
     arguments["x"].fill_(q_x)
-    arguments["weight"].fill_(byte)
+    arguments["weight_values"].fill_(byte)
     arguments["weight_sum"].fill_(channels * q_w)
-    arguments["act_zero_point"].fill_(zero_point)
+    arguments["quantizer_zero_point"].fill_(zero_point)
 
     y = run("int4_linear", arguments)
 
@@ -66,9 +65,9 @@ def test_extreme_values_do_not_overflow(run, linear_arguments, channels, q_x, q_
 
 def test_rows_of_many_samples_in_one_tile_take_their_own_timestep(run, linear_arguments):
     arguments, _ = linear_arguments((30, 3, 34), 5)
-    arguments["timestep_index"] = torch.tensor([2, 0, 1, 1, 0] * 6, dtype=torch.int32)
-    arguments["act_scale"] = torch.tensor([1.0, 2.0, 4.0])
-    scale = arguments["act_scale"][arguments["timestep_index"]].view(-1, 1, 1)
+    arguments["quantizer_timestep_index"] = torch.tensor([2, 0, 1, 1, 0] * 6, dtype=torch.int32)
+    arguments["quantizer_scale"] = torch.tensor([1.0, 2.0, 4.0])
+    scale = arguments["quantizer_scale"][arguments["quantizer_timestep_index"]].view(-1, 1, 1)
 
     assert torch.equal(run("int4_linear", arguments), exact_sums(arguments) * scale)
 
@@ -103,42 +102,40 @@ def test_addends_may_have_another_dtype_than_the_result(run, linear_arguments, r
 
 def test_odd_channel_count_passes_from_quantize_to_linear(run, linear_arguments, relative_rms):
     arguments, values = linear_arguments((2, 5, 41), 9, torch.float32)
-    quantizer = {name: arguments[name] for name in ("act_scale", "act_zero_point", "timestep_index")}
-    quantizer |= {"weight_dilation": torch.ones(41), "bits": 8, "padding": (0, 0), "skip": None}
+    quantizer = {name: value for name, value in arguments.items() if name.startswith("quantizer_")}
+    quantizer |= {"padding": (0, 0), "skip": None}
     x = torch.randn(2, 5, 41, generator=torch.Generator().manual_seed(0))
     arguments["x"] = run("quantize", {"x": x} | quantizer)
 
     assert relative_rms(run("int4_linear", arguments), float64_linear(arguments, values)) < 1e-6
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "geglu"])
 @pytest.mark.parametrize(("x_shape", "out_channels"), [((1, 64), 2), ((3, 7, 130), 42), ((2, 3, 4, 34), 20)], ids=str)
 def test_requantized_result_is_the_references(
-    run, linear_quantize_arguments, assert_quantized_alike, activation, x_shape, out_channels
+    run, geglu_quantize_arguments, assert_quantized_alike, x_shape, out_channels
 ):
-    arguments, _ = linear_quantize_arguments(x_shape, out_channels, activation)
+    arguments, _ = geglu_quantize_arguments(x_shape, out_channels)
 
-    assert_quantized_alike(run("int4_linear_quantize", arguments), reference.int4_linear_quantize(**arguments))
+    assert_quantized_alike(run("int4_geglu_quantize", arguments), reference.int4_geglu_quantize(**arguments))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 2])
 def test_requantized_result_saturates_at_the_ends_of_its_bits(
-    run, linear_quantize_arguments, assert_quantized_alike, bits
+    run, geglu_quantize_arguments, assert_quantized_alike, bits
 ):
-    arguments, _ = linear_quantize_arguments((3, 5, 34), 20, "gelu")
-    arguments |= {"next_bits": bits, "next_scale": arguments["next_scale"] / 8}
-    expected = reference.int4_linear_quantize(**arguments)
+    arguments, _ = geglu_quantize_arguments((3, 5, 34), 20)
+    arguments |= {"next_quantizer_bits": bits, "next_quantizer_scale": arguments["next_quantizer_scale"] / 8}
+    expected = reference.int4_geglu_quantize(**arguments)
     assert expected.max() == 2 ** (bits - 1) - 1
 
-    assert_quantized_alike(run("int4_linear_quantize", arguments), expected)
+    assert_quantized_alike(run("int4_geglu_quantize", arguments), expected)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "geglu"])
-def test_requantization_does_not_need_a_bias(run, linear_quantize_arguments, assert_quantized_alike, activation):
-    arguments, _ = linear_quantize_arguments((3, 5, 34), 20, activation)
+def test_requantization_does_not_need_a_bias(run, geglu_quantize_arguments, assert_quantized_alike):
+    arguments, _ = geglu_quantize_arguments((3, 5, 34), 20)
     arguments["bias"] = None
 
-    assert_quantized_alike(run("int4_linear_quantize", arguments), reference.int4_linear_quantize(**arguments))
+    assert_quantized_alike(run("int4_geglu_quantize", arguments), reference.int4_geglu_quantize(**arguments))
 
 
 def test_result_is_fp16_without_bias_unless_told_otherwise(linear_arguments):
@@ -164,7 +161,7 @@ def test_reference_dequantizes_the_weight(linear_arguments, relative_rms, dilate
     expected = values * arguments["weight_scale"][:, None]
     expected = expected / weight_dilation if dilated else F.pad(expected, (0, 1))
 
-    w = reference.dequantize_weight(arguments["weight"], arguments["weight_scale"], weight_dilation)
+    w = reference.dequantize_weight(arguments["weight_values"], arguments["weight_scale"], weight_dilation)
 
     assert relative_rms(w, expected) < 1e-6
 
@@ -177,18 +174,13 @@ def test_error_measure_never_passes_a_result_that_is_no_number(relative_rms, act
     assert relative_rms(torch.tensor([1.0, actual]), expected) == torch.inf
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu", "geglu"])
-def test_reference_requantizes_torchs_linear_and_activation_in_float64(linear_quantize_arguments, activation):
-    arguments, values = linear_quantize_arguments((3, 5, 34), 20, activation)
-    y = float64_linear(arguments, values)
-    if activation == "geglu":
-        geglu = GEGLU(2, 20).double()
-        geglu.proj = torch.nn.Identity()
-        y = geglu(y)
-    elif activation == "gelu":
-        y = torch.nn.GELU()(y)
-    names = ("next_dilation", "next_scale", "next_zero_point", "timestep_index", "next_bits")
-    expected = reference.quantize(y, *(arguments[name] for name in names))
+def test_reference_requantizes_torchs_linear_and_geglu_in_float64(geglu_quantize_arguments):
+    arguments, values = geglu_quantize_arguments((3, 5, 34), 20)
+    geglu = GEGLU(2, 20).double()
+    geglu.proj = torch.nn.Identity()
+    following = {name: arguments[f"next_{name}"] for name in arguments if name.startswith("quantizer_")}
+    y = geglu(float64_linear(arguments, values))
+    expected = reference.quantize(x=y, padding=(0, 0), skip=None, **following)
     assert expected.unique().numel() > 50
 
-    assert torch.equal(reference.int4_linear_quantize(**arguments), expected)
+    assert torch.equal(reference.int4_geglu_quantize(**arguments), expected)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from flat_operators import reference
 
-from dq_kernels import norm, reference
+from dq_kernels.triton.norm import channel_statistics
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 def quantizer_of(arguments):
-    names = ("weight_dilation", "act_scale", "act_zero_point", "timestep_index", "bits")
-    return {name: arguments[name] for name in names}
+    return {name: value for name, value in arguments.items() if name.startswith("quantizer_")}
 
 
 # (channels, channels of the skip, groups)
@@ -42,7 +42,7 @@ def test_group_norm_is_the_references(
 def test_group_norm_takes_every_dtype_and_number_of_bits(
     run, group_norm_arguments, assert_quantized_alike, dtype, bits, silu
 ):
-    arguments = group_norm_arguments((3, 5, 7, 10), 4, 6, dtype) | {"bits": bits, "silu": silu}
+    arguments = group_norm_arguments((3, 5, 7, 10), 4, 6, dtype) | {"quantizer_bits": bits, "silu": silu}
 
     assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments))
 
@@ -51,9 +51,9 @@ def test_group_norm_takes_sources_and_parameters_of_dtypes_unlike_each_other(
     run, group_norm_arguments, assert_quantized_alike
 ):
     arguments = group_norm_arguments((3, 5, 7, 10), 4, 6)
-    for name, dtype in (("x", torch.float16), ("skip", torch.bfloat16), ("weight", torch.float16)):
+    for name, dtype in (("x", torch.float16), ("skip", torch.bfloat16), ("norm_weight", torch.float16)):
         arguments[name] = arguments[name].to(dtype)
-    wide = {name: arguments[name].float() for name in ("x", "skip", "weight")}
+    wide = {name: arguments[name].float() for name in ("x", "skip", "norm_weight")}
 
     assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments | wide))
 
@@ -74,7 +74,9 @@ def test_group_norms_border_holds_the_quantized_zero(run, group_norm_arguments, 
     """And not what the norm makes of a 0."""
     arguments = group_norm_arguments((4, 3, 5, 10), 2, skip_channels)
     unpadded = run("group_norm_quantize", arguments)
-    zero_point = arguments["act_zero_point"][arguments["timestep_index"]].to(torch.int8).view(-1, 1, 1, 1)
+    zero_point = (
+        arguments["quantizer_zero_point"][arguments["quantizer_timestep_index"]].to(torch.int8).view(-1, 1, 1, 1)
+    )
     expected = zero_point.repeat(1, 3 + 2 * padding[0], 5 + 2 * padding[1], 10 + skip_channels)
     expected[:, padding[0] : padding[0] + 3, padding[1] : padding[1] + 5] = unpadded
 
@@ -137,7 +139,7 @@ def test_statistics_of_images_with_any_strides_are_the_references(triton_device,
     expected = reference.channel_statistics(x.permute(0, 2, 3, 1))
 
     for layout in (x, x.contiguous(memory_format=torch.channels_last)):
-        statistics = norm.channel_statistics(layout.to(triton_device).permute(0, 2, 3, 1)).cpu()
+        statistics = channel_statistics(layout.to(triton_device).permute(0, 2, 3, 1)).cpu()
 
         assert relative_rms(statistics[:, :, 0], expected[:, :, 0]) < 1e-5
         if size != (1, 1):
@@ -155,9 +157,9 @@ def test_layer_norm_is_the_references(run, layer_norm_arguments, assert_quantize
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("absent", [("weight",), ("bias",), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("absent", [("norm_weight",), ("norm_bias",), ("norm_weight", "norm_bias")], ids=str)
 def test_layer_norm_needs_no_parameters(run, layer_norm_arguments, assert_quantized_alike, absent, bits):
-    arguments = layer_norm_arguments((3, 7, 34)) | dict.fromkeys(absent) | {"bits": bits}
+    arguments = layer_norm_arguments((3, 7, 34)) | dict.fromkeys(absent) | {"quantizer_bits": bits}
 
     assert_quantized_alike(run("layer_norm_quantize", arguments), reference.layer_norm_quantize(**arguments))
 
@@ -186,8 +188,8 @@ def test_reference_quantizes_torchs_group_norm_of_the_concat(
 ):
     arguments = group_norm_arguments((3, 5, 7, channels), num_groups, skip_channels) | {"silu": silu}
     sources = [arguments[name] for name in ("x", "skip") if arguments[name] is not None]
-    norm = torch.nn.GroupNorm(num_groups, channels + skip_channels, arguments["eps"]).double()
-    norm.load_state_dict({name: arguments[name] for name in ("weight", "bias")})
+    norm = torch.nn.GroupNorm(num_groups, channels + skip_channels, arguments["norm_eps"]).double()
+    norm.load_state_dict({name: arguments[f"norm_{name}"] for name in ("weight", "bias")})
     with torch.no_grad():
         y = norm(torch.cat(sources, dim=3).double().movedim(3, 1)).movedim(1, 3)
         y = torch.nn.SiLU()(y) if silu else y
@@ -197,8 +199,8 @@ def test_reference_quantizes_torchs_group_norm_of_the_concat(
 
 def test_reference_quantizes_torchs_layer_norm(layer_norm_arguments):
     arguments = layer_norm_arguments((3, 7, 34))
-    norm = torch.nn.LayerNorm(34, arguments["eps"]).double()
-    norm.load_state_dict({name: arguments[name] for name in ("weight", "bias")})
+    norm = torch.nn.LayerNorm(34, arguments["norm_eps"]).double()
+    norm.load_state_dict({name: arguments[f"norm_{name}"] for name in ("weight", "bias")})
     with torch.no_grad():
         y = norm(arguments["x"].double())
 

@@ -2,21 +2,18 @@
 
 import pytest
 import torch
+from flat_operators import ops, reference
 
-from dq_kernels import ops, reference
-from dq_kernels.tuning import LaunchConfig
-
-SKIP = ("skip", "skip_weight", "skip_weight_sum", "skip_act_scale", "skip_act_zero_point")
-
+from dq_kernels.triton.tuning import LaunchConfig
 
 # Each operator's optional arguments, all of which may be None at once.
 OPERATORS = {
     "quantize": ("skip",),
-    "layer_norm_quantize": ("weight", "bias"),
+    "layer_norm_quantize": ("norm_weight", "norm_bias"),
     "group_norm_quantize": ("skip", "statistics", "skip_statistics"),
     "int4_linear": ("bias", "residual"),
-    "int4_linear_quantize": ("bias",),
-    "int4_conv2d": ("bias", "residual", "channel_add", *SKIP),
+    "int4_geglu_quantize": ("bias",),
+    "int4_conv2d": ("bias", "residual", "channel_add"),
     "int8_attention": (),
     "int8_attention_quantize": (),
 }
@@ -26,7 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture
 def make(
-    linear_arguments, linear_quantize_arguments, conv2d_arguments, layer_norm_arguments, group_norm_arguments,
+    linear_arguments, geglu_quantize_arguments, conv2d_arguments, layer_norm_arguments, group_norm_arguments,
     attention_arguments, attention_quantize_arguments, quantizer_arguments,
 ):  # fmt: skip
     """Makes valid arguments of an operator, small, with every optional one present but for statistics."""
@@ -34,10 +31,10 @@ def make(
     def make(op, dtype=torch.float32, batch=3, size=(5, 7)):
         if op == "int4_linear":
             return linear_arguments((batch, size[0], 6), 4, dtype)[0]
-        if op == "int4_linear_quantize":
-            return linear_quantize_arguments((batch, size[0], 6), 4, "geglu", dtype)[0]
+        if op == "int4_geglu_quantize":
+            return geglu_quantize_arguments((batch, size[0], 6), 4, dtype)[0]
         if op == "int4_conv2d":
-            return conv2d_arguments((batch, *size, 6), 4, stride=(2, 1), skip_channels=10, dtype=dtype)[0]
+            return conv2d_arguments((batch, *size, 6), 4, stride=(2, 1), dtype=dtype)[0]
         if op == "layer_norm_quantize":
             return layer_norm_arguments((batch, size[0], 6), dtype)
         if op == "group_norm_quantize":
@@ -57,7 +54,7 @@ def without_optional(op, arguments):
     arguments = arguments | dict.fromkeys(OPERATORS[op])
     if op in ("quantize", "group_norm_quantize"):
         channels = arguments["x"].shape[-1]
-        parameters = ("weight_dilation", "weight", "bias")
+        parameters = ("quantizer_dilation", "norm_weight", "norm_bias")
         arguments |= {name: arguments[name][:channels] for name in parameters if name in arguments}
     return arguments | ({"num_groups": 3} if op == "group_norm_quantize" else {})
 
@@ -137,13 +134,14 @@ def test_meta_tensors_give_the_shapes_of_real_ones_with_other_arguments(variants
 def test_timestep_outside_the_tables_is_clamped_and_nothing_is_read_there(make, run, op):
     """The tables lie in a larger tensor, of numbers that would show in the result."""
     arguments = make(op, batch=4)
-    for name in [name for name in arguments if name.endswith(("scale", "zero_point")) and name != "weight_scale"]:
+    for name in [name for name in arguments if name.endswith(("quantizer_scale", "quantizer_zero_point"))]:
         garbage = torch.nan if arguments[name].is_floating_point() else 2**20
         surrounded = torch.full((131,), garbage, dtype=arguments[name].dtype)
         surrounded[64:67] = arguments[name]
         arguments[name] = surrounded[64:67]
-    inside = arguments | {"timestep_index": torch.tensor([0, 2, 0, 2], dtype=torch.int32)}
-    outside = arguments | {"timestep_index": torch.tensor([-1, 3, -60, 60], dtype=torch.int32)}
+    indices = [name for name in arguments if name.endswith("timestep_index")]
+    inside = arguments | dict.fromkeys(indices, torch.tensor([0, 2, 0, 2], dtype=torch.int32))
+    outside = arguments | dict.fromkeys(indices, torch.tensor([-1, 3, -60, 60], dtype=torch.int32))
 
     assert_equal(run(op, outside), run(op, inside))
 
@@ -173,10 +171,9 @@ def test_block_of_all_operators_compiles_without_graph_breaks_to_the_same_result
     images = make("quantize", size=(8, 16)) | {"padding": (1, 1)}
     conv = variants["int4_conv2d statistics"]
     norm = without_optional("group_norm_quantize", make("group_norm_quantize")) | {"num_groups": 2, "padding": (0, 0)}
-    norm |= {name: norm[name][:4] for name in ("weight", "bias", "weight_dilation")}
-    tables = {name: norm[name] for name in ("act_scale", "act_zero_point", "timestep_index")}
-    narrow, wide = make("int4_linear"), make("int4_linear_quantize")
-    weights = ("weight", "weight_scale", "weight_sum")
+    norm |= {name: norm[name][:4] for name in ("norm_weight", "norm_bias", "quantizer_dilation")}
+    narrow, wide = without_optional("int4_linear", make("int4_linear")), make("int4_geglu_quantize")
+    narrow |= {name: norm[name] for name in ("quantizer_scale", "quantizer_zero_point", "quantizer_timestep_index")}
     layer_norm = make("layer_norm_quantize")
 
     def block(x):
@@ -185,11 +182,11 @@ def test_block_of_all_operators_compiles_without_graph_breaks_to_the_same_result
         y, statistics = ops.int4_conv2d(**conv | {"x": q, "residual": None})
         q = ops.group_norm_quantize(**norm | {"x": y, "statistics": statistics})
         q = torch.nn.functional.pad(q.flatten(1, 2), (0, 2))
-        tokens = ops.int4_linear(q, *(narrow[name] for name in weights), **tables, out_dtype=torch.float32)
+        tokens = ops.int4_linear(**narrow | {"x": q})
         tokens = torch.cat([tokens, tokens[..., :2]], dim=-1)
         tokens = tokens + ops.int8_attention(tokens, tokens, tokens, 2)
         q = ops.layer_norm_quantize(**layer_norm | {"x": tokens})
-        return ops.int4_linear_quantize(**wide | {"x": q}), y, statistics
+        return ops.int4_geglu_quantize(**wide | {"x": q}), y, statistics
 
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -214,7 +211,7 @@ def strided(tensor):
     return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
 
 
-GEMMS = ("int4_linear", "int4_linear_quantize", "int4_conv2d")
+GEMMS = ("int4_linear", "int4_geglu_quantize", "int4_conv2d")
 QUANTIZERS = ("quantize", "layer_norm_quantize", "group_norm_quantize")
 ATTENTION = ("int8_attention", "int8_attention_quantize")
 DILATING = (*QUANTIZERS, "int8_attention_quantize")
@@ -231,17 +228,23 @@ def of(op, name, expected, change):
 # (operator, argument, what the message must say was expected, how a valid argument is spoilt)
 BAD_ARGUMENTS = {
     # tables and indices
-    "act_scale-float16": each(WITH_TIMESTEPS, "act_scale", "float32", lambda t: t.half()),
-    "act_scale-column": each(WITH_TIMESTEPS, "act_scale", r"\[T\]", lambda t: t[:, None]),
-    "act_scale-strided": each(WITH_TIMESTEPS, "act_scale", "contiguous", strided),
-    "act_zero_point-int64": each(WITH_TIMESTEPS, "act_zero_point", "int32", lambda t: t.long()),
-    "act_zero_point-shorter-than-act_scale": each(WITH_TIMESTEPS, "act_zero_point", r"\[3\]", lambda t: t[:2]),
-    "act_zero_point-strided": each(WITH_TIMESTEPS, "act_zero_point", "contiguous", strided),
-    "timestep_index-int64": each(WITH_TIMESTEPS, "timestep_index", "int32", lambda t: t.long()),
-    "timestep_index-too-long": each(WITH_TIMESTEPS, "timestep_index", r"\[3\]", lambda t: t.repeat(2)),
-    "timestep_index-one-for-all": each(WITH_TIMESTEPS, "timestep_index", r"\[3\]", lambda t: t[:1]),
-    "timestep_index-scalar": each(WITH_TIMESTEPS, "timestep_index", r"\[3\]", lambda t: t[0]),
-    "timestep_index-expanded": each(WITH_TIMESTEPS, "timestep_index", "contiguous", lambda t: t[:1].expand(3)),
+    "quantizer_scale-float16": each(WITH_TIMESTEPS, "quantizer_scale", "float32", lambda t: t.half()),
+    "quantizer_scale-column": each(WITH_TIMESTEPS, "quantizer_scale", r"\[T\]", lambda t: t[:, None]),
+    "quantizer_scale-strided": each(WITH_TIMESTEPS, "quantizer_scale", "contiguous", strided),
+    "quantizer_zero_point-int64": each(WITH_TIMESTEPS, "quantizer_zero_point", "int32", lambda t: t.long()),
+    "quantizer_zero_point-shorter-than-act_scale": each(
+        WITH_TIMESTEPS, "quantizer_zero_point", r"\[3\]", lambda t: t[:2]
+    ),
+    "quantizer_zero_point-strided": each(WITH_TIMESTEPS, "quantizer_zero_point", "contiguous", strided),
+    "quantizer_timestep_index-int64": each(WITH_TIMESTEPS, "quantizer_timestep_index", "int32", lambda t: t.long()),
+    "quantizer_timestep_index-too-long": each(
+        WITH_TIMESTEPS, "quantizer_timestep_index", r"\[3\]", lambda t: t.repeat(2)
+    ),
+    "quantizer_timestep_index-one-for-all": each(WITH_TIMESTEPS, "quantizer_timestep_index", r"\[3\]", lambda t: t[:1]),
+    "quantizer_timestep_index-scalar": each(WITH_TIMESTEPS, "quantizer_timestep_index", r"\[3\]", lambda t: t[0]),
+    "quantizer_timestep_index-expanded": each(
+        WITH_TIMESTEPS, "quantizer_timestep_index", "contiguous", lambda t: t[:1].expand(3)
+    ),
     # what quantizes floats
     "x-int8": each(QUANTIZERS, "x", "float", lambda t: t.to(torch.int8)),
     "x-float64": each(QUANTIZERS, "x", "float32", lambda t: t.double()),
@@ -249,21 +252,21 @@ BAD_ARGUMENTS = {
         *each(QUANTIZERS[:2], "x", r"\[B, ..., K\]", lambda t: t.flatten()),
         *of("group_norm_quantize", "x", r"\[B, H, W, K\]", lambda t: t[..., 0]),
     ],
-    "weight_dilation-too-long": each(DILATING, "weight_dilation", r"\[(9|6|16)\]", lambda t: t.repeat(2)),
-    "weight_dilation-scalar": each(DILATING, "weight_dilation", r"\[(9|6|16)\]", lambda t: t[0]),
-    "weight_dilation-float16": each(DILATING, "weight_dilation", "float32", lambda t: t.half()),
-    "weight_dilation-strided": each(DILATING, "weight_dilation", "contiguous", strided),
-    "bits-1": each(DILATING, "bits", "2 to 8", lambda _: 1),
-    "bits-9": each(DILATING, "bits", "2 to 8", lambda _: 9),
+    "quantizer_dilation-too-long": each(DILATING, "quantizer_dilation", r"\[(9|6|16)\]", lambda t: t.repeat(2)),
+    "quantizer_dilation-scalar": each(DILATING, "quantizer_dilation", r"\[(9|6|16)\]", lambda t: t[0]),
+    "quantizer_dilation-float16": each(DILATING, "quantizer_dilation", "float32", lambda t: t.half()),
+    "quantizer_dilation-strided": each(DILATING, "quantizer_dilation", "contiguous", strided),
+    "quantizer_bits-1": each(DILATING, "quantizer_bits", "2 to 8", lambda _: 1),
+    "quantizer_bits-9": each(DILATING, "quantizer_bits", "2 to 8", lambda _: 9),
     "padding-negative": each(QUANTIZERS[::2], "padding", "not be negative", lambda _: (-1, 1)),
     "skip-of-other-samples": each(QUANTIZERS[::2], "skip", r"\[3, 5, 7, K2\]", lambda t: t[:1]),
     "skip-of-other-size": each(QUANTIZERS[::2], "skip", r"\[3, 5, 7, K2\]", lambda t: t[:, :, 1:]),
     "skip-int8": each(QUANTIZERS[::2], "skip", "float", lambda t: t.to(torch.int8)),
     # norms
-    "weight-of-other-channels": each(QUANTIZERS[1:], "weight", r"\[(6|16)\]", lambda t: t[:4]),
-    "weight-int32": each(QUANTIZERS[1:], "weight", "float", lambda t: t.int()),
-    "norms-bias-strided": each(QUANTIZERS[1:], "bias", "contiguous", strided),
-    "norms-bias-float64": each(QUANTIZERS[1:], "bias", "float32", lambda t: t.double()),
+    "weight-of-other-channels": each(QUANTIZERS[1:], "norm_weight", r"\[(6|16)\]", lambda t: t[:4]),
+    "weight-int32": each(QUANTIZERS[1:], "norm_weight", "float", lambda t: t.int()),
+    "norms-bias-strided": each(QUANTIZERS[1:], "norm_bias", "contiguous", strided),
+    "norms-bias-float64": each(QUANTIZERS[1:], "norm_bias", "float32", lambda t: t.double()),
     "channels-odd": [
         *of("layer_norm_quantize", "x", "channels must be even .* got 5", lambda t: t[..., :5]),
         *of("group_norm_quantize", "x", "15 channels must be even", lambda t: t[..., :5]),
@@ -285,11 +288,11 @@ BAD_ARGUMENTS = {
         *each(GEMMS[:2], "x", r"\[B, ..., K", lambda t: t[0, 0]),
         *of("int4_conv2d", "x", r"\[B, H, W, K", lambda t: t[0]),
     ],
-    "weight-int8": each(GEMMS, "weight", "uint8", lambda t: t.view(torch.int8)),
-    "weight-strided": each(GEMMS, "weight", "contiguous", strided),
+    "weight-int8": each(GEMMS, "weight_values", "uint8", lambda t: t.view(torch.int8)),
+    "weight-strided": each(GEMMS, "weight_values", "contiguous", strided),
     "weight-of-other-rank": [
-        *each(GEMMS[:2], "weight", r"\[N, K", lambda t: t[:, None, None]),
-        *of("int4_conv2d", "weight", r"\[N, KH, KW, K", lambda t: t[:, 0, 0].contiguous()),
+        *each(GEMMS[:2], "weight_values", r"\[N, K", lambda t: t[:, None, None]),
+        *of("int4_conv2d", "weight_values", r"\[N, KH, KW, K", lambda t: t[:, 0, 0].contiguous()),
     ],
     "weight_scale-float16": each(GEMMS, "weight_scale", "float32", lambda t: t.half()),
     "weight_scale-per-tensor": each(GEMMS, "weight_scale", r"\[(4|8)\]", lambda t: t[:1]),
@@ -297,32 +300,22 @@ BAD_ARGUMENTS = {
     "weight_sum-int64": each(GEMMS, "weight_sum", "int32", lambda t: t.long()),
     "weight_sum-too-short": each(GEMMS, "weight_sum", r"\[(4|8)\]", lambda t: t[:3]),
     "weight_sum-strided": each(GEMMS, "weight_sum", "contiguous", strided),
-    # the skip's operands
-    "convs-skip-of-other-size": of("int4_conv2d", "skip", r"\[3, 7, 9, K2", lambda t: t[:, 1:].contiguous()),
-    "convs-skip-float32": of("int4_conv2d", "skip", "int8", lambda t: t.float()),
-    "convs-skip-strided": of("int4_conv2d", "skip", "contiguous", strided),
-    "convs-skip-of-other-channels": of(
-        "int4_conv2d", "skip", "skip_weight .* 10 input channels", lambda t: t[..., :4].contiguous()
-    ),
-    "skip_weight-of-other-kernel": of("int4_conv2d", "skip_weight", r"\[4, 3, 3, K2", lambda t: t[:, :1].contiguous()),
-    "skip_weight-int8": of("int4_conv2d", "skip_weight", "uint8", lambda t: t.view(torch.int8)),
-    "skip_weight_sum-too-short": of("int4_conv2d", "skip_weight_sum", r"\[4\]", lambda t: t[:3]),
-    "skip_weight_sum-int64": of("int4_conv2d", "skip_weight_sum", "int32", lambda t: t.long()),
-    "skip_act_scale-of-other-timesteps": of("int4_conv2d", "skip_act_scale", r"\[3\]", lambda t: t[:2]),
-    "skip_act_scale-float16": of("int4_conv2d", "skip_act_scale", "float32", lambda t: t.half()),
-    "skip_act_zero_point-of-other-timesteps": of("int4_conv2d", "skip_act_zero_point", r"\[3\]", lambda t: t[:2]),
-    "skip_act_zero_point-int64": of("int4_conv2d", "skip_act_zero_point", "int32", lambda t: t.long()),
-    **{f"{name}-absent": of("int4_conv2d", name, "skip needs", lambda _: None) for name in SKIP[1:]},
-    "skip-absent": of("int4_conv2d", "skip", "without a skip", lambda _: None),
     # the next layer's quantizer
-    "activation-unknown": of("int4_linear_quantize", "activation", "none, gelu, geglu, got 'relu'", lambda _: "relu"),
-    "next_dilation-of-the-weights-rows": of("int4_linear_quantize", "next_dilation", r"\[4\]", lambda t: t.repeat(2)),
-    "next_dilation-float16": of("int4_linear_quantize", "next_dilation", "float32", lambda t: t.half()),
-    "next_scale-int32": of("int4_linear_quantize", "next_scale", "float32", lambda t: t.int()),
-    "next_scale-strided": of("int4_linear_quantize", "next_scale", "contiguous", strided),
-    "next_zero_point-int64": of("int4_linear_quantize", "next_zero_point", "int32", lambda t: t.long()),
-    "next_zero_point-of-other-timesteps": of("int4_linear_quantize", "next_zero_point", r"\[3\]", lambda t: t[:2]),
-    "next_bits-9": of("int4_linear_quantize", "next_bits", "bits must be 2 to 8", lambda _: 9),
+    "next_quantizer_dilation-of-the-weights-rows": of(
+        "int4_geglu_quantize", "next_quantizer_dilation", r"\[4\]", lambda t: t.repeat(2)
+    ),
+    "next_quantizer_dilation-float16": of(
+        "int4_geglu_quantize", "next_quantizer_dilation", "float32", lambda t: t.half()
+    ),
+    "next_quantizer_scale-int32": of("int4_geglu_quantize", "next_quantizer_scale", "float32", lambda t: t.int()),
+    "next_quantizer_scale-strided": of("int4_geglu_quantize", "next_quantizer_scale", "contiguous", strided),
+    "next_quantizer_zero_point-int64": of(
+        "int4_geglu_quantize", "next_quantizer_zero_point", "int32", lambda t: t.long()
+    ),
+    "next_quantizer_zero_point-of-other-timesteps": of(
+        "int4_geglu_quantize", "next_quantizer_zero_point", r"\[3\]", lambda t: t[:2]
+    ),
+    "next_quantizer_bits-9": of("int4_geglu_quantize", "next_quantizer_bits", "bits must be 2 to 8", lambda _: 9),
     # addends
     "bias-too-short": each(GEMMS, "bias", r"\[(4|8)\]", lambda t: t[:3]),
     "bias-per-tensor": each(GEMMS, "bias", r"\[(4|8)\]", lambda t: t[:1]),
@@ -378,7 +371,9 @@ def test_bad_argument_is_refused_by_name_with_what_was_expected(make, op, name, 
         getattr(ops, op)(**spoilt)
 
     # Channels, images and statistics are of x and the weights together; the message names what does not fit.
-    assert any(word in str(error.value) for word in (name, "image", "channels", "upsampling", "statistics", "bits"))
+    record, _, field = name.rpartition("_")
+    words = (name, f"{record}.{field}", name.replace("quantizer_", "quantizer."))
+    assert any(word in str(error.value) for word in (*words, "image", "channels", "upsampling", "statistics"))
 
 
 def refused(op, expected, arguments):
@@ -389,7 +384,7 @@ def refused(op, expected, arguments):
 @pytest.mark.parametrize("x_shape", [(3, 4), (3, 5, 4)], ids=str)
 def test_only_images_are_padded(make, x_shape):
     arguments = without_optional("quantize", make("quantize"))
-    arguments |= {"x": torch.zeros(x_shape), "weight_dilation": torch.ones(4)}
+    arguments |= {"x": torch.zeros(x_shape), "quantizer_dilation": torch.ones(4)}
 
     refused("quantize", r"padding .* only an image \[B, H, W, K\]", arguments)
 
@@ -422,7 +417,7 @@ def test_attention_without_channels_is_refused(make, op):
 def test_odd_number_of_quantized_attentions_channels_is_refused(make):
     arguments = make("int8_attention_quantize")
     odd = {name: arguments[name][..., :3] for name in ("query", "key", "value")}
-    odd |= {"heads": 1, "weight_dilation": arguments["weight_dilation"][:3]}
+    odd |= {"heads": 1, "quantizer_dilation": arguments["quantizer_dilation"][:3]}
 
     refused("int8_attention_quantize", "channels must be even, got 3", arguments | odd)
     assert ops.int8_attention(*(odd[name] for name in ("query", "key", "value", "heads"))).shape == (3, 5, 3)
@@ -458,18 +453,23 @@ def test_upsampling_without_a_border_is_refused(conv2d_arguments):
     refused("int4_conv2d", "border of 1", arguments | {"upsample": True})
 
 
-@pytest.mark.parametrize(("activation", "rows"), [("none", 5), ("gelu", 7), ("geglu", 6), ("geglu", 7)])
-def test_odd_number_of_requantized_channels_is_refused(linear_quantize_arguments, activation, rows):
-    arguments, _ = linear_quantize_arguments((3, 5, 6), rows, "none")
+@pytest.mark.parametrize("rows", [6, 7])
+def test_odd_number_of_requantized_channels_is_refused(make, linear_arguments, rows):
+    weight = linear_arguments((3, 5, 6), rows, torch.float32)[0]
+    names = ("weight_values", "weight_scale", "weight_sum", "bias")
 
-    refused("int4_linear_quantize", "even number of channels", arguments | {"activation": activation})
+    refused(
+        "int4_geglu_quantize",
+        f"half of the weight's {rows} output channels must be an even number",
+        make("int4_geglu_quantize") | {name: weight[name] for name in names},
+    )
 
 
 def test_next_layers_other_number_of_timesteps_is_refused(make):
-    arguments = make("int4_linear_quantize")
-    arguments |= {name: arguments[name][:2] for name in ("next_scale", "next_zero_point")}
+    arguments = make("int4_geglu_quantize")
+    arguments |= {name: arguments[name][:2] for name in ("next_quantizer_scale", "next_quantizer_zero_point")}
 
-    refused("int4_linear_quantize", "next_scale has 2 timesteps, act_scale 3", arguments)
+    refused("int4_geglu_quantize", "next_quantizer.scale has 2 timesteps, quantizer.scale 3", arguments)
 
 
 @pytest.mark.parametrize("op", QUANTIZERS)
@@ -493,13 +493,13 @@ def test_attention_with_more_elements_than_int32_counts_is_refused(make, to_devi
 
 
 @pytest.mark.parametrize(
-    ("op", "size"), [("int4_linear", (2**15,)), ("int4_linear_quantize", (2**15,)), ("int4_conv2d", (2**8, 2**8))]
+    ("op", "size"), [("int4_linear", (2**15,)), ("int4_geglu_quantize", (2**15,)), ("int4_conv2d", (2**8, 2**8))]
 )
 def test_result_with_more_elements_than_int32_counts_is_refused(make, to_device, op, size):
     out_channels = 2**16
     arguments = without_optional(op, make(op))
     arguments["x"] = torch.empty(3, *size, 6, dtype=torch.int8)
-    for name in ("weight", "weight_scale", "weight_sum"):
+    for name in ("weight_values", "weight_scale", "weight_sum"):
         arguments[name] = arguments[name][:1].expand(out_channels, *arguments[name].shape[1:]).clone()
 
     refused(op, r"2\^31 elements or more; split the batch", to_device(arguments, "meta"))
@@ -531,7 +531,8 @@ def test_gpu_result_replays_in_a_cuda_graph_with_new_timesteps(make, to_device, 
     with torch.cuda.graph(graph):
         y = getattr(ops, op)(**arguments)
     if op in WITH_TIMESTEPS:
-        arguments["timestep_index"].copy_(torch.tensor([0, 0, 2]))
+        for name in [name for name in arguments if name.endswith("timestep_index")]:
+            arguments[name].copy_(torch.tensor([0, 0, 2]))
 
     for _ in range(2):
         graph.replay()
@@ -575,3 +576,41 @@ def test_statistics_of_runs_that_would_not_be_whole_are_empty(conv2d_arguments):
 
     assert y.shape[1] * y.shape[2] % ops.STATISTICS_ROWS
     assert statistics.shape == (0, 0, 2, 16)
+
+
+@pytest.mark.parametrize("op", ["quantize", "group_norm_quantize"])
+def test_padding_that_makes_more_elements_than_int32_counts_is_refused(make, to_device, op):
+    arguments = to_device(without_optional(op, make(op)), "meta")
+    channels = arguments["x"].shape[-1]
+    image = torch.empty(3, 2**10, 2**10, channels, device="meta")
+
+    refused(
+        op, r"a sample of the result .* 2\^31 elements or more", arguments | {"x": image, "padding": (2**14, 2**14)}
+    )
+
+
+@pytest.mark.parametrize("op", ["quantize", "group_norm_quantize", *ATTENTION])
+def test_more_samples_than_a_launch_takes_are_refused(make, to_device, op):
+    arguments = to_device(without_optional(op, make(op)), "meta")
+    for name in ("x", "query", "key", "value", "quantizer_timestep_index"):
+        if name in arguments:
+            arguments[name] = arguments[name][:1].expand(2**16, *arguments[name].shape[1:]).contiguous()
+
+    refused(op, "at most 65535 samples are launched at a time, got 65536", arguments)
+
+
+@pytest.mark.parametrize("op", GEMMS)
+def test_sum_that_may_exceed_int32_is_refused(make, to_device, op):
+    """16 q_w (q_x - zero_point) is at most 32640: 65793 such products fit into int32, 65794 do not."""
+    arguments = to_device(without_optional(op, make(op)), "meta")
+    taps = arguments["weight_values"].shape[1:-1]
+    fits = 2 * (65793 // (2 * taps.numel()))
+    assert 32640 * fits * taps.numel() < 2**31 <= 32640 * (fits + 2) * taps.numel()
+
+    def of_channels(channels):
+        weight = torch.empty(*arguments["weight_values"].shape[:-1], channels // 2, dtype=torch.uint8, device="meta")
+        x = torch.empty(*arguments["x"].shape[:-1], channels, dtype=torch.int8, device="meta")
+        return arguments | {"x": x, "weight_values": weight}
+
+    getattr(ops, op)(**of_channels(fits))
+    refused(op, "may exceed int32; at most 65793 fit", of_channels(fits + 2))

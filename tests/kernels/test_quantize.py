@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from flat_operators import reference
 
-from dq_kernels import reference
+from dq_kernels.records import Quantizer
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -15,11 +16,11 @@ def quantize_arguments(x, bits=8, act_scale=(0.011, 0.3, 0.07), act_zero_point=(
         timestep_index = [(sample + 1) % len(act_scale) for sample in range(x.shape[0])]
     return {
         "x": x,
-        "weight_dilation": 1 + 3 * torch.rand(x.shape[-1], generator=generator),
-        "act_scale": torch.tensor(act_scale, dtype=torch.float32),
-        "act_zero_point": torch.tensor(act_zero_point, dtype=torch.int32),
-        "timestep_index": torch.tensor(timestep_index, dtype=torch.int32),
-        "bits": bits,
+        "quantizer_dilation": 1 + 3 * torch.rand(x.shape[-1], generator=generator),
+        "quantizer_scale": torch.tensor(act_scale, dtype=torch.float32),
+        "quantizer_zero_point": torch.tensor(act_zero_point, dtype=torch.int32),
+        "quantizer_timestep_index": torch.tensor(timestep_index, dtype=torch.int32),
+        "quantizer_bits": bits,
         "padding": (0, 0),
         "skip": None,
     }
@@ -28,7 +29,7 @@ def quantize_arguments(x, bits=8, act_scale=(0.011, 0.3, 0.07), act_zero_point=(
 def plain_arguments(values, bits=8, act_scale=1.0, act_zero_point=0):
     """One sample [1, K], one timestep, no dilation."""
     arguments = quantize_arguments(torch.tensor([values]), bits, [act_scale], [act_zero_point], [0])
-    return arguments | {"weight_dilation": torch.ones(len(values))}
+    return arguments | {"quantizer_dilation": torch.ones(len(values))}
 
 
 def random_x(*shape, dtype=torch.float32):
@@ -58,7 +59,7 @@ def test_halves_round_up_whatever_their_sign(run):
 
 def test_dilation_and_scale_divide_then_the_zero_point_is_added(run):
     arguments = plain_arguments([6.0, -6.0, 6.0, 0.0], act_scale=0.5, act_zero_point=-7)
-    arguments["weight_dilation"] = torch.tensor([1.0, 1.0, 4.0, 2.0])
+    arguments["quantizer_dilation"] = torch.tensor([1.0, 1.0, 4.0, 2.0])
     expected = [[5, -19, -4, -7]]
 
     assert reference.quantize(**arguments).tolist() == expected
@@ -94,7 +95,7 @@ def test_values_at_and_beside_half_steps_round_as_in_the_reference(run):
     half_steps = (torch.arange(steps) - 32.5).view(1, -1, 1) * act_scale.view(-1, 1, 1)
     x = half_steps.repeat(1, 1, channels)
     arguments = quantize_arguments(x, 8, act_scale.tolist(), [0, 90, -90, 7] * (samples // 4), range(samples))
-    x = x * arguments["weight_dilation"]
+    x = x * arguments["quantizer_dilation"]
     below, above = (torch.nextafter(x, torch.tensor(end)) for end in (-torch.inf, torch.inf))
     arguments["x"] = torch.cat([below, x, above], dim=1)
 
@@ -140,7 +141,7 @@ def test_any_strides_give_contiguous_nhwc(run, strided_view, channels, padding):
 def test_border_holds_the_quantized_zero_of_its_sample(run, padding, channels):
     arguments = quantize_arguments(random_x(4, 3, 2, channels))
     q = run("quantize", arguments | {"padding": padding})
-    zero_point = arguments["act_zero_point"][arguments["timestep_index"]]
+    zero_point = arguments["quantizer_zero_point"][arguments["quantizer_timestep_index"]]
     expected = zero_point.to(torch.int8).view(-1, 1, 1, 1).repeat(1, *q.shape[1:])
     rows, columns = slice(padding[0], padding[0] + 3), slice(padding[1], padding[1] + 2)
 
@@ -199,11 +200,11 @@ def test_reference_dequantizes_to_within_half_a_step(bits):
     x = random_x(3, 8, 5).clamp(-2, 2)
     step = 4.2 / 2**bits
     arguments = quantize_arguments(x, bits, [step, 2 * step, 4 * step], [0, 0, 0])
-    tables = {name: arguments[name] for name in ("act_scale", "act_zero_point", "timestep_index")}
+    quantizer = Quantizer(*(arguments[f"quantizer_{field}"] for field in Quantizer._fields))
 
     q = reference.quantize(**arguments)
-    restored = reference.dequantize_activation(q, arguments["weight_dilation"], **tables)
+    restored = reference.dequantize_activation(q, quantizer)
 
-    half_steps = arguments["act_scale"][[1, 2, 0], None, None] * arguments["weight_dilation"] / 2
+    half_steps = arguments["quantizer_scale"][[1, 2, 0], None, None] * arguments["quantizer_dilation"] / 2
     assert restored.shape == x.shape
     assert ((restored - x).abs() <= half_steps * (1 + 1e-5)).all()

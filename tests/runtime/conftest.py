@@ -14,7 +14,7 @@ from torch import nn
 
 import dq_runtime
 from dq_kernels import reference
-from dq_kernels.packing import pack_int4
+from dq_kernels.ops import Quantizer, pack_int4
 from dq_runtime.layers import quantized_layers
 from dq_runtime.timesteps import TimestepGrid
 
@@ -153,12 +153,10 @@ def fake_quantized():
         is_conv = isinstance(layer, nn.Conv2d)
         index = torch.tensor(rows, dtype=torch.int32)
         x = x.movedim(1, -1) if is_conv else x
-        q = reference.quantize(
-            x, layer.weight_dilation, layer.act_scale, layer.act_zero_point, index, layer.activation_bits
+        quantizer = Quantizer(
+            layer.weight_dilation, layer.act_scale, layer.act_zero_point, index, layer.activation_bits
         )
-        x = reference.dequantize_activation(
-            q, layer.weight_dilation, layer.act_scale, layer.act_zero_point, index
-        ).double()
+        x = reference.dequantize_activation(reference.quantize(x, quantizer), quantizer).double()
         weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation).double()
         bias = None if layer.bias is None else layer.bias.double()
         if not is_conv:

@@ -33,9 +33,11 @@ from tiny_unets import attend_twice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dq_kernels import ops
+from dq_kernels.cpu import onednn
 from dq_kernels.ops import STATISTICS_ROWS
 from dq_runtime import Int8AttnProcessor
 from dq_runtime.fused import FUSED, fuse
+from dq_runtime.layers import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
 
@@ -95,14 +97,16 @@ class Operators(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((func.overloadpacket.__name__, args))
+        names = [argument.name for argument in func._schema.arguments]
+        self.calls.append((func.overloadpacket.__name__, dict(zip(names, args, strict=False)) | (kwargs or {})))
         return func(*args, **kwargs or {})
 
     def count(self):
         return Counter(name for name, _ in self.calls)
 
     def arguments(self, operator):
-        return [args for name, args in self.calls if name == operator]
+        """By the names in its schema."""
+        return [arguments for name, arguments in self.calls if name == operator]
 
 
 # Pixels in whole runs of statistics at every level, at one level, and at none.
@@ -153,7 +157,7 @@ def test_no_float_norm_and_no_concat_is_left_in_the_blocks():
 
     assert operators.count()["native_group_norm"] == 1  # conv_norm_out
     assert operators.count()["native_layer_norm"] == 0
-    assert not [args for args in operators.arguments("cat") if args[0][0].ndim == 4]
+    assert not [arguments for arguments in operators.arguments("cat") if arguments["tensors"][0].ndim == 4]
 
 
 @pytest.mark.parametrize("name", ["conv projections", "linear projections", "SDXL"])
@@ -171,7 +175,7 @@ def test_each_input_is_multiplied_once(name):
     # All time projections are one product, all keys and values of the prompt another; a block has q with k and v,
     # the prompt's q, two output projections and the feed forward's second layer.
     assert count["int4_linear"] == embeddings + 1 + 1 + shortcuts + len(transformers) + 5 * len(blocks)
-    assert count["int4_linear_quantize"] == len(blocks)
+    assert count["int4_geglu_quantize"] == len(blocks)
     assert count["int4_conv2d"] == 2 * len(resnets) + len(transformers) + len(resamplers)
     assert count["group_norm_quantize"] == 2 * len(resnets) + len(transformers)
     assert count["layer_norm_quantize"] == 3 * len(blocks)
@@ -192,8 +196,9 @@ def statistics_not_given():
         with Operators() as operators:
             call(unet, size=(16, 16), **arguments)
         missing = 0
-        for x, skip, statistics, skip_statistics, *_ in operators.arguments("group_norm_quantize"):
-            for image, given in ((x, statistics), (skip, skip_statistics)):
+        for arguments in operators.arguments("group_norm_quantize"):
+            for source, statistics in (("x", "statistics"), ("skip", "skip_statistics")):
+                image, given = arguments[source], arguments[statistics]
                 if image is not None and given is None:
                     missing += 1
                 elif image is not None:
@@ -216,12 +221,40 @@ def test_no_norm_is_given_the_statistics_of_an_image_before_it_was_changed(stati
     assert statistics_not_given(fused(), down_intrablock_additional_residuals=features) >= 2
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("block", ["down_blocks.0.resnets.0", "mid_block"])
-def test_no_norm_is_given_the_statistics_of_an_image_that_a_hook_has_changed(statistics_not_given, block):
+def test_no_norm_is_given_the_statistics_of_an_image_that_a_hook_has_changed(statistics_not_given, block, mode):
     unet = fused()
     unet.get_submodule(block).register_forward_hook(lambda module, args, output: output.mul_(3))
 
-    assert statistics_not_given(unet) > 2
+    with mode():
+        assert statistics_not_given(unet) > 2
+
+
+def test_norms_are_given_statistics_in_inference_mode(statistics_not_given):
+    with torch.inference_mode():
+        assert statistics_not_given(fused()) == 2
+
+
+def test_hooks_on_all_modules_see_every_layer():
+    """torch's profilers and trackers register them globally."""
+    unet, seen = fused(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        call(unet)
+    finally:
+        handle.remove()
+
+    assert set(quantized_layers(unet).values()) <= set(seen)
+
+
+@pytest.mark.parametrize("name", ["conv projections", "linear projections"])
+def test_weights_are_prepacked_once(monkeypatch, name):
+    unet = fused(name)
+    call(unet)
+    monkeypatch.setattr(onednn, "unpack_int4", lambda values: pytest.fail(f"{list(values.shape)} is unpacked again"))
+
+    call(unet)
 
 
 def test_no_statistics_are_given_of_part_of_a_run():
@@ -229,7 +262,8 @@ def test_no_statistics_are_given_of_part_of_a_run():
     with Operators() as operators:
         call(unet, size=(6, 10))
 
-    assert all(args[2] is None and args[3] is None for args in operators.arguments("group_norm_quantize"))
+    for arguments in operators.arguments("group_norm_quantize"):
+        assert arguments["statistics"] is arguments["skip_statistics"] is None
 
 
 # What diffusers' own forward must do, since no fused one knows it.

@@ -204,6 +204,19 @@ def test_copy_has_one_grid_of_its_own_and_the_same_outputs(subject, make_copy):
     assert torch.equal(subject.call(duplicate, torch.tensor([0, 750])), expected)
 
 
+@pytest.mark.parametrize("part", ["down_blocks.0.resnets.0.conv1", "mid_block"])
+def test_copy_of_a_part_follows_the_timesteps_of_its_unet(unet2d, part):
+    unet = unet2d.copy()
+    expected = unet2d.call(unet, torch.tensor([0, 750]))
+
+    duplicate = copy.deepcopy(unet.get_submodule(part))
+    for layer in quantized_layers(duplicate).values() or [duplicate]:
+        assert layer.timestep_grid is unet.timestep_grid
+    unet.set_submodule(part, duplicate)
+
+    assert torch.equal(unet2d.call(unet, torch.tensor([0, 750])), expected)
+
+
 def test_dequantizing_a_copy_leaves_the_original_quantized(unet2d):
     expected = unet2d.call(unet2d.quantized)
 

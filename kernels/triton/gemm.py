@@ -9,26 +9,26 @@ padded, so that no tap needs a test (an implicit GEMM, NHWC). What makes it fast
   nibbles never travel through shared memory. One packed block meets two activation blocks, the two halves of K.
 - The unpacked values are 16 q_w (see ``packing``); the scale divides by 16, exactly, at the end.
 - The epilogue adds what the layer's neighbour would otherwise read and write again: bias, time embedding, residual,
-  GELU or GEGLU with the quantization of the next layer's input, and the statistics of the next group norm.
+  GEGLU with the quantization of the next layer's input, and the statistics of the next group norm.
 - Where there are few tiles, several programs share one (split-K); the last to arrive adds up their integers, in any
   order to the same sum, and finishes the tile.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dq_kernels.intrinsics import exp, follow_previous_kernel, reciprocal
-from dq_kernels.packing import unpack_int4_x16
-from dq_kernels.quantize import quantize_tile, select_timestep
-from dq_kernels.tuning import LaunchConfig, cdiv, launch_options, use_ptx
-
-# Rows (pixels) that one entry of the group norm's statistics covers; a tile holds a whole number of them.
-STATISTICS_ROWS = 64
+from dq_kernels.records import PackedWeight, Quantizer
+from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
+from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal, unpack_int4_x16
+from dq_kernels.triton.launch import cdiv, launch_options
+from dq_kernels.triton.quantize import quantize_tile, select_timestep
+from dq_kernels.triton.tuning import LaunchConfig, Problem, launch_config
 
 
 # Sizes that no address is a multiple of: a kernel for each of their alignments would be compiled for nothing.
@@ -41,11 +41,6 @@ def int4_gemm_kernel(
     weight_sum_ptr,
     act_scale_ptr,
     act_zero_point_ptr,
-    skip_ptr,
-    skip_weight_ptr,
-    skip_weight_sum_ptr,
-    skip_act_scale_ptr,
-    skip_act_zero_point_ptr,
     weight_scale_ptr,
     timestep_index_ptr,
     bias_ptr,
@@ -66,7 +61,6 @@ def int4_gemm_kernel(
     num_timesteps,
     out_channels,
     half_channels,
-    skip_half_channels,
     channel_add_stride,
     group_m,
     KERNEL_H: tl.constexpr,
@@ -76,7 +70,7 @@ def int4_gemm_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     UPSAMPLE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    GEGLU: tl.constexpr,
     NEXT_BITS: tl.constexpr,
     STATISTICS_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,8 +85,8 @@ def int4_gemm_kernel(
     """One [BLOCK_N, BLOCK_M] tile of Y^T.
 
     x [B, H, W, K] int8, weight [N, KH, KW, K/2] uint8, residual and out [M, N], statistics [M / ROWS, 2, N], M = the
-    pixels of all samples; skip is a second image with weights of its own, whose product is added. With ACTIVATION
-    "geglu" the weight has 2N rows: hidden, then gates. TILE_IN_SAMPLE: no tile has rows of two samples.
+    pixels of all samples. With GEGLU the weight has 2N rows: hidden, then gates. TILE_IN_SAMPLE: no tile has rows of
+    two samples.
     """
     follow_previous_kernel(PDL)
     num_tiles_m = tl.cdiv(num_rows, BLOCK_M)
@@ -107,11 +101,11 @@ def int4_gemm_kernel(
     # Rows and channels beyond the edge repeat one inside; they are never stored.
     pixel = tl.minimum(m, num_rows - 1)
     channel = tl.where(n_inside, n, 0)
-    gate_rows = out_channels if ACTIVATION == "geglu" else 0
+    gate_rows = out_channels if GEGLU else 0
 
     accumulator, gate = _multiply(
         x_ptr, weight_ptr, pixel, channel, gate_rows, rows_per_sample, height, width, out_width, half_channels,
-        KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, ACTIVATION,
+        KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, GEGLU,
         BLOCK_M, BLOCK_N, BLOCK_K, IS_SPLIT, EVEN_K, PTX,
     )  # fmt: skip
 
@@ -135,16 +129,6 @@ def int4_gemm_kernel(
             accumulator += tl.load(partial_ptr + theirs + within, cache_modifier=".cg")
 
     y = _dequantize(accumulator, weight_sum_ptr + channel, weight_scale, act_scale_ptr + t, act_zero_point_ptr + t)
-    if skip_ptr is not None:
-        accumulator, gate = _multiply(
-            skip_ptr, skip_weight_ptr, pixel, channel, 0, rows_per_sample, height, width, out_width,
-            skip_half_channels, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, "none",
-            BLOCK_M, BLOCK_N, BLOCK_K, False, EVEN_K, PTX,
-        )  # fmt: skip
-        y += _dequantize(
-            accumulator, skip_weight_sum_ptr + channel, weight_scale,
-            skip_act_scale_ptr + t, skip_act_zero_point_ptr + t,
-        )  # fmt: skip
     if bias_ptr is not None:
         y += tl.load(bias_ptr + channel).to(tl.float32)
     if channel_add_ptr is not None:
@@ -154,7 +138,7 @@ def int4_gemm_kernel(
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    if ACTIVATION == "geglu":
+    if GEGLU:
         gate_scale = tl.load(weight_scale_ptr + out_channels + channel)
         z = _dequantize(
             gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale_ptr + t, act_zero_point_ptr + t
@@ -162,8 +146,6 @@ def int4_gemm_kernel(
         if bias_ptr is not None:
             z += tl.load(bias_ptr + out_channels + channel).to(tl.float32)
         y *= _gelu(z, PTX)
-    if ACTIVATION == "gelu":
-        y = _gelu(y, PTX)
     if next_scale_ptr is not None:
         inverse_dilation = tl.math.div_rn(1.0, tl.load(next_dilation_ptr + channel))
         inverse_scale = tl.math.div_rn(1.0, tl.load(next_scale_ptr + t))
@@ -185,31 +167,12 @@ def int4_gemm_kernel(
 
 @triton.jit
 def _multiply(
-    x_ptr,
-    weight_ptr,
-    pixel,
-    channel,
-    gate_rows,
-    rows_per_sample,
-    height,
-    width,
-    out_width,
-    half_channels,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    UPSAMPLE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PTX: tl.constexpr,
-):
+    x_ptr, weight_ptr, pixel, channel, gate_rows, rows_per_sample, height, width, out_width, half_channels,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, UPSAMPLE: tl.constexpr, GEGLU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """16 sum q_x q_w [BLOCK_N, BLOCK_M] over this program's share of taps x channels; for GEGLU the gates' as well."""
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     k = tl.arange(0, BLOCK_K)
@@ -257,7 +220,7 @@ def _multiply(
         w_low, w_high = unpack_int4_x16(packed, PTX)
         accumulator = tl.dot(w_low, x_low, accumulator, out_dtype=tl.int32)
         accumulator = tl.dot(w_high, x_high, accumulator, out_dtype=tl.int32)
-        if ACTIVATION == "geglu":
+        if GEGLU:
             if EVEN_K:
                 packed = tl.load(weight_ptrs + gate_offset)
             else:
@@ -288,75 +251,75 @@ def _gelu(x, PTX: tl.constexpr):
     return x * tl.where(x < 0, tail, 1 - tail)
 
 
-def launch(
-    config: LaunchConfig,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_sum: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    channel_add: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    skip: torch.Tensor | None = None,
-    skip_weight: torch.Tensor | None = None,
-    skip_weight_sum: torch.Tensor | None = None,
-    skip_act_scale: torch.Tensor | None = None,
-    skip_act_zero_point: torch.Tensor | None = None,
-    next_dilation: torch.Tensor | None = None,
-    next_scale: torch.Tensor | None = None,
-    next_zero_point: torch.Tensor | None = None,
-    next_bits: int = 8,
-    statistics: torch.Tensor | None = None,
-    activation: str = "none",
-    kernel_size: tuple[int, int] = (1, 1),
-    stride: tuple[int, int] = (1, 1),
-    dilation: tuple[int, int] = (1, 1),
-    upsample: bool = False,
-) -> Any:
-    """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and ``statistics``; returns the compiled kernel.
+class Geometry(NamedTuple):
+    """The geometry of a convolution; by default that of a linear layer, a 1x1 convolution of its rows."""
 
-    x is [B, ..., K] for kernel_size 1 and stride 1, otherwise the padded image [B, H, W, K]; everything is contiguous
-    and has been checked (see ``ops``).
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    upsample: bool = False
+
+    @property
+    def is_linear(self) -> bool:
+        return (*self.kernel_size, *self.stride, self.upsample) == (1, 1, 1, 1, False)
+
+
+LINEAR = Geometry()
+
+
+class Epilogue(NamedTuple):
+    """What is done to a product besides its scale, and added to it; the statistics are written."""
+
+    bias: Tensor | None = None
+    channel_add: Tensor | None = None
+    residual: Tensor | None = None
+    statistics: Tensor | None = None
+    next_quantizer: Quantizer | None = None  # after GEGLU
+
+
+def launch(
+    x: Tensor,
+    weight: PackedWeight,
+    quantizer: Quantizer,
+    out: Tensor,
+    epilogue: Epilogue,
+    geometry: Geometry = LINEAR,
+    config: LaunchConfig | None = None,
+) -> Any:
+    """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and the statistics; returns the compiled kernel.
+
+    x is [B, ..., K] for a linear layer, otherwise the padded image [B, H, W, K]; all tensors are contiguous and have
+    been checked (see ``ops``). ``config`` is launched as it is; by default it is looked up.
     """
+    bias, channel_add, residual, statistics, following = epilogue
     out_channels, num_rows = out.shape[-1], out.numel() // out.shape[-1]
     rows_per_sample = num_rows // x.shape[0]
     half_channels = x.shape[-1] // 2
-    skip_half_channels = 0 if skip is None else skip.shape[-1] // 2
-    needs_registers = next_scale is not None and activation != "geglu"  # GEGLU has configurations of its own
-    if skip is not None or needs_registers or rows_per_sample % config.block_m:
-        config = config.with_fewer_registers()
+    if config is None:
+        reduction = 2 * weight.values.numel() // weight.values.shape[0]
+        op = "linear_geglu" if following is not None else "linear" if geometry.is_linear else "conv2d"
+        problem = Problem(op, num_rows, out_channels, reduction, rows_per_sample, statistics is not None)
+        config = launch_config(problem)
     num_tiles = cdiv(out_channels, config.block_n) * cdiv(num_rows, config.block_m)
-    # The sources of a tile are added up in floating point, the halves of GEGLU multiplied: neither can be split.
-    split_k = 1 if skip is not None or activation == "geglu" else config.split_k
     partial = arrivals = None
-    if split_k > 1:
+    if config.split_k > 1:
         tile = (config.block_n, config.block_m)
-        partial = torch.empty(split_k, num_tiles, *tile, dtype=torch.int32, device=x.device)
+        partial = torch.empty(config.split_k, num_tiles, *tile, dtype=torch.int32, device=x.device)
         arrivals = torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
-    return int4_gemm_kernel[(num_tiles, split_k)](
+    return int4_gemm_kernel[(num_tiles, config.split_k)](
         x,
-        weight,
-        weight_sum,
-        act_scale,
-        act_zero_point,
-        skip,
-        skip_weight,
-        skip_weight_sum,
-        skip_act_scale,
-        skip_act_zero_point,
-        weight_scale,
-        timestep_index,
+        weight.values,
+        weight.sum,
+        quantizer.scale,
+        quantizer.zero_point,
+        weight.scale,
+        quantizer.timestep_index,
         bias,
         channel_add,
         residual,
-        next_dilation,
-        next_scale,
-        next_zero_point,
+        None if following is None else following.dilation,
+        None if following is None else following.scale,
+        None if following is None else following.zero_point,
         out,
         statistics,
         partial,
@@ -366,31 +329,64 @@ def launch(
         x.shape[1] if x.ndim == 4 else 1,
         x.shape[2] if x.ndim == 4 else 1,
         out.shape[-2],
-        act_scale.numel(),
+        quantizer.scale.numel(),
         out_channels,
         half_channels,
-        skip_half_channels,
         0 if channel_add is None else channel_add.stride(0),
         config.group_m,
-        KERNEL_H=kernel_size[0],
-        KERNEL_W=kernel_size[1],
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        DILATION_H=dilation[0],
-        DILATION_W=dilation[1],
-        UPSAMPLE=upsample,
-        ACTIVATION=activation,
-        NEXT_BITS=next_bits,
+        KERNEL_H=geometry.kernel_size[0],
+        KERNEL_W=geometry.kernel_size[1],
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        DILATION_H=geometry.dilation[0],
+        DILATION_W=geometry.dilation[1],
+        UPSAMPLE=geometry.upsample,
+        GEGLU=following is not None,
+        NEXT_BITS=8 if following is None else following.bits,
         STATISTICS_ROWS=STATISTICS_ROWS,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        IS_SPLIT=split_k > 1,
-        EVEN_K=half_channels % config.block_k == 0 and skip_half_channels % config.block_k == 0,
+        IS_SPLIT=config.split_k > 1,
+        EVEN_K=half_channels % config.block_k == 0,
         TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
-        PTX=use_ptx(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(),
         enable_fp_fusion=True,  # the default until Triton 3.10
     )
+
+
+def int4_linear(
+    x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As ``reference.int4_linear``."""
+    out = torch.empty(*x.shape[:-1], weight.values.shape[0], dtype=out_dtype, device=x.device)
+    launch(x, weight, quantizer, out, Epilogue(bias, residual=residual))
+    return out
+
+
+def int4_geglu_quantize(
+    x: Tensor, weight: PackedWeight, quantizer: Quantizer, next_quantizer: Quantizer, bias: Tensor | None
+) -> Tensor:
+    """As ``reference.int4_geglu_quantize``."""
+    out = torch.empty(*x.shape[:-1], next_quantizer.dilation.numel(), dtype=torch.int8, device=x.device)
+    launch(x, weight, quantizer, out, Epilogue(bias, next_quantizer=next_quantizer))
+    return out
+
+
+def int4_conv2d(
+    x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, channel_add: Tensor | None,
+    residual: Tensor | None, stride: tuple[int, int], dilation: tuple[int, int], upsample: bool,
+    out_dtype: torch.dtype, with_statistics: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As ``reference.int4_conv2d``."""
+    batch, out_channels, kernel_size = x.shape[0], weight.values.shape[0], tuple(weight.values.shape[1:3])
+    size = conv2d_output_size(x.shape[1:3], kernel_size, stride, dilation, upsample)
+    out = torch.empty(batch, *size, out_channels, dtype=out_dtype, device=x.device)
+    shape = statistics_shape(batch, size, out_channels, with_statistics)
+    statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
+    epilogue = Epilogue(bias, channel_add, residual, statistics if with_statistics else None)
+    launch(x, weight, quantizer, out, epilogue, Geometry(kernel_size, tuple(stride), tuple(dilation), upsample))
+    return out, statistics

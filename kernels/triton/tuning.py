@@ -1,4 +1,4 @@
-"""Launch configurations of the GEMM, looked up by architecture, operator and shape.
+"""Launch configurations of the GEMM, looked up by architecture, operator and shape, and adjusted to the launch.
 
 ``tuning/<architecture>.json`` lists shapes with the configuration that is best for each, and says whether that was
 measured or chosen from the compiler's report. A launch takes the nearest listed shape. Nothing is ever tuned at run
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import astuple, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from dq_kernels.shapes import STATISTICS_ROWS
+from dq_kernels.triton.launch import current_device, target_of
 
 FOLDER = Path(__file__).parent / "tuning"
 # The file that serves a compute capability: its own, or that of a GPU with the same matrix instructions and no more
@@ -90,54 +90,64 @@ def tuned_shapes(architecture: str) -> tuple[TunedShape, ...]:
     return read_tuning(FOLDER / f"{architecture}.json")[1]
 
 
-@cache
 def architecture() -> str:
-    """The tuning file for the current device; without one, for the oldest GPU in the list."""
-    if not torch.cuda.is_available():
-        return FILES[min(FILES)]
-    if torch.version.hip is not None:
+    """The tuning file for the current GPU; without a known one, for the oldest in the list."""
+    return _file_of(current_device())
+
+
+@cache
+def _file_of(device: int | None) -> str:
+    target = target_of(device)
+    if target is not None and target.backend == "hip":
         return AMD_FILE
-    major, minor = torch.cuda.get_device_capability()
-    return FILES[max((number for number in FILES if number <= 10 * major + minor), default=min(FILES))]
+    if target is None or target.backend != "cuda":
+        return FILES[min(FILES)]
+    return FILES[max((number for number in FILES if number <= target.arch), default=min(FILES))]
 
 
-@lru_cache(maxsize=4096)
-def launch_config(op: str, rows: int, out_channels: int, reduction: int) -> LaunchConfig:
-    """The configuration of the nearest tuned shape of the same operator.
+class Problem(NamedTuple):
+    """What decides how one GEMM is launched: [rows, reduction] x [reduction, out_channels], and what goes with it.
 
-    Args:
+    Attributes:
         op: "linear", "linear_geglu" (two weight tiles a program) or "conv2d".
         rows: samples x positions of the result.
         out_channels: N of the result.
         reduction: input channels x taps.
+        rows_per_sample: positions of the result.
+        with_statistics: whether the epilogue sums runs of ``STATISTICS_ROWS`` rows.
     """
-    candidates = (shape for shape in tuned_shapes(architecture()) if shape.op == op)
+
+    op: str
+    rows: int
+    out_channels: int
+    reduction: int
+    rows_per_sample: int
+    with_statistics: bool = False
+
+
+def launch_config(problem: Problem) -> LaunchConfig:
+    """The configuration with which a GEMM is launched."""
+    config = tuned_config(architecture(), problem.op, problem.rows, problem.out_channels, problem.reduction)
+    return adjusted(config, problem)
+
+
+def adjusted(config: LaunchConfig, problem: Problem) -> LaunchConfig:
+    """A tuned configuration, changed where a launch needs more than the plain product.
+
+    The halves of GEGLU are multiplied before they are stored, so their sums cannot be split. A tile with statistics
+    holds whole runs. Rows of several samples have a scale each, for which threads need registers.
+    """
+    if problem.op == "linear_geglu" and config.split_k > 1:
+        config = replace(config, split_k=1)
+    if problem.with_statistics:
+        config = config.with_whole_runs(STATISTICS_ROWS)
+    if problem.rows_per_sample % config.block_m:
+        config = config.with_fewer_registers()
+    return config
+
+
+@lru_cache(maxsize=4096)
+def tuned_config(architecture: str, op: str, rows: int, out_channels: int, reduction: int) -> LaunchConfig:
+    """The configuration of the nearest tuned shape of the same operator; arguments as of ``Problem``."""
+    candidates = (shape for shape in tuned_shapes(architecture) if shape.op == op)
     return min(candidates, key=lambda shape: shape.distance(rows, out_channels, reduction)).config
-
-
-def cdiv(dividend: int, divisor: int) -> int:
-    """Rounded up. Triton's own takes as long as a tenth of a launch, since it serves kernels too."""
-    return -(-dividend // divisor)
-
-
-def next_power_of_2(number: int) -> int:
-    """The least one that is not below."""
-    return 1 << (number - 1).bit_length()
-
-
-@cache
-def use_ptx() -> bool:
-    """Whether kernels may use inline PTX: on NVIDIA GPUs, but not in Triton's interpreter."""
-    return torch.version.hip is None and os.environ.get("TRITON_INTERPRET", "0") != "1"
-
-
-@cache
-def launch_options() -> dict[str, Any]:
-    """What every launch is given: whether it follows the kernel before it early (see ``use_pdl``)."""
-    return {"PDL": True, "launch_pdl": True} if use_pdl() else {"PDL": False}
-
-
-@cache
-def use_pdl() -> bool:
-    """Whether a kernel may be launched while the one before it runs out: on NVIDIA GPUs since Hopper."""
-    return use_ptx() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -14,11 +14,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dq_kernels.gemm import STATISTICS_ROWS
-from dq_kernels.intrinsics import exp, follow_previous_kernel, reciprocal
-from dq_kernels.quantize import padded_position, quantize_tile, quantized_shape, select_timestep
-from dq_kernels.tuning import cdiv, launch_options, next_power_of_2, use_ptx
+from dq_kernels.records import Norm, Quantizer
+from dq_kernels.shapes import STATISTICS_ROWS, quantized_shape
+from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal
+from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
+from dq_kernels.triton.quantize import padded_position, quantize_tile, select_timestep
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 STATISTICS_CHANNELS = 64
@@ -246,7 +248,7 @@ def layer_norm_quantize_kernel(
     tl.store(out_ptr + offsets, q.to(tl.int8), mask=inside)
 
 
-def channel_statistics(x: torch.Tensor) -> torch.Tensor:
+def channel_statistics(x: Tensor) -> Tensor:
     """As ``reference.channel_statistics``, of x [B, H, W, K] with any strides."""
     batch, height, width, channels = x.shape
     flat = x.reshape(batch, height * width, channels)
@@ -261,29 +263,16 @@ def channel_statistics(x: torch.Tensor) -> torch.Tensor:
         ROWS=STATISTICS_ROWS,
         BLOCK_K=STATISTICS_CHANNELS,
         num_warps=4,
-        **launch_options(),
+        **launch_options(ptx=False),
         enable_fp_fusion=True,
     )
     return out
 
 
 def group_norm_quantize(
-    x: torch.Tensor,
-    skip: torch.Tensor | None,
-    statistics: torch.Tensor | None,
-    skip_statistics: torch.Tensor | None,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    silu: bool,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-    padding: tuple[int, int],
-) -> torch.Tensor:
+    x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
+    statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
+) -> Tensor:  # fmt: skip
     """As ``reference.group_norm_quantize``; statistics that are not given are computed."""
     batch, height, width, channels = x.shape
     statistics = channel_statistics(x) if statistics is None else statistics
@@ -301,13 +290,13 @@ def group_norm_quantize(
         height * width,
         channels,
         skip_channels,
-        eps,
+        norm.eps,
         NUM_GROUPS=num_groups,
         ROWS=STATISTICS_ROWS,
         BLOCK_R=32,
         BLOCK_K=next_power_of_2(out_channels // num_groups),
         num_warps=4,
-        **launch_options(),
+        **launch_options(ptx=False),
         enable_fp_fusion=True,
     )
     flat = x.reshape(batch, height * width, channels)
@@ -319,14 +308,14 @@ def group_norm_quantize(
         flat,
         None if skip is None else flat_skip,
         group_statistics,
-        weight,
-        bias,
-        weight_dilation,
-        act_scale,
-        act_zero_point,
-        timestep_index,
+        norm.weight,
+        norm.bias,
+        quantizer.dilation,
+        quantizer.scale,
+        quantizer.zero_point,
+        quantizer.timestep_index,
         out,
-        act_scale.numel(),
+        quantizer.scale.numel(),
         height,
         width,
         channels,
@@ -337,10 +326,9 @@ def group_norm_quantize(
         SILU=silu,
         PAD_H=padding[0],
         PAD_W=padding[1],
-        BITS=bits,
+        BITS=quantizer.bits,
         BLOCK_L=BLOCK_LENGTH,
         BLOCK_K=BLOCK_CHANNELS,
-        PTX=use_ptx(),
         **launch_options(),
         num_warps=4,
         enable_fp_fusion=False,
@@ -348,17 +336,7 @@ def group_norm_quantize(
     return out
 
 
-def layer_norm_quantize(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-) -> torch.Tensor:
+def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     """As ``reference.layer_norm_quantize``."""
     channels, num_rows = x.shape[-1], x.numel() // x.shape[-1]
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
@@ -366,22 +344,21 @@ def layer_norm_quantize(
     block_m = max(1, LAYER_NORM_TILE // block_k)
     layer_norm_quantize_kernel[(cdiv(num_rows, block_m),)](
         x,
-        weight,
-        bias,
-        weight_dilation,
-        act_scale,
-        act_zero_point,
-        timestep_index,
+        norm.weight,
+        norm.bias,
+        quantizer.dilation,
+        quantizer.scale,
+        quantizer.zero_point,
+        quantizer.timestep_index,
         out,
-        act_scale.numel(),
+        quantizer.scale.numel(),
         num_rows,
         num_rows // x.shape[0],
         channels,
-        eps,
-        BITS=bits,
+        norm.eps,
+        BITS=quantizer.bits,
         BLOCK_M=block_m,
         BLOCK_K=block_k,
-        PTX=use_ptx(),
         **launch_options(),
         num_warps=LAYER_NORM_WARPS,
         enable_fp_fusion=False,

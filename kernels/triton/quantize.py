@@ -9,14 +9,15 @@ is padded with the zero point on the way, so that convolutions need not test for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dq_kernels.intrinsics import floor_to_int, follow_previous_kernel
-from dq_kernels.tuning import cdiv, launch_options, use_ptx
+from dq_kernels.records import Quantizer
+from dq_kernels.shapes import quantized_shape
+from dq_kernels.triton.intrinsics import floor_to_int, follow_previous_kernel
+from dq_kernels.triton.launch import cdiv, launch_options
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 
@@ -102,22 +103,13 @@ def quantize_kernel(
     )
 
 
-def quantize(
-    x: torch.Tensor,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-    padding: tuple[int, int],
-    skip: torch.Tensor | None,
-) -> torch.Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None) -> Tensor:
     """As ``reference.quantize``; the two sources of a concat are written beside each other."""
-    out = torch.empty(
-        quantized_shape((*x.shape[:-1], weight_dilation.numel()), padding), dtype=torch.int8, device=x.device
-    )
+    dilation, scale, zero_point, timestep_index, bits = quantizer
+    shape = quantized_shape((*x.shape[:-1], dilation.numel()), padding)
+    out = torch.empty(shape, dtype=torch.int8, device=x.device)
     length = out.numel() // (out.shape[0] * out.shape[-1])
-    dilation, target = weight_dilation, out
+    target = out
     for source in (x,) if skip is None else (x, skip):
         channels = source.shape[-1]
         height, width = (x.shape[1], x.shape[2]) if any(padding) else (length, 1)
@@ -127,11 +119,11 @@ def quantize(
         quantize_kernel[grid](
             flat,
             dilation,
-            act_scale,
-            act_zero_point,
+            scale,
+            zero_point,
             timestep_index,
             target,
-            act_scale.numel(),
+            scale.numel(),
             height,
             width,
             channels,
@@ -143,21 +135,10 @@ def quantize(
             BITS=bits,
             BLOCK_L=BLOCK_LENGTH,
             BLOCK_K=BLOCK_CHANNELS,
-            PTX=use_ptx(),
             **launch_options(),
             num_warps=4,
             enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the others do
         )
         if skip is not None:
-            dilation, target = weight_dilation[channels:], out.view(-1)[channels:]
+            dilation, target = quantizer.dilation[channels:], out.view(-1)[channels:]
     return out
-
-
-def quantized_shape(shape: Sequence[int], padding: tuple[int, int]) -> list[int]:
-    """[B, ..., K padded to even]; an image [B, H, W, K] has its borders added."""
-    size = list(shape)
-    size[-1] += size[-1] % 2
-    if any(padding):
-        size[1] += 2 * padding[0]
-        size[2] += 2 * padding[1]
-    return size

@@ -20,13 +20,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dq_kernels.intrinsics import floor_to_int, follow_previous_kernel, round_to_int
-from dq_kernels.quantize import quantize_tile, select_timestep
-from dq_kernels.tuning import cdiv, launch_options, next_power_of_2, use_ptx
+from dq_kernels.records import Quantizer
+from dq_kernels.shapes import BLOCK_KEYS
+from dq_kernels.triton.intrinsics import floor_to_int, follow_previous_kernel, round_to_int
+from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
+from dq_kernels.triton.quantize import quantize_tile, select_timestep
 
-BLOCK_KEYS = 64
-MAX_HEAD_CHANNELS = 128
 SMALLEST = tl.constexpr(1e-30)  # magnitudes that count as 0: the inverse of a smaller one's scale would be infinite
 LOG2_E = 1.4426950408889634
 LOG2_255 = tl.constexpr(7.994353436858858)
@@ -194,42 +195,21 @@ def int8_attention_kernel(
     )
 
 
-def int8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
+def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """As ``reference.int8_attention``."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _launch(query, key, value, heads, out)
+    _launch(query, key, value, heads, out, None)
     return out
 
 
-def int8_attention_quantize(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    heads: int,
-    weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
-    timestep_index: torch.Tensor,
-    bits: int,
-) -> torch.Tensor:
+def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
     """As ``reference.int8_attention_quantize``."""
     out = torch.empty(query.shape, dtype=torch.int8, device=query.device)
-    _launch(query, key, value, heads, out, weight_dilation, act_scale, act_zero_point, timestep_index, bits)
+    _launch(query, key, value, heads, out, quantizer)
     return out
 
 
-def _launch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    heads: int,
-    out: torch.Tensor,
-    weight_dilation: torch.Tensor | None = None,
-    act_scale: torch.Tensor | None = None,
-    act_zero_point: torch.Tensor | None = None,
-    timestep_index: torch.Tensor | None = None,
-    bits: int = 8,
-) -> None:
+def _launch(query: Tensor, key: Tensor, value: Tensor, heads: int, out: Tensor, quantizer: Quantizer | None) -> None:
     batch, query_length, channels = query.shape
     key_length, head_channels = key.shape[1], channels // heads
     block_d, num_blocks = padded_head_channels(head_channels), cdiv(key_length, BLOCK_KEYS)
@@ -254,7 +234,6 @@ def _launch(
         HEAD_CHANNELS=head_channels,
         BLOCK_N=BLOCK_KEYS,
         BLOCK_D=block_d,
-        PTX=use_ptx(),
         num_warps=quantizer_warps(block_d),
         **launch_options(),
         enable_fp_fusion=False,
@@ -267,23 +246,22 @@ def _launch(
         scales,
         value_sums,
         value_mean,
-        weight_dilation,
-        act_scale,
-        act_zero_point,
-        timestep_index,
+        None if quantizer is None else quantizer.dilation,
+        None if quantizer is None else quantizer.scale,
+        None if quantizer is None else quantizer.zero_point,
+        None if quantizer is None else quantizer.timestep_index,
         out,
-        0 if act_scale is None else act_scale.numel(),
+        0 if quantizer is None else quantizer.scale.numel(),
         query_length,
         key_length,
         LOG2_E * head_channels**-0.5,
         *query.stride(),
         HEAD_CHANNELS=head_channels,
-        NEXT_BITS=bits,
+        NEXT_BITS=8 if quantizer is None else quantizer.bits,
         EVEN_KEYS=key_length % BLOCK_KEYS == 0,
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_KEYS,
         BLOCK_D=block_d,
-        PTX=use_ptx(),
         num_warps=num_warps,
         num_stages=num_stages,
         **launch_options(),

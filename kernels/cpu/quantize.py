@@ -1,0 +1,54 @@
+"""Quantization on CPUs, alone and behind norms."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dq_kernels.records import Norm, Quantizer
+from dq_kernels.shapes import quantized_shape
+
+
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None) -> Tensor:
+    """As ``reference.quantize``, in place on one fp32 buffer."""
+    dilation, scale, zero_point, timestep_index, bits = quantizer
+    x = x if skip is None else torch.cat([x, skip], dim=-1)
+    index = timestep_index.clamp(0, scale.numel() - 1)
+    per_sample = (-1, *[1] * (x.ndim - 1))
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if x.shape[-1] % 2:
+        x, dilation = F.pad(x, (0, 1)), F.pad(dilation, (0, 1), value=1.0)
+    q = x.float() * dilation.reciprocal()
+    q *= scale[index].reciprocal().view(per_sample)
+    q.add_(0.5).floor_().add_(zero_point[index].view(per_sample))
+    q.clamp_(low, high)
+    if not any(padding):
+        return q.to(torch.int8, memory_format=torch.contiguous_format)
+    out = torch.empty(quantized_shape(q.shape, padding), dtype=torch.int8)
+    out[:] = zero_point[index].clamp(low, high).view(per_sample)
+    height, width = q.shape[1:3]
+    out[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = q
+    return out
+
+
+def group_norm_quantize(
+    x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
+    statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """As ``reference.group_norm_quantize``."""
+    # Contiguous, since torch's group norm of channels-last images subtracts squares, which cancels.
+    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2).contiguous()
+    y = F.group_norm(image, num_groups, *_float(norm), norm.eps)
+    y = (F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1)
+    return quantize(y, quantizer, padding, None)
+
+
+def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
+    """As ``reference.layer_norm_quantize``."""
+    y = F.layer_norm(x.float(), x.shape[-1:], *_float(norm), norm.eps)
+    return quantize(y, quantizer, (0, 0), None)
+
+
+def _float(norm: Norm) -> tuple[Tensor | None, ...]:
+    return tuple(None if parameter is None else parameter.float() for parameter in (norm.weight, norm.bias))

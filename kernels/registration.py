@@ -1,0 +1,96 @@
+"""Registration of the operators with ``torch.library``, whose schemas know tensors and numbers but no records.
+
+An operator's schema is derived from the signature of its oracle: a record becomes its fields, named
+``<parameter>_<field>``. Each implementation takes records; it is wrapped such that it gets them rebuilt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_origin, get_type_hints
+
+import torch
+
+NAMESPACE = "dq_kernels"
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(
+    oracle: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Defines the operator that is called as its oracle is.
+
+    Args:
+        oracle: the plain form of the operator; its annotations are the operator's signature.
+        cpu, cuda: the implementations on CPUs, and on CUDA and HIP devices; same signature.
+        fake: makes an empty result from the same arguments.
+
+    Returns:
+        the operator, which takes the fields of records one by one: ``operator(x, *quantizer, ...)``.
+    """
+    name = oracle.__name__
+    schema = torch.library.infer_schema(_flat_prototype(oracle), mutates_args=())
+    _library.define(name + schema, tags=TAGS)
+    _library.impl(name, takes_fields(cpu, oracle), "CPU")
+    _library.impl(name, takes_fields(on_the_device_of_x(cuda), oracle), "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", takes_fields(fake, oracle), lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def takes_fields(implementation: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation that takes the fields of records one by one, in the order of the oracle's parameters."""
+    parts: list[tuple[Any, Any]] = []  # of each parameter: its record or None, and its place among the fields
+    position = 0
+    for _, annotation in _parameters(oracle):
+        if _is_record(annotation):
+            parts.append((annotation, slice(position, position + len(annotation._fields))))
+            position += len(annotation._fields)
+        else:
+            parts.append((None, position))
+            position += 1
+
+    def flat(*fields: Any) -> Any:
+        return implementation(*[record(*fields[at]) if record else fields[at] for record, at in parts])
+
+    return flat
+
+
+def _flat_prototype(oracle: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the signature from which torch infers the schema."""
+    fields: list[tuple[str, Any]] = []
+    for name, annotation in _parameters(oracle):
+        if _is_record(annotation):
+            fields += [(f"{name}_{field}", hint) for field, hint in get_type_hints(annotation).items()]
+        else:
+            fields.append((name, Sequence[int] if get_origin(annotation) is tuple else annotation))
+
+    def prototype(*arguments: Any) -> None: ...
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    prototype.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in fields],
+        return_annotation=get_type_hints(oracle)["return"],
+    )
+    return prototype
+
+
+def _parameters(oracle: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Names and types of the parameters."""
+    hints = get_type_hints(oracle)
+    return ((name, hints[name]) for name in inspect.signature(oracle).parameters)
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields")
+
+
+def on_the_device_of_x(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the first argument."""
+
+    def guarded(x: torch.Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return implementation(x, *arguments)
+
+    return guarded

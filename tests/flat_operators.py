@@ -1,0 +1,57 @@
+"""The operators with flat keyword arguments: the fields of records as in the registered schemas, ``quantizer_scale``.
+
+So a test can replace one tensor of a record: ``arguments | {"quantizer_scale": ...}``.
+"""
+
+import inspect
+from types import ModuleType
+from typing import get_type_hints
+
+import dq_kernels.cpu
+import dq_kernels.ops
+import dq_kernels.reference
+import dq_kernels.triton
+
+OPERATORS = dq_kernels.triton.__all__
+
+
+def _parameters(operator):
+    """Of each parameter: its name, and the fields of its record under their flat names."""
+    oracle = getattr(dq_kernels.reference, operator)
+    hints = get_type_hints(oracle)
+    for name in inspect.signature(oracle).parameters:
+        record = hints[name] if hasattr(hints[name], "_fields") else None
+        yield name, record, [f"{name}_{field}" for field in record._fields] if record else [name]
+
+
+PARAMETERS = {operator: list(_parameters(operator)) for operator in OPERATORS}
+
+
+class FlatOperators:
+    """A module whose operators take the fields of records; all else is the module's."""
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+
+    def __getattr__(self, name):
+        function = getattr(self.module, name)
+        if name not in OPERATORS:
+            return function
+
+        def flat(*leading, **fields):
+            arguments = {}
+            fields |= zip([parameter for parameter, _, _ in PARAMETERS[name]], leading, strict=False)
+            for parameter, record, names in PARAMETERS[name]:
+                if record is not None:
+                    arguments[parameter] = record(*[fields.pop(field) for field in names])
+                elif parameter in fields:
+                    arguments[parameter] = fields.pop(parameter)
+            assert not fields, f"{name} has no {list(fields)}"
+            return function(**arguments)
+
+        return flat
+
+
+cpu, ops, reference, triton = (
+    FlatOperators(module) for module in (dq_kernels.cpu, dq_kernels.ops, dq_kernels.reference, dq_kernels.triton)
+)
