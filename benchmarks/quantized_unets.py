@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import unets
 from torch import nn
 
+from benchmarks import unets
 from dq_kernels import ops
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import insert_empty_layers

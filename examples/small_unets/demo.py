@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from task import Task
-from tasks import TASKS
 
 import dq_runtime
 from dq_runtime.evaluation.footprint import footprint
 from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
 from dq_runtime.evaluation.plots import plot_image_grid, write_report
+from examples.small_unets.task import Task
+from examples.small_unets.tasks import TASKS
 
 CALIBRATION_SAMPLES = 200
 POLISH_ITERATIONS = 200

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from PIL import Image
-from task import WEIGHTS, Classifier, Task
 from torch import nn
+
+from examples.small_unets.task import WEIGHTS, Classifier, Task
 
 PHOTOS = (  # package and file; the order is that of the labels
     ("sklearn.datasets", "images/china.jpg"),

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from task import Task, condition
-from tasks import TASKS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
+
+from examples.small_unets.task import Task, condition
+from examples.small_unets.tasks import TASKS
 
 LABEL_DROP = 0.1  # share of labels replaced by "no label", so that guidance works
 CLASSIFIER_STEPS = {"digits/classifier": 1500, "photos/classifier": 1000}  # batches of 128

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -11,21 +10,17 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-bench_kernels = importlib.import_module("bench_kernels")
-kernel_cases = importlib.import_module("kernel_cases")
-kernel_sides = importlib.import_module("kernel_sides")
-peers = importlib.import_module("peers")
-roofline = importlib.import_module("roofline")
-timing = importlib.import_module("timing")
-unets = importlib.import_module("unets")
+from benchmarks import unets
+from benchmarks.peers import linears
+from benchmarks.result_files import ROOT
+from benchmarks.speed import bench_kernels, kernel_cases, kernel_report, kernel_sides, timing
+from benchmarks.static_analysis.devices import DEVICES
+from benchmarks.static_analysis.kernel_bounds import layer_bound
 
 OURS, BASELINE = kernel_sides.OURS, kernel_sides.BASELINE
 
@@ -92,13 +87,13 @@ ROWS = [
 
 def test_mean_speed_up_by_hand():
     # 2^((1 * 1 + 3 * 6 - 1 * 2) / 9) = 2^(17 / 9)
-    pairs = [(r["speed_up"], r["gflop"]) for r in bench_kernels.speed_ups(ROWS) if r["kind"] == "linear"]
+    pairs = [(r["speed_up"], r["gflop"]) for r in kernel_report.speed_ups(ROWS) if r["kind"] == "linear"]
     assert pairs == [(2.0, 1.0), (8.0, 6.0), (0.5, 2.0)]
-    assert bench_kernels.geometric_mean(pairs) == pytest.approx(2 ** (17 / 9))
+    assert kernel_report.geometric_mean(pairs) == pytest.approx(2 ** (17 / 9))
 
 
 def test_summary_states_means_by_kind_and_every_slower_row():
-    lines = bench_kernels.summary(ROWS)
+    lines = kernel_report.summary(ROWS)
     assert f"sd15, linear: {2 ** (17 / 9):.2f}x {BASELINE} (geometric mean of 3 by FLOPs)" in lines
     assert f"sd15, conv2d: 3.00x {BASELINE} (geometric mean of 1 by FLOPs)" in lines
     assert lines[-2:] == [f"slower than {BASELINE}: 1 of 4", "  0.50x  c"]
@@ -107,19 +102,19 @@ def test_summary_states_means_by_kind_and_every_slower_row():
 def test_report_by_hand():
     case = kernel_cases.Case("tiny", (kernel_cases.TINY[1],), BASELINE)
     side = kernel_sides.Side(lambda: None, (torch.empty(8, dtype=torch.int8), torch.empty(3)), 2_000_000)
-    report = bench_kernels.report(case, side, 4.0)
+    report = kernel_report.report(case, side, 4.0)
     assert (report["us"], report["gflop"], report["tflops"]) == (4.0, 0.002, 0.5)
     assert side.bytes == 8 + 12
 
 
 def test_share_of_the_roofline_is_the_bound_over_the_time(monkeypatch):
-    monkeypatch.setattr(bench_kernels, "CUDA", True)
+    monkeypatch.setattr(kernel_report, "CUDA", True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     shape = kernel_cases.TINY[1]
-    bound = roofline.layer_bound(shape, roofline.DEVICES["H100"], "w4a8", fused=False)
+    bound = layer_bound(shape, DEVICES["H100"], "w4a8", fused=False)
     case, side = kernel_cases.Case("tiny", (shape,), OURS), kernel_sides.Side(lambda: None, (), shape.operations)
-    assert bench_kernels.report(case, side, 4e6 * bound)["roofline"] == 0.25
-    assert bench_kernels.report(replace(case, implementation="other"), side, 1.0)["roofline"] is None
+    assert kernel_report.report(case, side, 4e6 * bound)["roofline"] == 0.25
+    assert kernel_report.report(replace(case, implementation="other"), side, 1.0)["roofline"] is None
 
 
 def test_a_round_on_a_gpu_is_one_graph_of_all_copies(monkeypatch):
@@ -156,7 +151,7 @@ def test_a_round_on_a_gpu_is_one_graph_of_all_copies(monkeypatch):
     ],
 )
 def test_ceilings_are_of_exactly_that_gpu(device, known):
-    assert bench_kernels.ceilings(device) == (roofline.DEVICES[known] if known else None)
+    assert kernel_report.ceilings(device) == (DEVICES[known] if known else None)
 
 
 @pytest.mark.parametrize("shape", kernel_cases.TINY, ids=lambda shape: shape.label)
@@ -184,7 +179,7 @@ def test_a_wrong_chain_is_not_timed(monkeypatch, chain):
 
 
 def test_what_a_peer_reads_is_what_it_holds(monkeypatch):
-    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(("a int4 weight-only", "a int8 dynamic"), lambda weight: None))
+    monkeypatch.setattr(linears, "PEERS", dict.fromkeys(("a int4 weight-only", "a int8 dynamic"), lambda weight: None))
     shape = kernel_cases.TINY[1]
     for name, bits in (("a int4 weight-only", 4), ("a int8 dynamic", 8)):
         side = kernel_sides.layer_side(shape, name)
@@ -192,23 +187,24 @@ def test_what_a_peer_reads_is_what_it_holds(monkeypatch):
 
 
 def test_other_libraries_come_last(monkeypatch):
-    monkeypatch.setattr(kernel_cases.peers, "missing", lambda name: None)
+    monkeypatch.setattr(linears, "missing", lambda name: None)
     names = [row.implementation for row in kernel_cases.cases(full=False, tiny=True)]
-    first = names.index(next(iter(peers.PEERS)))
+    first = names.index(next(iter(linears.PEERS)))
     assert set(names[:first]) == {OURS, *kernel_sides.BASELINES}
-    assert set(names[first:]) == set(peers.PEERS)
+    assert set(names[first:]) == set(linears.PEERS)
 
 
 def test_peers_are_left_out_by_name_with_the_reason(monkeypatch):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda package: None)
-    assert {name: peers.missing(name) for name in peers.PEERS} == {
-        name: f"{name.split()[0]} is not installed" for name in peers.PEERS
+    monkeypatch.setattr(linears.importlib.util, "find_spec", lambda package: None)
+    assert {name: linears.missing(name) for name in linears.PEERS} == {
+        name: f"{name.split()[0]} is not installed" for name in linears.PEERS
     }
 
 
 def test_tiny_run_times_every_row_and_prints_the_summary(tmp_path):
     rows, report = tmp_path / "rows.jsonl", tmp_path / "benchmark.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_kernels.py", "--tiny"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["benchmarks/speed/bench_kernels.py", "--tiny"]
     # A process that is told of xdist measures nothing.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     run = subprocess.run(

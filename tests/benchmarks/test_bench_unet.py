@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-bench_unet = importlib.import_module("bench_unet")
-quantized_unets = importlib.import_module("quantized_unets")
+from benchmarks import quantized_unets
+from benchmarks.speed import bench_unet
 
 
 @pytest.fixture

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-gpu_suite = importlib.import_module("gpu_suite")
+from benchmarks.result_files import ROOT
+from benchmarks.speed import gpu_suite
 
 ABOUT = {"device": "none"}
 
@@ -32,7 +29,16 @@ def run(tmp_path, *stages, seconds=60.0):
 
 def test_dry_run_works_end_to_end(tmp_path):
     output = tmp_path / "results.json"
-    command = [sys.executable, "benchmarks/gpu_suite.py", "--dry-run", "--minutes", "2", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.speed.gpu_suite",
+        "--dry-run",
+        "--minutes",
+        "2",
+        "--output",
+        str(output),
+    ]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     document = json.loads(output.read_text())
@@ -97,9 +103,8 @@ def test_tests_side_by_side_have_a_thread_each(tmp_path):
 
 DRIVER = """
 import sys
-sys.path.insert(0, "benchmarks")
 from pathlib import Path
-from gpu_suite import Interruption, Stage, run_suite
+from benchmarks.speed.gpu_suite import Interruption, Stage, run_suite
 interruption = Interruption()
 interruption.install()
 command = [sys.executable, "-c"]

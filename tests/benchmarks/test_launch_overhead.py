@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-launches = importlib.import_module("launches")
+from benchmarks.result_files import ROOT
+from benchmarks.speed import launches
 
 
 def test_every_launch_of_a_forward_pass_is_made(tmp_path):
     output = tmp_path / "overhead.json"
-    command = [sys.executable, "benchmarks/launch_overhead.py", "--unet", "ddpm_cifar", "--rounds", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.static_analysis.launch_overhead",
+        "--unet",
+        "ddpm_cifar",
+        "--rounds",
+        "2",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,17 +15,10 @@ from diffusers import UNet2DModel
 from torch import nn
 
 import dq_runtime
+from benchmarks.peers import unets
+from benchmarks.quality import calibration_cost, compare, methods, peak_memory, report, rows
+from benchmarks.result_files import ROOT
 from dq_runtime.layers import quantized_layers
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(REPOSITORY / "benchmarks"), *sys.path])
-        names = ("quality", "quality_methods", "quality_report", "peak_memory", "calibration_cost")
-        yield {name: importlib.import_module(name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +39,8 @@ def calibration_set(unet):
     return recorded
 
 
-def test_every_method_is_a_row_at_its_numbers_of_bits(benchmarks):
-    quality, methods = benchmarks["quality"], benchmarks["quality_methods"]
-    names, quick = quality.row_names(quick=False), quality.row_names(quick=True)
+def test_every_method_is_a_row_at_its_numbers_of_bits():
+    names, quick = rows.row_names(quick=False), rows.row_names(quick=True)
 
     assert names[0] == quick[0] == "fp32"
     ours = [name for name in names if ", W4A" in name]
@@ -69,13 +60,11 @@ def test_every_method_is_a_row_at_its_numbers_of_bits(benchmarks):
         ("WD as published + TPQ", 2, True),
     ],
 )
-def test_a_method_has_the_parts_that_its_name_says(
-    benchmarks, unet, calibration_set, method, scales, dilated, monkeypatch
-):
+def test_a_method_has_the_parts_that_its_name_says(unet, calibration_set, method, scales, dilated, monkeypatch):
     # Whether dilation helps this random UNet does not matter here.
     calibrate = importlib.import_module("dq_runtime.calibration.calibrate")
     monkeypatch.setattr(calibrate, "prediction_errors", lambda *_: [1.0, 2.0])
-    quantized = benchmarks["quality_methods"].METHODS[method](unet, calibration_set, 4, 0)
+    quantized = methods.METHODS[method](unet, calibration_set, 4, 0)
 
     by_name = quantized_layers(quantized)
     layers = by_name.values()
@@ -92,8 +81,8 @@ def test_a_method_has_the_parts_that_its_name_says(
     assert 0 < (output - expected).square().mean() / expected.square().mean() < 0.5
 
 
-def test_min_max_covers_the_whole_range(benchmarks, unet, calibration_set):
-    quantized = benchmarks["quality_methods"].METHODS["round to nearest, min-max"](unet, calibration_set, 8, 0)
+def test_min_max_covers_the_whole_range(unet, calibration_set):
+    quantized = methods.METHODS["round to nearest, min-max"](unet, calibration_set, 8, 0)
     seen = []
     handle = unet.mid_block.resnets[0].conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for call in calibration_set.calls:
@@ -107,9 +96,7 @@ def test_min_max_covers_the_whole_range(benchmarks, unet, calibration_set):
     torch.testing.assert_close(layer.weight_scale, stock.abs().flatten(1).amax(1) / 7)
 
 
-def test_one_row_leaves_all_convolutions_alone(benchmarks, unet, calibration_set):
-    methods = benchmarks["quality_methods"]
-
+def test_one_row_leaves_all_convolutions_alone(unet, calibration_set):
     quantized = methods.dilatequant("none", None, None, linears_alone=True)(unet, calibration_set, 8, 0)
 
     linears = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
@@ -117,12 +104,12 @@ def test_one_row_leaves_all_convolutions_alone(benchmarks, unet, calibration_set
     assert len(linears) > 4
 
 
-def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(benchmarks):
+def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before():
     # The C library keeps freed memory that lies below something in use, and counts it as free.
     blocks = [torch.ones(250_000) for _ in range(100)]
     top = blocks.pop()
     del blocks
-    with benchmarks["peak_memory"].above_now() as peak:
+    with peak_memory.above_now() as peak:
         held = [torch.ones(250_000) for _ in range(100)]
         time.sleep(0.1)  # it is looked at every few milliseconds
         del held
@@ -134,8 +121,7 @@ def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before(
     assert top.sum() == 250_000
 
 
-def test_mean_and_deviation_are_over_the_seeds(benchmarks):
-    report = benchmarks["quality_report"]
+def test_mean_and_deviation_are_over_the_seeds():
     measured = dict.fromkeys(report.COLUMNS, 1.0)
     measured |= {"library": None, "weight_bits": 4, "activation_bits": 8, "quantized_weight_share": 1.0}
     results = {"a, W4A8": {str(seed): measured | {"psnr_db": psnr} for seed, psnr in enumerate((30.0, 31.0, 35.0))}}
@@ -162,8 +148,7 @@ def test_mean_and_deviation_are_over_the_seeds(benchmarks):
     assert len({line.count("|") for line in table[:4]}) == 1
 
 
-def test_a_part_adds_what_rows_with_and_without_it_differ_by_on_equal_seeds(benchmarks):
-    report = benchmarks["quality_report"]
+def test_a_part_adds_what_rows_with_and_without_it_differ_by_on_equal_seeds():
     results = {
         f"{name}, W4A4": {str(seed): {"psnr_db": psnr} for seed, psnr in enumerate(by_seed)}
         for name, by_seed in {
@@ -179,8 +164,7 @@ def test_a_part_adds_what_rows_with_and_without_it_differ_by_on_equal_seeds(benc
     assert found["psnr_db_by_seed"] == [1.0, 3.0]
 
 
-def test_the_plot_shows_every_method_and_every_library(benchmarks, monkeypatch, tmp_path):
-    report = benchmarks["quality_report"]
+def test_the_plot_shows_every_method_and_every_library(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(report.Figure, "savefig", lambda figure, path: figures.append(figure))
     rows = [
@@ -212,9 +196,7 @@ def test_the_plot_shows_every_method_and_every_library(benchmarks, monkeypatch, 
     )
 
 
-def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
-    quality = benchmarks["quality"]
-    columns = benchmarks["quality_report"].COLUMNS
+def test_a_run_goes_on_where_it_was_stopped(monkeypatch, tmp_path):
     asked, broken = [], set()
 
     def measure(_task, name, seed, _images, folder):
@@ -222,17 +204,17 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
         if name in broken:
             raise RuntimeError("out of memory")
         (folder / f"fp32_{seed}.pt").touch()
-        row = dict.fromkeys(columns, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
+        row = dict.fromkeys(report.COLUMNS, float(seed)) | {"weight_bits": 4, "activation_bits": 8}
         return row | {"library": None, "quantized_weight_share": 1.0}
 
-    monkeypatch.setattr(quality, "measure", measure)
-    monkeypatch.setattr(quality, "one_row_each", ThreadPoolExecutor)
-    monkeypatch.setattr(quality, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(compare, "one_row_each", ThreadPoolExecutor)
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
     output = tmp_path / "quality.json"
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["quality.py", "--output", str(output), "--jobs", "1", *arguments])
-        quality.main()
+        monkeypatch.setattr(sys, "argv", ["compare.py", "--output", str(output), "--jobs", "1", *arguments])
+        compare.main()
 
     run("--row", "WD, W4A8", "--seeds", "1")
     assert asked == [("fp32", 0), ("WD, W4A8", 0)]
@@ -241,10 +223,10 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="Some rows failed"):
         run("--row", "WD, W4A8", "--row", "WD, W4A4", "--seeds", "2")
     assert asked == [("fp32", 1), ("WD, W4A4", 0), ("WD, W4A8", 1), ("WD, W4A4", 1)]
-    report = json.loads(output.read_text())
-    assert set(report["results"]["WD, W4A8"]) == {"0", "1"}
-    assert "WD, W4A4" not in report["results"]
-    assert report["environment"]["device"]
+    document = json.loads(output.read_text())
+    assert set(document["results"]["WD, W4A8"]) == {"0", "1"}
+    assert "WD, W4A4" not in document["results"]
+    assert document["environment"]["device"]
     asked.clear()
     broken.clear()
     next(tmp_path.rglob("fp32_1.pt")).unlink()
@@ -256,46 +238,44 @@ def test_a_run_goes_on_where_it_was_stopped(benchmarks, monkeypatch, tmp_path):
     assert "| WD, W4A8 | 2 | 4/8 |" in output.with_suffix(".md").read_text()
 
 
-def test_rows_come_from_a_process_that_has_imported_everything(tmp_path):
-    script = f"""
-import sys
-sys.path.insert(0, {str(REPOSITORY / "benchmarks")!r})
-import quality
-with quality.one_row_each(1) as pool:
-    print(pool.submit(eval, "'quality' in __import__('sys').modules").result())
+def test_rows_come_from_a_process_that_has_imported_everything():
+    script = """
+from benchmarks.quality import compare
+with compare.one_row_each(1) as pool:
+    print(pool.submit(eval, "'benchmarks.quality.compare' in __import__('sys').modules").result())
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"], done.stderr
 
 
-def test_rows_of_libraries_that_are_not_installed_stay_in_the_file(benchmarks, monkeypatch, tmp_path):
-    quality, peers = benchmarks["quality"], importlib.import_module("quality_peers")
-    name = next(iter(peers.PEERS))
-    monkeypatch.setattr(peers, "missing", lambda peer: "not installed")
-    monkeypatch.setattr(quality, "ROOT", tmp_path)
-    monkeypatch.setattr(quality, "run_rows", lambda *_: True)
-    row = dict.fromkeys(benchmarks["quality_report"].COLUMNS, 1.0) | {"weight_bits": 4, "activation_bits": 8}
+def test_rows_of_libraries_that_are_not_installed_stay_in_the_file(monkeypatch, tmp_path):
+    name = next(iter(unets.PEERS))
+    monkeypatch.setattr(unets, "missing", lambda peer: "not installed")
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "run_rows", lambda *_: True)
+    row = dict.fromkeys(report.COLUMNS, 1.0) | {"weight_bits": 4, "activation_bits": 8}
     row |= {"library": "other 1.2", "quantized_weight_share": 1.0}
     output = tmp_path / "quality.json"
-    output.write_text(json.dumps({"images": quality.IMAGES, "results": {name: {"0": row}}}))
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--output", str(output)])
+    output.write_text(json.dumps({"images": compare.IMAGES, "results": {name: {"0": row}}}))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--output", str(output)])
 
-    assert name not in quality.rows_to_measure(quick=False)
-    quality.main()
+    assert name not in rows.rows_to_measure(quick=False)
+    compare.main()
 
     assert json.loads(output.read_text())["results"] == {name: {"0": row}}
 
 
-def test_end_to_end_training_comes_closer_than_rounding(benchmarks, unet, calibration_set, monkeypatch):
-    cost = benchmarks["calibration_cost"]
+def test_end_to_end_training_comes_closer_than_rounding(unet, calibration_set, monkeypatch):
     clock = itertools.count(0.0, 0.05)  # a step of training takes that long, on every machine
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(calibration_cost, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     record, rounded, trained = {}, *(UNet2DModel.from_config(unet.config).eval() for _ in range(2))
     for copy in (rounded, trained):
         copy.load_state_dict(unet.state_dict())
     config = dq_runtime.DilateQuantConfig(activation_bits=4, dilation="weight")
     dq_runtime.calibrate(rounded, calibration_set, config)
-    with cost.training_by(lambda distil, *arguments: cost.train_end_to_end(*arguments[:-1], 3.0), record):
+    with calibration_cost.training_by(
+        lambda distil, *arguments: calibration_cost.train_end_to_end(*arguments[:-1], 3.0), record
+    ):
         dq_runtime.calibrate(trained, calibration_set, config, dq_runtime.Distillation())
 
     call = calibration_set.calls[-1]  # the timestep that matters most

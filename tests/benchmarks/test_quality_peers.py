@@ -5,10 +5,7 @@ Tests of a library that is not installed are skipped.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +15,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import cpp_extension
 
 import dq_runtime
+from benchmarks.peers import unets
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-quality_peers = importlib.import_module("quality_peers")
-PEERS = quality_peers.PEERS
+PEERS = unets.PEERS
 
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"  # 64 -> 64, no bias
 CONVOLUTION = "mid_block.resnets.0.conv1"  # 64 -> 64, 3x3, a bias
@@ -73,7 +69,7 @@ def calibration_set(unet):
 
 @pytest.fixture(scope="module", params=PEERS)
 def peer(request):
-    reason = quality_peers.missing(PEERS[request.param])
+    reason = unets.missing(PEERS[request.param])
     if reason is not None:
         pytest.skip(reason)
     return PEERS[request.param]
@@ -93,25 +89,25 @@ def test_output_is_close_to_floating_point_but_not_equal(peer, quantized, unet, 
 
 
 def test_all_but_the_first_and_last_convolution_is_quantized(peer, quantized, unet):
-    coverage = quality_peers.coverage(quantized, unet)
-    if quality_peers.CONVOLUTIONS in peer.limits:
+    coverage = unets.coverage(quantized, unet)
+    if unets.CONVOLUTIONS in peer.limits:
         kept = [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
     else:
         kept = ["conv_in", "conv_out"]
         assert coverage.weight_share > 0.99
     assert sorted(coverage.kept) == sorted(kept)
-    assert coverage.quantized + len(kept) == sum(isinstance(module, quality_peers.LAYERS) for module in unet.modules())
+    assert coverage.quantized + len(kept) == sum(isinstance(module, unets.LAYERS) for module in unet.modules())
 
 
 def test_layers_take_the_bytes_of_their_scheme(peer, quantized):
-    sizes = [1e6 * quality_peers.size_mb(quantized.get_submodule(name)) for name in (LINEAR, CONVOLUTION)]
+    sizes = [1e6 * unets.size_mb(quantized.get_submodule(name)) for name in (LINEAR, CONVOLUTION)]
     assert sizes == pytest.approx(BYTES[peer.name])
 
 
 def test_unet_is_smaller_by_what_was_quantized(peer, quantized, unet):
-    share = quality_peers.coverage(quantized, unet).weight_share
-    bits = 8 if quality_peers.UNPACKED in peer.limits else peer.weight_bits
-    saved = 1 - quality_peers.size_mb(quantized) / quality_peers.size_mb(unet)
+    share = unets.coverage(quantized, unet).weight_share
+    bits = 8 if unets.UNPACKED in peer.limits else peer.weight_bits
+    saved = 1 - unets.size_mb(quantized) / unets.size_mb(unet)
     # a little less than all that the bits save: scales, and parameters that are no weights
     assert 0.85 < saved / (share * (1 - bits / 32)) < 1
 
@@ -123,14 +119,14 @@ def test_the_stock_unet_stays_as_it_is(quantized, unet, calibration_set):
 
 
 def test_missing_names_the_package():
-    peer = quality_peers.Peer("nobody's", "no-such-library", 4, 8, lambda unet, calibration_set: unet)
-    assert quality_peers.missing(peer) == "no-such-library is not installed"
+    peer = unets.Peer("nobody's", "no-such-library", 4, 8, lambda unet, calibration_set: unet)
+    assert unets.missing(peer) == "no-such-library is not installed"
 
 
 def test_missing_asks_for_ninja_where_a_library_compiles(monkeypatch):
-    monkeypatch.setattr(quality_peers, "version", lambda package: "1.0")
+    monkeypatch.setattr(unets, "version", lambda package: "1.0")
     monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: False)
-    reasons = {name: quality_peers.missing(peer) for name, peer in PEERS.items()}
+    reasons = {name: unets.missing(peer) for name, peer in PEERS.items()}
     assert [name for name, reason in reasons.items() if reason is not None and "ninja" in reason] == [
         "quanto qint4 weight-only",
         "quanto qint4, qint8 static",
@@ -144,8 +140,8 @@ def test_every_peer_of_a_missing_package_says_so(monkeypatch, package):
             raise PackageNotFoundError(name)
         return "1.0"
 
-    monkeypatch.setattr(quality_peers, "version", version)
-    reasons = [quality_peers.missing(peer) for peer in PEERS.values() if peer.package == package]
+    monkeypatch.setattr(unets, "version", version)
+    reasons = [unets.missing(peer) for peer in PEERS.values() if peer.package == package]
     assert reasons
     assert set(reasons) == {f"{package} is not installed"}
 
@@ -153,13 +149,13 @@ def test_every_peer_of_a_missing_package_says_so(monkeypatch, package):
 def test_size_counts_buffers_and_what_lies_inside_tensor_subclasses():
     module = nn.Linear(8, 4, bias=False)
     module.register_buffer("table", torch.zeros(5, dtype=torch.int16))
-    assert quality_peers.size_mb(module) == pytest.approx((8 * 4 * 4 + 5 * 2) / 1e6)
+    assert unets.size_mb(module) == pytest.approx((8 * 4 * 4 + 5 * 2) / 1e6)
     halves = TwoTensor(torch.zeros(4, 8), torch.zeros(4, 8))
     module.weight = nn.Parameter(TwoTensor(halves, halves.clone()))
-    assert quality_peers.size_mb(module) == pytest.approx((4 * 8 * 4 * 4 + 5 * 2) / 1e6)
+    assert unets.size_mb(module) == pytest.approx((4 * 8 * 4 * 4 + 5 * 2) / 1e6)
 
 
 def test_an_unquantized_unet_is_not_covered(unet):
-    coverage = quality_peers.coverage(unet, unet)
+    coverage = unets.coverage(unet, unet)
     assert coverage.quantized == 0
     assert coverage.weight_share == 0

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +12,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-unets = importlib.import_module("unets")
-roofline = importlib.import_module("roofline")
+from benchmarks import unets
+from benchmarks.static_analysis import devices, kernel_bounds, roofline
 
 CONV = unets.LayerShape("conv2d", 2, 320, 320, 64, 64, (3, 3), (1, 1), (1, 1))
 
 
 @pytest.fixture(scope="module")
 def steps():
-    return {name: roofline.trace(name, 2) for name in unets.CONFIGS}
+    return {name: kernel_bounds.trace(name, 2) for name in unets.CONFIGS}
 
 
 def milliseconds(steps, device, variant):
-    kernels = roofline.forward_kernels(steps, *roofline.VARIANTS[variant])
-    return 1e3 * sum(kernel.seconds(roofline.DEVICES[device]) for kernel in kernels)
+    kernels = kernel_bounds.forward_kernels(steps, *kernel_bounds.VARIANTS[variant])
+    return 1e3 * sum(kernel.seconds(devices.DEVICES[device]) for kernel in kernels)
 
 
 # At 512x512 and 1024x1024, a multiply-accumulate being two operations.
@@ -53,34 +50,34 @@ def test_operations_agree_with_pytorchs_counter(steps, name):
 
 
 def test_bytes_of_a_convolution_by_hand():
-    (layer,) = roofline.layer_kernels(CONV, "fp16", fused=False)
+    (layer,) = kernel_bounds.layer_kernels(CONV, "fp16", fused=False)
     assert layer.weight_bytes == 2 * 320 * 320 * 9
     assert layer.activation_bytes == 2 * (2 * 64 * 64 * 320) * 2
-    quantize, layer = roofline.layer_kernels(CONV, "w4a8", fused=False)
+    quantize, layer = kernel_bounds.layer_kernels(CONV, "w4a8", fused=False)
     assert quantize.activation_bytes == (2 * 64 * 64 * 320) * (2 + 1)
     assert layer.weight_bytes == 320 * 320 * 9 / 2 + 320 * (4 + 4)
     assert layer.activation_bytes == (2 * 64 * 64 * 320) * (1 + 2)
-    (layer,) = roofline.layer_kernels(CONV, "w4a4", fused=True)
+    (layer,) = kernel_bounds.layer_kernels(CONV, "w4a4", fused=True)
     assert layer.activation_bytes == (2 * 64 * 64 * 320) * (0.5 + 2)
 
 
 def test_an_odd_channel_is_packed_with_a_partner():
     shape = unets.LayerShape("conv2d", 1, 3, 8, 4, 4, (3, 3), (1, 1), (1, 1))
-    assert roofline.weight_bytes(shape, roofline.PRECISIONS["w4a8"]) == 8 * (2 * 9 + 8)
+    assert kernel_bounds.weight_bytes(shape, kernel_bounds.PRECISIONS["w4a8"]) == 8 * (2 * 9 + 8)
 
 
 def test_bound_is_the_slower_of_arithmetic_and_memory():
-    device = roofline.DEVICES["A100"]
-    assert roofline.layer_bound(CONV, device, "fp16") == pytest.approx(2 * (2 * 4096) * 320 * 2880 / 312e12)
+    device = devices.DEVICES["A100"]
+    assert kernel_bounds.layer_bound(CONV, device, "fp16") == pytest.approx(2 * (2 * 4096) * 320 * 2880 / 312e12)
     one_token = unets.LayerShape("linear", 2, 1280, 320, 1, 1)
     traffic = 2 * (1280 * 320 + 2 * 1280 + 2 * 320)
-    assert roofline.layer_bound(one_token, device, "fp16") == pytest.approx(traffic / 2.039e12)
+    assert kernel_bounds.layer_bound(one_token, device, "fp16") == pytest.approx(traffic / 2.039e12)
 
 
 def traced(forward, layers, *tensors):
     """The steps of a function of meta tensors, whose layers are named by their weight."""
     shapes = {layer.weight: unets.layer_shape(layer, example) for layer, example in layers.items()}
-    tracer = roofline.Tracer(shapes)
+    tracer = kernel_bounds.Tracer(shapes)
     with torch.no_grad(), tracer:
         forward(*tensors)
     return tracer.steps
@@ -88,7 +85,7 @@ def traced(forward, layers, *tensors):
 
 def traffic(steps, precision):
     """Bytes of the activations, by fused kernel."""
-    return [kernel.activation_bytes for kernel in roofline.fused_kernels(steps, precision)]
+    return [kernel.activation_bytes for kernel in kernel_bounds.fused_kernels(steps, precision)]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +101,7 @@ def test_norm_and_activation_write_what_the_convolution_reads_and_the_residual_i
     size = x.numel()
     assert traffic(steps, "w4a8") == [2 * size + size, size + 2 * size + 2 * size]
     assert traffic(steps, "fp16") == [2 * size + 2 * size, 2 * size + 2 * size + 2 * size]
-    unfused = [kernel.activation_bytes for kernel in roofline.unfused_kernels(steps, "w4a8")]
+    unfused = [kernel.activation_bytes for kernel in kernel_bounds.unfused_kernels(steps, "w4a8")]
     assert unfused == [4 * size, 4 * size, 3 * size, 3 * size, 6 * size]
 
 
@@ -162,22 +159,22 @@ def test_what_a_norm_and_a_layer_read_is_written_in_both_widths():
 def test_every_weight_is_read_once(steps, name):
     weights = sum(len(s.names) * s.out_channels * s.reduction for s in unets.layers(name, 2))
     for fused in (False, True):
-        assert sum(k.weight_bytes for k in roofline.forward_kernels(steps[name], "fp16", fused)) == 2 * weights
-        packed = sum(k.weight_bytes for k in roofline.forward_kernels(steps[name], "w4a8", fused))
+        assert sum(k.weight_bytes for k in kernel_bounds.forward_kernels(steps[name], "fp16", fused)) == 2 * weights
+        packed = sum(k.weight_bytes for k in kernel_bounds.forward_kernels(steps[name], "w4a8", fused))
         assert packed / weights == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("name", unets.CONFIGS)
 def test_kernels_lose_no_operation(steps, name):
     expected = sum(roofline.operations(steps[name]).values())
-    for choice in roofline.VARIANTS.values():
-        assert sum(k.operations for k in roofline.forward_kernels(steps[name], *choice)) == expected
+    for choice in kernel_bounds.VARIANTS.values():
+        assert sum(k.operations for k in kernel_bounds.forward_kernels(steps[name], *choice)) == expected
 
 
-@pytest.mark.parametrize("device", roofline.DEVICES)
+@pytest.mark.parametrize("device", devices.DEVICES)
 @pytest.mark.parametrize("name", unets.CONFIGS)
 def test_fusion_and_fewer_bits_never_make_the_bound_slower(steps, name, device):
-    times = {variant: milliseconds(steps[name], device, variant) for variant in roofline.VARIANTS}
+    times = {variant: milliseconds(steps[name], device, variant) for variant in kernel_bounds.VARIANTS}
     for slower, faster in itertools.pairwise(["fp16 unfused", "fp16 fused", "w4a8 fused", "w4a4 fused"]):
         assert times[slower] > times[faster]
     assert times["w4a8 unfused"] > times["w4a8 fused"]
@@ -185,9 +182,9 @@ def test_fusion_and_fewer_bits_never_make_the_bound_slower(steps, name, device):
 
 def test_attention_in_int8_changes_the_time_of_attention_alone(steps):
     times = [
-        roofline.by_kind((kernel.kind, kernel.seconds(roofline.DEVICES["A100"])) for kernel in kernels)
+        roofline.by_kind((kernel.kind, kernel.seconds(devices.DEVICES["A100"])) for kernel in kernels)
         for kernels in (
-            roofline.forward_kernels(steps["sdxl"], *roofline.VARIANTS[variant])
+            kernel_bounds.forward_kernels(steps["sdxl"], *kernel_bounds.VARIANTS[variant])
             for variant in ("w4a8 fused", "w4a8 fused, int8 attention")
         )
     ]
@@ -197,15 +194,15 @@ def test_attention_in_int8_changes_the_time_of_attention_alone(steps):
     assert 0.4 * in_float < in_int8 < 0.6 * in_float
 
 
-@pytest.mark.parametrize("variant", roofline.VARIANTS)
+@pytest.mark.parametrize("variant", kernel_bounds.VARIANTS)
 def test_a_device_with_higher_ceilings_is_faster(steps, variant):
     times = [milliseconds(steps["sd15"], device, variant) for device in ("A100", "H100 (measured)", "H100", "H200")]
     assert times == sorted(times, reverse=True)
 
 
 def test_twice_the_batch_costs_more_but_not_more_than_twice():
-    for variant in roofline.VARIANTS:
-        one, two = (milliseconds(roofline.trace("ddpm_cifar", batch), "H100", variant) for batch in (1, 2))
+    for variant in kernel_bounds.VARIANTS:
+        one, two = (milliseconds(kernel_bounds.trace("ddpm_cifar", batch), "H100", variant) for batch in (1, 2))
         assert one < two < 2 * one
 
 
@@ -218,11 +215,11 @@ def test_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert list(document["unets"]) == ["ddpm_cifar"]
     assert roofline.table(document["unets"]) == capsys.readouterr().out.rstrip("\n")
     for name, ceilings in document["devices"].items():
-        assert {key: tuple(ceiling.values()) for key, ceiling in ceilings.items()} == vars(roofline.DEVICES[name])
+        assert {key: tuple(ceiling.values()) for key, ceiling in ceilings.items()} == vars(devices.DEVICES[name])
         assert all(ceiling["source"] for ceiling in ceilings.values())
     report = document["unets"]["ddpm_cifar"]
     layers = sum(row["count"] * row["operations"] for row in report["layers"])
     assert layers + report["operations"]["attention"] == sum(report["operations"].values())
     for row, shape in zip(report["layers"], unets.layers("ddpm_cifar", 4), strict=True):
-        bound = roofline.layer_bound(shape, roofline.DEVICES["H100"], "w4a8", fused=False)
+        bound = kernel_bounds.layer_bound(shape, devices.DEVICES["H100"], "w4a8", fused=False)
         assert row["microseconds"]["H100"]["w4a8 unfused"] == pytest.approx(1e6 * bound, rel=1e-5)

@@ -1,29 +1,24 @@
 """The studies that README quotes: timesteps' importance, skip ranges, unseen timesteps, attention in int8."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from fused_unets import call, new_unet, quantized
 
+from benchmarks.quality import int8_attention, skip_ranges, study, timestep_importance, unseen_timesteps
 from dq_runtime.layers import quantized_layers
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Runs a script's command line, with some of its constants changed, and returns its report."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
-    def report(name, *arguments, **constants):
-        script = importlib.import_module(name)
+    def report(script, *arguments, **constants):
         for constant, value in constants.items():
             monkeypatch.setattr(script, constant, value)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--output", str(tmp_path / "report.json")])
+        monkeypatch.setattr(sys, "argv", [script.__name__, *arguments, "--output", str(tmp_path / "report.json")])
         script.main()
         return json.loads((tmp_path / "report.json").read_text())
 
@@ -31,7 +26,7 @@ def run(monkeypatch, tmp_path):
 
 
 def test_a_trained_unet_forgets_errors_as_the_closed_form_says(run):
-    report = run("timestep_importance", IMAGES=8, STEPS=4)
+    report = run(timestep_importance, IMAGES=8, STEPS=4)
 
     assert [row["timestep"] for row in report["rows"]] == sorted(row["timestep"] for row in report["rows"])
     assert len(report["rows"]) == 4
@@ -43,7 +38,7 @@ def test_a_trained_unet_forgets_errors_as_the_closed_form_says(run):
 
 
 def test_each_source_of_a_skip_gets_a_quantizer_of_its_own(run):
-    report = run("skip_ranges", STEPS=2, CALIBRATION_SAMPLES=4)
+    report = run(skip_ranges, STEPS=2, CALIBRATION_SAMPLES=4)
 
     layers = {row["layer"] for row in report["rows"]}
     assert layers == {f"up_blocks.{block}.resnets.{i}.conv_shortcut" for block in range(3) for i in range(2)}
@@ -52,25 +47,22 @@ def test_each_source_of_a_skip_gets_a_quantizer_of_its_own(run):
     assert all(row["none"] > 10 for row in report["rows"] if row["activation_bits"] == 8)
 
 
-def test_two_quantizers_win_where_ranges_are_far_apart(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    study = importlib.import_module("skip_ranges")
+def test_two_quantizers_win_where_ranges_are_far_apart():
     generator = torch.Generator().manual_seed(0)
     weight, rows = (torch.randn(*shape, generator=generator) for shape in ((8, 16), (256, 16)))
     rows[:, :8] *= 100
     weight[:, :8] /= 100
 
-    one, two = (study.output_sqnr(weight, [rows], torch.ones(16), 4, ends) for ends in ([16], [8, 16]))
+    one, two = (skip_ranges.output_sqnr(weight, [rows], torch.ones(16), 4, ends) for ends in ([16], [8, 16]))
 
     assert two > one + 3
 
 
 def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run):
-    script = importlib.import_module("unseen_timesteps")
     names = ("DDIM, 20 steps", "LCM, 4 steps")
-    samplers = {name: script.SAMPLERS[name] for name in names}
+    samplers = {name: unseen_timesteps.SAMPLERS[name] for name in names}
     arguments = ("--bits", "4", "--seeds", "1")
-    report = run("unseen_timesteps", *arguments, SAMPLERS=samplers, IMAGES=4, CALIBRATION_SAMPLES=4)
+    report = run(unseen_timesteps, *arguments, SAMPLERS=samplers, IMAGES=4, CALIBRATION_SAMPLES=4)
 
     ddim, lcm = report["rows"]
     assert [ddim["sampler"], lcm["sampler"]] == list(names)
@@ -82,11 +74,10 @@ def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run):
 
 
 def test_attention_in_int8_costs_an_image_next_to_nothing(run, monkeypatch):
-    quality = importlib.import_module("quality")
-    monkeypatch.setattr(quality, "CALIBRATION_SAMPLES", 4)
-    monkeypatch.setattr(quality, "STEPS", 4)
+    monkeypatch.setattr(study, "CALIBRATION_SAMPLES", 4)
+    monkeypatch.setattr(study, "STEPS", 4)
 
-    report = run("int8_attention", "--seeds", "1", IMAGES=4, ITERATIONS=0, STEPS=4, ACTIVATION_BITS=(4,))
+    report = run(int8_attention, "--seeds", "1", IMAGES=4, ITERATIONS=0, STEPS=4, ACTIVATION_BITS=(4,))
 
     psnr_db = {row["unet"]: row["mean_psnr_db"] for row in report["rows"]}
     assert list(psnr_db) == ["fp32", "W4A4", "fp32, int8 attention", "W4A4, int8 attention"]
@@ -95,7 +86,7 @@ def test_attention_in_int8_costs_an_image_next_to_nothing(run, monkeypatch):
 
 
 def test_attention_to_more_random_tokens_loses_more(run):
-    rows = run("int8_attention", "--random")["rows"]
+    rows = run(int8_attention, "--random")["rows"]
 
     for spread in (1, 2, 4):
         ratios = [row["sqnr_db"] for row in rows if row["spread"] == spread]
@@ -103,29 +94,28 @@ def test_attention_to_more_random_tokens_loses_more(run):
         assert 29 < min(ratios) < max(ratios) < 40
 
 
-def test_gains_of_scales_are_seed_by_seed(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+def test_gains_of_scales_are_seed_by_seed():
     seeds = {
         "fp32": [{"accuracy": 1.0}, {"accuracy": 0.5}],
         "nearest": [{"accuracy": 0.5, "psnr_db": 30.0}, {"accuracy": 0.5, "psnr_db": 34.0}],
         "interpolated": [{"accuracy": 0.5, "psnr_db": 31.0}, {"accuracy": 0.75, "psnr_db": 37.0}],
     }
 
-    summary = importlib.import_module("unseen_timesteps").summary(seeds)
+    summary = unseen_timesteps.summary(seeds)
 
     assert summary["accuracy"] == {"fp32": 0.75, "nearest": 0.5, "interpolated": 0.625}
     assert summary["psnr_db"] == {"nearest": [30.0, 34.0], "interpolated": [31.0, 37.0]}
     assert summary["gain_db"] == {"interpolated": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
 
 
-def test_tables_between_timesteps_lie_between_theirs_and_on_them_are_theirs(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-    study = importlib.import_module("unseen_timesteps")
+def test_tables_between_timesteps_lie_between_theirs_and_on_them_are_theirs():
     unet = quantized()
     first, second, *_ = own = unet.config.quantization_config.timesteps
 
-    same = study.with_tables(unet, new_unet("conv projections"), own, study.interpolated(unet, own))
-    between = study.interpolated(unet, [(first + second) / 2])
+    same = unseen_timesteps.with_tables(
+        unet, new_unet("conv projections"), own, unseen_timesteps.interpolated(unet, own)
+    )
+    between = unseen_timesteps.interpolated(unet, [(first + second) / 2])
 
     assert torch.equal(call(same), call(unet))
     for name, layer in quantized_layers(unet).items():

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from benchmarks import unets
+from benchmarks.result_files import ROOT
+from benchmarks.speed import launches
+from benchmarks.tuning import tune
 from dq_kernels.tuning import LaunchConfig, read_tuning
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-launches = importlib.import_module("launches")
-tune = importlib.import_module("tune")
-unets = importlib.import_module("unets")
 
 LINEAR = launches.Launch("linear", 8192, 640, 640, (2, 4096, 640), (640, 320))
 GEGLU = launches.Launch("linear_geglu", 2048, 5120, 1280, (2, 1024, 1280), (10240, 640))
@@ -138,7 +134,7 @@ def test_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_without_a_gpu_it_says_so():
     run = subprocess.run(
-        [sys.executable, "benchmarks/tune.py"],
+        [sys.executable, "-m", "benchmarks.tuning.tune"],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=120,
         check=False,
     )  # fmt: skip
@@ -148,7 +144,7 @@ def test_without_a_gpu_it_says_so():
 
 def test_dry_run_launches_every_operator():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "benchmarks/tune.py", "--dry-run"]
+    command = [sys.executable, "-m", "benchmarks.tuning.tune", "--dry-run"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert {line.split()[0] for line in run.stdout.splitlines()} == {"linear", "linear_geglu", "conv2d"}

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-unets = importlib.import_module("unets")
+from benchmarks import unets
 
 # Millions, as the papers of SD (860), SDXL (2.6 billion), LDM (274) and DDPM (35.7) state them, to more digits.
 PARAMETERS = {"sd15": 859.5, "sdxl": 2567.5, "ldm4": 274.1, "ddpm_cifar": 35.7}

@@ -1,4 +1,4 @@
-"""Machine code of the kernels for GPUs that need not be present, as benchmarks/static_kernels.py reports it.
+"""Machine code of the kernels for GPUs that need not be present, as ``static_kernels`` reports it.
 
 The claims are held against the committed report, which must cover all that is shipped, and against a sample that is
 compiled here and now; the sample also shows that the report is not stale.
@@ -6,26 +6,18 @@ compiled here and now; the sample also shows that the report is not stale.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.result_files import ROOT
+from benchmarks.static_analysis import kernel_uses, machine_code, static_kernels
 from dq_kernels import attention
-
-triton = pytest.importorskip("triton")
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-kernel_uses = importlib.import_module("kernel_uses")
-machine_code = importlib.import_module("machine_code")
-static_kernels = importlib.import_module("static_kernels")
 
 MMA_SYNC = r"mma\.sync\.\S*\.s32\.s8\.s8\.s32"
 MMA = {
@@ -55,8 +47,9 @@ def process_and_sample(
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     output = tmp_path_factory.mktemp("static") / "static_kernels.json"
     targets = [word for target in SAMPLED for word in ("--target", target)]
-    command = [sys.executable, static_kernels.__file__, "--sample", "--jobs", "1", "--output", str(output), *targets]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.static_analysis.static_kernels", "--sample", "--jobs", "1", *targets]
+    command += ["--output", str(output)]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     return process, static_kernels.read_report(output)
 
@@ -84,7 +77,7 @@ def gemms(rows: list[Row], *targets: str) -> dict[str, Row]:
 def test_report_covers_all_that_is_shipped(committed: dict[str, Any]) -> None:
     shipped = {identity(static_kernels.name_of(job)) for job in static_kernels.all_jobs(list(MMA))}
     reported = {identity(row) for row in committed["rows"]}
-    assert reported == shipped, "run benchmarks/static_kernels.py again"
+    assert reported == shipped, "run benchmarks/static_analysis/static_kernels.py again"
 
 
 def test_report_is_what_the_compiler_says_today(
@@ -100,7 +93,7 @@ def test_report_is_what_the_compiler_says_today(
         for column, value in row.items()
         if reported.get(identity(row), {}).get(column) != value
     }
-    assert stale == {}, "run benchmarks/static_kernels.py again"
+    assert stale == {}, "run benchmarks/static_analysis/static_kernels.py again"
 
 
 def test_compiler_reports_no_error(

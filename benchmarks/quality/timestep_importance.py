@@ -1,6 +1,6 @@
 """Whether an error of the prediction at each timestep moves the image as ``timestep_importance`` says.
 
-    python benchmarks/timestep_importance.py [--task digits/cross_attention] [--output FILE]
+    python -m benchmarks.quality.timestep_importance [--task digits/cross_attention] [--output FILE]
 
 Samples with the floating-point UNet, once as it is and once with a small random error added to its prediction at one
 timestep, and compares the squared error of the images, over that of the prediction, with the closed form.
@@ -8,17 +8,13 @@ timestep, and compares the squared error of the images, over that of the predict
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-import environment
 import torch
-from quality import ROOT, STEPS
-from tasks import TASKS
 
+from benchmarks.quality.study import STEPS, slug, task_parser, write_report
 from dq_runtime.calibration.importance import timestep_importance
+from examples.small_unets.tasks import TASKS
 
 IMAGES = 64
 ERROR = 0.02  # standard deviation, where a prediction has about 1
@@ -51,9 +47,7 @@ def measured_importance(task_name: str) -> dict[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
-    parser.add_argument("--output", type=Path)
+    parser = task_parser(__doc__)
     arguments = parser.parse_args()
     measured = measured_importance(arguments.task)
     expected = timestep_importance(TASKS[arguments.task].noise_scheduler(), list(measured))
@@ -63,16 +57,9 @@ def main() -> None:
     ]
     for row in rows:
         print(f"{row['timestep']:5.0f}  {row['measured']:.2e}  {row['closed_form']:.2e}  {row['ratio']:.2f}")
-    slug = arguments.task.replace("/", "_")
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"timestep_importance_{slug}.json"
-    report = {
-        "command": f"python benchmarks/timestep_importance.py --task {arguments.task}",
-        "environment": environment.describe(),
-        "task": arguments.task,
-        "images": IMAGES,
-        "rows": rows,
-    }
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    results = {"task": arguments.task, "images": IMAGES, "rows": rows}
+    options = f"--task {arguments.task}"
+    write_report("timestep_importance", options, slug(arguments.task), results, arguments.output)
 
 
 if __name__ == "__main__":

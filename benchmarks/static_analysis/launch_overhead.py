@@ -1,6 +1,6 @@
 """What Python takes for one forward pass of a fused UNet, measured without a GPU.
 
-    python benchmarks/launch_overhead.py [--unet sd15]... [--rounds 30] [--profile] [--output FILE]
+    python -m benchmarks.static_analysis.launch_overhead [--unet sd15]... [--rounds 30] [--profile] [--output FILE]
 
 Without a CUDA graph a fused UNet waits for Python, not for the GPU. Here a forward pass runs as it would on Hopper:
 modules, checks, dispatcher, allocations and Triton's own code for each launch. But tensors lie on the CPU, the launches
@@ -10,7 +10,6 @@ result is what this machine's Python takes; a GPU's driver takes some microsecon
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import json
 import pstats
@@ -20,19 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import environment
-import quantized_unets
 import torch
 import torch.nn.functional as F
-import unets
-from kernel_uses import TARGETS
 from triton.runtime import driver
-from whole_file import write_whole
 
+from benchmarks import environment, quantized_unets, unets
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import RESULTS, write_whole
+from benchmarks.static_analysis.kernel_uses import TARGETS
 from dq_kernels import conv2d, linear, norm, quantize
 from dq_runtime import fuse
 
-RESULTS = Path(__file__).parent / "results"
 LAUNCHERS = {
     quantize: ("quantize",),
     norm: ("layer_norm_quantize", "group_norm_quantize"),
@@ -120,7 +117,7 @@ def measure(name: str, batch: int, rounds: int, gpu: NoGPU) -> tuple[dict[str, A
 @torch.no_grad()
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated; sd15")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)

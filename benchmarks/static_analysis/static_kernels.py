@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that need not be present, and reports what the machine code looks like.
 
-    python benchmarks/static_kernels.py [--target sm_90]... [--sample] [--jobs 2] [--output FILE]
+    python -m benchmarks.static_analysis.static_kernels [--target sm_90]... [--sample] [--jobs 2] [--output FILE]
 
 Each use of each kernel is compiled in each launch configuration that ``kernels/tuning`` lists for the architecture (or
 for the one whose file serves it). Instructions are counted here, not timed. The JSON has the names of its columns, then
@@ -21,7 +21,6 @@ rows:
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -32,15 +31,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import machine_code
 import triton
-from kernel_uses import TARGETS, USES, compile_int8, compile_use, shipped
-from machine_code import MMA, Instruction, count, main_loop
 from triton.compiler import CompiledKernel
 
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import RESULTS
+from benchmarks.static_analysis import machine_code
+from benchmarks.static_analysis.kernel_uses import TARGETS, USES, compile_int8, compile_use, shipped
+from benchmarks.static_analysis.machine_code import MMA, Instruction, count, main_loop
 from dq_kernels.tuning import LaunchConfig
 
-OUTPUT = Path(__file__).parent / "results" / "static_kernels.json"
+OUTPUT = RESULTS / "static_kernels.json"
 SAMPLED_WHOLE = "sm_90"
 
 Job = tuple[str, tuple[str, str], LaunchConfig | None]
@@ -202,7 +203,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; all of them by default")
     parser.add_argument("--sample", action="store_true", help="compile a part, as the tests do")
     parser.add_argument(

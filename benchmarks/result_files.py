@@ -1,8 +1,11 @@
-"""Results files that are whole whenever a run is stopped."""
+"""Where results go, and results files that are whole whenever a run is stopped."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]  # of the repository
+RESULTS = Path(__file__).parent / "results"
 
 
 def write_whole(path: Path, text: str) -> None:

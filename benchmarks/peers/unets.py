@@ -16,7 +16,7 @@ here, one a byte.
 
 None of the libraries is a dependency; ``pip install torchao optimum-quanto sdnq ninja`` installs them. quanto's 4-bit
 weights compile a small C++ extension when they are first used, which takes a minute or two. Linear layers on a GPU are
-in ``peers.py`` (there, SDNQ's int4 has a scale for each output channel).
+in ``linears.py`` (there, SDNQ's int4 has a scale for each output channel).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import environment
-import peers
-from kernel_cases import compile_kernels
+from benchmarks import environment
+from benchmarks.peers import linears
+from benchmarks.speed.kernel_cases import compile_kernels
+from benchmarks.speed.kernel_report import summary
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 
@@ -60,15 +59,13 @@ def record_row(pytestconfig: pytest.Config) -> Callable[[dict[str, Any]], None]:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The speed-ups of what ran, and which libraries were not there to compare with."""
-    from bench_kernels import summary  # a test module: pytest has to import it first
-
     rows = config.stash[ROWS]
     if rows:
         terminalreporter.section("kernels")
         for line in summary(rows):
             terminalreporter.line(line)
-        for name in peers.PEERS:
-            if (reason := peers.missing(name)) is not None:
+        for name in linears.PEERS:
+            if (reason := linears.missing(name)) is not None:
                 terminalreporter.line(f"not compared with {name}: {reason}")
 
 

@@ -1,6 +1,6 @@
 """The skip concat of an up block: is one quantizer enough for its two sources?
 
-    python benchmarks/skip_ranges.py [--task digits/cross_attention] [--output FILE]
+    python -m benchmarks.quality.skip_ranges [--task digits/cross_attention] [--output FILE]
 
 A resnet's ``conv_shortcut`` reads what came up and what came across, whose ranges differ. For each of them: the
 signal-to-noise ratio (dB) of the output with one quantizer and no dilation, with each rule of dilation (which can fold
@@ -9,22 +9,18 @@ the ratio of the ranges into its factors), and with a quantizer for each source.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-import environment
 import torch
-from quality import BATCH, ROOT, STEPS
-from tasks import TASKS
 
 import dq_runtime
+from benchmarks.quality.study import BATCH, STEPS, slug, task_parser, write_report
 from dq_runtime.calibration.dilation import joint_dilation, weight_dilation
 from dq_runtime.calibration.temporal import rounded, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.weights import quantize_weight
 from dq_runtime.convert import plan_conversion
+from examples.small_unets.tasks import TASKS
 
 CALIBRATION_SAMPLES = 40
 MAX_DILATION = 8.0
@@ -61,9 +57,7 @@ def sources(unet: Any, name: str) -> int:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
-    parser.add_argument("--output", type=Path)
+    parser = task_parser(__doc__)
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     unet = task.unet()
@@ -94,15 +88,8 @@ def main() -> None:
             }
             rows.append(row)
             print({key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()})
-    report = {
-        "command": f"python benchmarks/skip_ranges.py --task {arguments.task}",
-        "environment": environment.describe(),
-        "task": arguments.task,
-        "rows": rows,
-    }
-    slug = arguments.task.replace("/", "_")
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"skip_ranges_{slug}.json"
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    results = {"task": arguments.task, "rows": rows}
+    write_report("skip_ranges", f"--task {arguments.task}", slug(arguments.task), results, arguments.output)
 
 
 if __name__ == "__main__":

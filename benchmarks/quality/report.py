@@ -1,4 +1,4 @@
-"""What ``quality.py`` has measured, as means over the seeds, a page and a plot."""
+"""What ``compare.py`` has measured, as means over the seeds, a page and a plot."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from quality_methods import ACTIVATION_BITS, METHODS
-from quality_peers import PEERS
+
+from benchmarks.peers.unets import PEERS
+from benchmarks.quality.methods import ACTIVATION_BITS, METHODS
 
 PAIRS = (  # a part, a method without it and the same with it
     ("WD, untrained", "one static scale", "WD"),
@@ -78,7 +79,7 @@ def page(report: Mapping[str, Any], plot: str) -> str:
         "",
         f"{report['images']} images a seed, {report['steps']} steps, {report['calibration_samples']} calibration",
         f"samples; `{report['command']}`, {environment['date']}, {environment['cpu_model']}, {', '.join(versions)}.",
-        "The columns are described in `benchmarks/quality.py`.",
+        "The columns are described in `benchmarks/quality/compare.py`.",
         "",
         *_table(rows),
         "",

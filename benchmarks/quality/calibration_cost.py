@@ -1,13 +1,13 @@
 """What block-wise distillation costs beside end-to-end training of the same quantized UNet.
 
-    python benchmarks/calibration_cost.py [--task digits/cross_attention] [--budgets 64 ... 1024] [--output FILE]
+    python -m benchmarks.quality.calibration_cost [--task photos] [--budgets 64 ... 1024] [--output FILE]
 
 Both start from the same post-training quantization (W4A4) and draw timesteps alike; each runs in a process of its own,
 on one thread. The baseline is that of DilateQuant's paper, quantization-aware training: all layers at once, from
 rounding to nearest, towards the floating-point UNet's prediction, with learning rates of its own and as many seconds as
 block-wise distillation took (its own targets are computed before its clock starts). A second one gets as many as
 block-wise distillation that ends in a polish, with activations computed twice. Reports seconds (of each block too),
-peak memory on top of what the process held before training, and PSNR to fp32 over the images of ``quality.py``'s first
+peak memory on top of what the process held before training, and PSNR to fp32 over the images of ``compare.py``'s first
 seed; then block-wise distillation with fewer and more samples.
 """
 
@@ -22,18 +22,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import environment
-import peak_memory
 import torch
-from quality import FIRST_IMAGE_SEED, ROOT, STEPS, collect
-from tasks import TASKS
 from torch import nn
 
 import dq_runtime
+from benchmarks.quality import peak_memory
+from benchmarks.quality.study import FIRST_IMAGE_SEED, STEPS, collect, slug, task_parser, write_report
+from benchmarks.result_files import ROOT
 from dq_runtime import Distillation
 from dq_runtime.calibration import calibrate as calibration
 from dq_runtime.calibration import distillation
@@ -42,6 +40,7 @@ from dq_runtime.calibration.replay import result_tensor, squared_error
 from dq_runtime.calibration.simulated import simulated
 from dq_runtime.evaluation.metrics import psnr
 from dq_runtime.timesteps import TimestepGrid
+from examples.small_unets.tasks import TASKS
 
 IMAGES = 300
 BITS = 4
@@ -143,10 +142,8 @@ def measure(task_name: str, way: str, samples: int, seconds: float) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser = task_parser(__doc__)
     parser.add_argument("--budgets", type=int, nargs="*", default=[64, 256, 1024])
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # what a measurement's own process gets
     arguments = parser.parse_args()
     if arguments.measure:
@@ -156,9 +153,10 @@ def main() -> None:
         return
 
     def in_own_process(way: str, samples: int, seconds: float = 0.0) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--task", arguments.task, "--measure", way, str(samples), str(seconds)]
+        command = [sys.executable, "-m", "benchmarks.quality.calibration_cost", "--task", arguments.task]
+        command += ["--measure", way, str(samples), str(seconds)]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
         print(
             f"{way}, {samples} samples: {row['seconds']:.0f} s, {row['allocated_mb']:.0f} MB "
@@ -174,17 +172,10 @@ def main() -> None:
         shares = {name: block_wise[f"{name}_mb"] / end_to_end[f"{name}_mb"] for name in ("allocated", "resident")}
         rows.append(block_wise | {"end_to_end": end_to_end, "share_of_memory": shares})
     budgets = [in_own_process("block-wise", samples) for samples in arguments.budgets]
-    report = {
-        "command": f"python benchmarks/calibration_cost.py --task {arguments.task}",
-        "environment": environment.describe() | {"threads": 1},
-        "task": arguments.task,
-        "activation_bits": BITS,
-        "rows": rows,
-        "budgets": budgets,
-    }
-    slug = arguments.task.replace("/", "_")
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"calibration_cost_{slug}.json"
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    results = {"task": arguments.task, "activation_bits": BITS, "rows": rows, "budgets": budgets}
+    write_report(
+        "calibration_cost", f"--task {arguments.task}", slug(arguments.task), results, arguments.output, threads=1
+    )
     for row in rows:
         shares = row["share_of_memory"]
         print(

@@ -1,7 +1,7 @@
 """The forward pass of whole UNets: INT4 against fp16, side by side in one run.
 
-    python benchmarks/bench_unet.py [--unet sd15]... [--batch 2] [--row 'int4 CUDA graph']... [--output FILE]
-    python benchmarks/bench_unet.py --device cpu --unet ddpm_cifar
+    python -m benchmarks.speed.bench_unet [--unet sd15]... [--batch 2] [--row 'int4 CUDA graph']... [--output FILE]
+    python -m benchmarks.speed.bench_unet --device cpu --unet ddpm_cifar
 
 SD1.5 at 512x512 and SDXL at 1024x1024 in their real configurations. Weights are random: latency does not depend on
 their values. Every round times one forward of each row in turn; the table shows medians. ``weights MB`` counts
@@ -12,7 +12,6 @@ UNets: a small one takes one ``--unet`` and some ``--row`` at a time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -21,13 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import environment
-import quantized_unets
 import torch
-import unets
 from torch import nn
-from whole_file import write_whole
 
+from benchmarks import environment, quantized_unets, unets
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import write_whole
 from dq_runtime.fused import fuse
 from dq_runtime.graphs import enable_cuda_graphs
 
@@ -200,7 +198,7 @@ def table(name: str, results: list[Result]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated; sd15 and sdxl")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--batch", type=int, default=2)

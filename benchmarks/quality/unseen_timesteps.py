@@ -1,6 +1,6 @@
 """Sampling at timesteps that no calibration has seen: DDIM-20's scales under other samplers.
 
-    python benchmarks/unseen_timesteps.py [--task digits/cross_attention] [--bits 8] [--seeds 3] [--output FILE]
+    python -m benchmarks.quality.unseen_timesteps [--task digits/cross_attention] [--bits 8] [--seeds 3] [--output FILE]
 
 For each sampler a UNet that was calibrated on DDIM with 20 steps draws the same noise as fp32 with
 
@@ -15,26 +15,22 @@ rounded with error feedback, without training, so that nothing but the calibrati
 
 from __future__ import annotations
 
-import argparse
-import json
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import environment
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
-from quality import BATCH, CALIBRATION_SAMPLES, FIRST_IMAGE_SEED, ROOT
-from tasks import TASKS
 
 import dq_runtime
+from benchmarks.quality.study import BATCH, CALIBRATION_SAMPLES, FIRST_IMAGE_SEED, slug, task_parser, write_report
 from dq_runtime.calibration.temporal import sample_inputs, temporal_quantizer
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.evaluation.metrics import psnr
 from dq_runtime.layers import quantized_layers
+from examples.small_unets.tasks import TASKS
 
 IMAGES = 200
 SAMPLERS: dict[str, tuple[Any, int]] = {
@@ -81,11 +77,9 @@ def with_tables(unet: Any, stock: Any, timesteps: list[float], tables: Tables) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser = task_parser(__doc__)
     parser.add_argument("--bits", type=int, choices=(4, 6, 8), default=8, help="of activations")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     unet = task.unet()
@@ -133,18 +127,14 @@ def main() -> None:
                     result["psnr_db"] = float(psnr(images, reference).mean())
                 results[name].setdefault(which, []).append(result)
                 print(f"seed {seed}  {name:24s} {which:16s} {result}", flush=True)
-    slug = f"{arguments.task.replace('/', '_')}_w4a{arguments.bits}"
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"unseen_timesteps_{slug}.json"
     report = {
-        "command": f"python benchmarks/unseen_timesteps.py --task {arguments.task} --bits {arguments.bits}"
-        f" --seeds {arguments.seeds}",
-        "environment": environment.describe(),
         "task": arguments.task,
         "activation_bits": arguments.bits,
         "images": IMAGES,
         "rows": [{"sampler": name, **summary(by_scales)} for name, by_scales in results.items()],
     }
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    options = f"--task {arguments.task} --bits {arguments.bits} --seeds {arguments.seeds}"
+    write_report("unseen_timesteps", options, f"{slug(arguments.task)}_w4a{arguments.bits}", report, arguments.output)
 
 
 def summary(by_scales: dict[str, list[dict[str, float]]]) -> dict[str, Any]:

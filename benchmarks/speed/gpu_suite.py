@@ -1,7 +1,7 @@
 """All that a GPU is needed for, in one command and one results file: the tests, the kernels, whole UNets.
 
-    python benchmarks/gpu_suite.py [--minutes 9] [--stage tests|kernels|unet]... [--full] [--output FILE]
-    python benchmarks/gpu_suite.py --dry-run           # on a CPU, tiny shapes, less than a minute
+    python -m benchmarks.speed.gpu_suite [--minutes 9] [--stage tests|kernels|unet]... [--full] [--output FILE]
+    python -m benchmarks.speed.gpu_suite --dry-run           # on a CPU, tiny shapes, less than a minute
 
 Every stage is a process with a time limit: its share of what is left of the budget. What a stage did not use goes to
 the next ones. The results are written before the first stage and after each, and a stage's rows are kept as far as it
@@ -11,13 +11,12 @@ the exit code is 1 if any stage did not pass.
   tests    the test suite on the GPU, without what needs none and takes minutes: tests/kernels/test_static.py (compiles
            for other GPUs), tests/test_package.py (builds wheels), tests/examples (trains, samples on the CPU) and
            tests/benchmarks (runs benchmarks on the CPU); side by side where pytest-xdist is installed
-  kernels  benchmarks/bench_kernels.py; --full for every shape
-  unet     benchmarks/bench_unet.py for SD1.5 and SDXL
+  kernels  benchmarks/speed/bench_kernels.py; --full for every shape
+  unet     benchmarks/speed/bench_unet.py for SD1.5 and SDXL
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -32,10 +31,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import environment
-from whole_file import write_whole
+from benchmarks import environment
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import ROOT, write_whole
 
-ROOT = Path(__file__).parents[1]
 NOT_FOR_GPUS = ("tests/kernels/test_static.py", "tests/test_package.py", "tests/examples", "tests/benchmarks")
 TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # each compiles kernels, which is what takes the time
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for processes side by side
@@ -75,8 +74,8 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
     tests = [*pytest, "--maxfail=20", "tests", *(f"--ignore={path}" for path in NOT_FOR_GPUS)]
     if importlib.util.find_spec("xdist") is not None:
         tests += ["-n", str(TEST_PROCESSES)]
-    kernels = [*pytest, "benchmarks/bench_kernels.py", f"--rows={rows}", "--benchmark-columns=median,iqr,rounds"]
-    unet = [sys.executable, "benchmarks/bench_unet.py", "--output", str(unets)]
+    kernels = [*pytest, "benchmarks/speed/bench_kernels.py", f"--rows={rows}", "--benchmark-columns=median,iqr,rounds"]
+    unet = [sys.executable, "-m", "benchmarks.speed.bench_unet", "--output", str(unets)]
     if dry_run:
         tests = [*pytest, "-x", "tests/kernels/test_packing.py"]
         kernels += ["--tiny"]
@@ -187,7 +186,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all stages (default: %(default)s)")
     parser.add_argument("--stage", action="append", default=[], choices=("tests", "kernels", "unet"))
     parser.add_argument("--full", action="store_true", help="every shape of the kernels; needs more minutes")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import peers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from unets import LayerShape
 
+from benchmarks.peers import linears
+from benchmarks.unets import LayerShape
 from dq_kernels import ops, reference
 
 CUDA = torch.cuda.is_available()
@@ -135,10 +135,10 @@ def layer_side(shape: LayerShape, implementation: str) -> Side:
     if implementation == OURS:
         reads = _tensors(x, weights.packed, weights.bias)
         return Side(lambda: int4_layer(shape, x, tables, weights), reads, shape.operations)
-    if implementation in peers.PEERS:
-        x = x.to(peers.activation_dtype(implementation))
-        peer = peers.PEERS[implementation](weights.dense)
-        held = weights.dense.numel() * peers.weight_bits(implementation) // 8
+    if implementation in linears.PEERS:
+        x = x.to(linears.activation_dtype(implementation))
+        peer = linears.PEERS[implementation](weights.dense)
+        held = weights.dense.numel() * linears.weight_bits(implementation) // 8
         return Side(lambda: peer(x), (x, torch.empty(held, dtype=torch.uint8, device="meta")), shape.operations)
     x, weight, bias = (tensor.to(BASELINES[implementation]) for tensor in (x, weights.dense, weights.bias))
     if shape.kind == "linear":

@@ -1,7 +1,7 @@
 """What attention in int8, softmax included, costs in image quality, alone and on top of INT4 layers.
 
-    python benchmarks/int8_attention.py [--task digits/cross_attention] [--seeds 3] [--output FILE]
-    python benchmarks/int8_attention.py --random
+    python -m benchmarks.quality.int8_attention [--task digits/cross_attention] [--seeds 3] [--output FILE]
+    python -m benchmarks.quality.int8_attention --random
 
 Draws the same noise in fp32 and with the UNet's attentions in int8, all else in floating point; then with a UNet that
 was calibrated and trained block by block, W4A8 and W4A4, as it is and with its attentions in int8. The figures are PSNR
@@ -13,24 +13,20 @@ These UNets attend to few tokens. ``--random`` writes the signal-to-noise ratio 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from copy import deepcopy
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import environment
 import torch
 from diffusers.models.attention_processor import Attention
-from quality import FIRST_IMAGE_SEED, ROOT, STEPS, collect
-from tasks import TASKS
 
 import dq_runtime
+from benchmarks.quality.study import FIRST_IMAGE_SEED, STEPS, collect, slug, task_parser, write_report
 from dq_kernels import ops
 from dq_runtime.attention import float_attention
 from dq_runtime.evaluation.metrics import psnr
+from examples.small_unets.tasks import TASKS
 
 IMAGES, ACTIVATION_BITS = 300, (8, 4)
 ITERATIONS = dq_runtime.Distillation().iterations
@@ -104,21 +100,17 @@ def drawn(task_name: str, num_seeds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser = task_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--random", action="store_true", help="attend to random tokens; no UNet draws")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.random:
-        name, command = "random", "--random"
+        name, options = "random", "--random"
         report = {"rows": random_tokens()}
     else:
-        name, command = arguments.task.replace("/", "_"), f"--task {arguments.task} --seeds {arguments.seeds}"
+        name, options = slug(arguments.task), f"--task {arguments.task} --seeds {arguments.seeds}"
         report = {"task": arguments.task, "images": IMAGES, "rows": drawn(arguments.task, arguments.seeds)}
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"int8_attention_{name}.json"
-    about = {"command": f"python benchmarks/int8_attention.py {command}", "environment": environment.describe()}
-    output.write_text(json.dumps(about | report, indent=1) + "\n")
+    write_report("int8_attention", options, name, report, arguments.output)
 
 
 if __name__ == "__main__":

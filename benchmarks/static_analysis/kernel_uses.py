@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import triton
-from int8_baseline import int8_gemm_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from benchmarks.static_analysis.int8_baseline import int8_gemm_kernel
 from dq_kernels import attention, norm, quantize
 from dq_kernels.gemm import STATISTICS_ROWS, int4_gemm_kernel
 from dq_kernels.tuning import AMD_FILE, FILES, LaunchConfig, tuned_shapes

@@ -1,4 +1,4 @@
-"""Ways to quantize a whole UNet to W4A8 and W4A4, for ``quality.py``: DilateQuant part by part, and what was before it.
+"""Ways to quantize a whole UNet to W4A8 and W4A4, for ``compare.py``: DilateQuant part by part, and what was before it.
 
 Every method quantizes the same layers (all but ``conv_in`` and ``conv_out``; one row leaves all convolutions alone, as
 some libraries do), to the same packed format, with one weight scale for each output channel, and runs on the same

@@ -1,9 +1,9 @@
 """Searches launch configurations for the GEMMs of SD1.5 and SDXL, and writes the tuning file that the package ships.
 
-    python benchmarks/tune.py [--unet sd15]... [--batch 2]... [--minutes 8] [--output FILE]
+    python -m benchmarks.tuning.tune [--unet sd15]... [--batch 2]... [--minutes 8] [--output FILE]
 
-For each launch of a fused UNet (see ``launches``): every tile that fits, then split-K and the order of the tiles for
-the best ones. Times are medians over CUDA graphs with rotated weights. ``<output>.progress`` keeps every finished
+For each launch of a fused UNet (``speed/launches.py``): every tile that fits, then split-K and the order of the tiles
+for the best ones. Times are medians over CUDA graphs with rotated weights. ``<output>.progress`` keeps every finished
 shape, so an interrupted search goes on where it stopped. Once there is a shape of every operator the tuning file is
 written after each: what was measured there before stays until its shape is tuned again. With it comes
 ``benchmarks/results/tuning_<architecture>.json``, the best configuration's time for each launch. Candidates that spill
@@ -12,7 +12,6 @@ registers are left out. ``--dry-run`` tries tiny shapes in Triton's interpreter,
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -22,19 +21,17 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-import environment
 import torch
-from launches import Launch, launches
-from timing import copies_to_rotate, graph_microseconds
-from whole_file import write_whole
 
-from dq_kernels import gemm
-from dq_kernels.conv2d import conv2d_output_size
-from dq_kernels.packing import unpack_int4
+from benchmarks import environment
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import RESULTS, ROOT, write_whole
+from benchmarks.speed.launches import Launch, launches
+from benchmarks.speed.problem import Problem
+from benchmarks.speed.timing import graph_microseconds
 from dq_kernels.tuning import LaunchConfig, architecture, read_tuning
 
-TUNING = Path(__file__).parents[1] / "kernels" / "tuning"
-RESULTS = Path(__file__).parent / "results"
+TUNING = ROOT / "kernels" / "tuning"
 FIELDS = ["block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "split_k"]
 COLUMNS = ["op", "rows", "out_channels", "reduction", "stride", "upsample", "residual", "config", "us", "tops"]
 # block_m, block_n, block_k, num_warps, num_stages
@@ -75,54 +72,6 @@ TINY = (
     Launch("conv2d", 32, 32, 288, (2, 6, 6, 32), (32, 3, 3, 16)),
 )
 DRY_TILES = ((16, 16, 16, 4, 2), (32, 16, 16, 4, 2))
-
-
-class Problem:
-    """A launch's operands, with copies of the weight to rotate."""
-
-    def __init__(self, launch: Launch, device: str, copies: int | None = None) -> None:
-        self.launch = launch
-        # Weights come from memory in a real forward pass, activations from the layer before.
-        self.copies = copies or copies_to_rotate(torch.Size(launch.weight).numel())
-        self.weights = [
-            torch.randint(0, 256, launch.weight, dtype=torch.uint8, device=device) for _ in range(self.copies)
-        ]
-        rows = launch.weight[0]
-        self.x = torch.randint(-128, 128, launch.x, dtype=torch.int8, device=device)
-        is_quantized = launch.op == "linear_geglu"
-        shape = self._out_shape()
-        self.out = torch.empty(shape, dtype=torch.int8 if is_quantized else torch.float16, device=device)
-        self.tables = {
-            "weight_scale": torch.full((rows,), 0.001, device=device),
-            "weight_sum": unpack_int4(self.weights[0]).flatten(1).sum(1, dtype=torch.int32),
-            "act_scale": torch.full((20,), 0.03, device=device),
-            "act_zero_point": torch.full((20,), -3, dtype=torch.int32, device=device),
-            "timestep_index": torch.full((launch.x[0],), 7, dtype=torch.int32, device=device),
-            "bias": torch.randn(rows, dtype=torch.float16, device=device),
-        }
-        self.options: dict[str, Any] = {}
-        if len(launch.weight) == 4:
-            self.options = {"kernel_size": launch.weight[1:3], "stride": launch.stride, "upsample": launch.upsample}
-        if launch.residual:
-            self.options["residual"] = torch.randn(shape, dtype=torch.float16, device=device)
-        if is_quantized:
-            self.options |= {
-                "activation": "geglu",
-                "next_dilation": torch.ones(launch.out_channels, device=device),
-                "next_scale": self.tables["act_scale"],
-                "next_zero_point": self.tables["act_zero_point"],
-            }
-
-    def _out_shape(self) -> tuple[int, ...]:
-        launch = self.launch
-        if len(launch.weight) == 2:
-            return (*launch.x[:-1], launch.out_channels)
-        size = conv2d_output_size(launch.x[1:3], launch.weight[1:3], launch.stride, (1, 1), launch.upsample)
-        return (launch.x[0], *size, launch.out_channels)
-
-    def run(self, config: LaunchConfig, copy: int = 0) -> Any:
-        """One launch; the compiled kernel."""
-        return gemm.launch(config, self.x, self.weights[copy], out=self.out, **self.tables, **self.options)
 
 
 def key(launch: Launch) -> str:
@@ -271,7 +220,7 @@ def dry_run() -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--unet", action="append", help="may be repeated; sd15 and sdxl")
     parser.add_argument("--batch", action="append", type=int, help="may be repeated; 2")
     parser.add_argument("--minutes", type=float, default=8, help="time budget (default: %(default)s)")

@@ -1,6 +1,6 @@
 """What a GPU reaches at best: the ceilings under which measured times are read.
 
-    python benchmarks/ceilings.py [--output benchmarks/results/ceilings_<device>.json]
+    python -m benchmarks.speed.ceilings [--output benchmarks/results/ceilings_<device>.json]
 
 Random data, medians over CUDA graphs: a product of 8192 x 8192 x 8192 in fp16 (cuBLAS) and int8 (cuBLASLt, through
 ``torch._int_mm``), the same with our INT4 weights in the fastest of a few tiles, and a copy of 1 GiB, counting bytes
@@ -9,16 +9,17 @@ read and written.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-import environment
 import torch
-from launches import Launch
-from timing import graph_microseconds
-from tune import Problem
 
+from benchmarks import environment
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import RESULTS
+from benchmarks.speed.launches import Launch
+from benchmarks.speed.problem import Problem
+from benchmarks.speed.timing import graph_microseconds
 from dq_kernels.tuning import LaunchConfig
 
 SIZE = 8192
@@ -48,12 +49,12 @@ def measure() -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, help="where the JSON goes (default: by the device's name)")
     arguments = parser.parse_args()
     about = environment.describe()
     name = f"ceilings_{environment.slug(about['device'])}.json"
-    output = arguments.output or Path(__file__).parent / "results" / name
+    output = arguments.output or RESULTS / name
     ceilings = measure()
     output.write_text(json.dumps({**about, **ceilings}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(ceilings, indent=1))

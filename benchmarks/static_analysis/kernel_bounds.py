@@ -1,11 +1,9 @@
-"""The best possible speed of the benchmarks' UNets on GPUs that need not be present.
+"""The kernels of a UNet's forward pass, unfused and fused, and the least time that each takes on a device.
 
-    python benchmarks/roofline.py [--unet sd15]... [--batch 2] [--output benchmarks/results/roofline.json]
-
-A forward is a list of kernels. Each takes at least max(operations / peak, bytes / bandwidth), where a tensor that a
-kernel reads or writes crosses the memory bus once; the bound is the sum over the kernels. Left out are launches, the
-second pass of a norm over its input, biases, and copies that only change a layout (in channels_last there are none).
-So are caches that keep a tensor from one kernel to the next, by which a small model can be faster than its bound.
+A kernel takes at least max(operations / peak, bytes / bandwidth), where a tensor that it reads or writes crosses the
+memory bus once. Left out are launches, the second pass of a norm over its input, biases, and copies that only change a
+layout (in channels_last there are none). So are caches that keep a tensor from one kernel to the next, by which a small
+model can be faster than its bound.
 
 **unfused**: every operator of diffusers' forward is a kernel; it reads its inputs and writes its output in 16 bit. A
 quantized layer is two: one reads x in 16 bit and writes it quantized, the other reads that and writes y in 16 bit.
@@ -26,74 +24,19 @@ are int8, of q, k and v that are read in 16 bit.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from unets import CONFIGS, LayerShape, build, inputs, layers
 
-OUTPUT = Path(__file__).parent / "results" / "roofline.json"
-
-
-class Ceiling(NamedTuple):
-    """The most of something that a device does in a second, and who says so."""
-
-    per_second: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """Dense tensor arithmetic (a multiplication and an addition are two operations) and memory traffic in bytes."""
-
-    fp16: Ceiling
-    int8: Ceiling
-    memory: Ceiling
-
-
-def _measured(file: str) -> Device:
-    """What ``ceilings.py`` measured; the int8 ceiling is the fastest of cuBLASLt's product and ours."""
-    path = Path(__file__).parent / "results" / file
-    found = json.loads(path.read_text(encoding="utf-8"))
-    source = f"{path.name}: {found['device']}, torch {found['versions']['torch']}, {found['date']}"
-    int8, by = max((found["int8_tops"], "cuBLASLt"), (found["int4_tops"], "our INT4 GEMM"))
-    return Device(
-        Ceiling(found["fp16_tflops"] * 1e12, source),
-        Ceiling(int8 * 1e12, f"{source}; {by}"),
-        Ceiling(found["copy_tbps"] * 1e12, f"{source}; reads and writes counted"),
-    )
-
-
-GA102 = "NVIDIA Ampere GA102 whitepaper v2, appendix A, GeForce RTX 3090"
-AD102 = "NVIDIA Ada GPU architecture whitepaper, appendix A, GeForce RTX 4090"
-A100 = "NVIDIA A100 datasheet, SXM 80 GB, without sparsity"
-H100 = "NVIDIA H100 datasheet, SXM 80 GB, half of what it states with sparsity"
-H200 = "NVIDIA H200 datasheet, SXM, half of what it states with sparsity"
-FP32_ACCUMULATION = "FP16 with FP32 accumulation, as PyTorch computes; twice that with FP16 accumulation"
-
-DEVICES = {
-    "RTX 3090": Device(
-        Ceiling(71e12, f"{GA102}: {FP32_ACCUMULATION}"), Ceiling(284e12, GA102), Ceiling(0.936e12, GA102)
-    ),
-    "RTX 4090": Device(
-        Ceiling(165.2e12, f"{AD102}: {FP32_ACCUMULATION}"), Ceiling(660.6e12, AD102), Ceiling(1.008e12, AD102)
-    ),
-    "A100": Device(Ceiling(312e12, A100), Ceiling(624e12, A100), Ceiling(2.039e12, A100)),
-    "H100": Device(Ceiling(989.5e12, H100), Ceiling(1979e12, H100), Ceiling(3.35e12, H100)),
-    "H100 (measured)": _measured("ceilings_nvidia_h100_80gb_hbm3.json"),
-    "H200": Device(Ceiling(989.5e12, H200), Ceiling(1979e12, H200), Ceiling(4.8e12, H200)),
-}
+from benchmarks.static_analysis.devices import Device
+from benchmarks.unets import LayerShape, build, inputs, layers
 
 
 @dataclass(frozen=True)
@@ -301,103 +244,3 @@ def fused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
 def forward_kernels(steps: list[Step], precision: str, fused: bool) -> list[Kernel]:
     """The kernels of one forward."""
     return (fused_kernels if fused else unfused_kernels)(steps, precision)
-
-
-def by_kind(costs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Sums of costs that come with the kind that they belong to."""
-    totals: dict[str, float] = {}
-    for kind, cost in costs:
-        totals[kind] = totals.get(kind, 0) + cost
-    return totals
-
-
-def operations(steps: list[Step]) -> dict[str, float]:
-    """Multiplications and additions of one forward, by kind of layer."""
-
-    def kind(step: Step) -> str:
-        if step.shape is None or step.shape.kind == "linear":
-            return step.shape.kind if step.shape else step.kind
-        return "conv2d {}x{}".format(*step.shape.kernel_size)
-
-    return by_kind((kind(step), step.operations) for step in steps if step.operations)
-
-
-def layer_row(shape: LayerShape) -> dict[str, Any]:
-    """One distinct shape: bytes and bounds of one layer by itself."""
-    kernels = {variant: layer_kernels(shape, *choice) for variant, choice in LAYER_VARIANTS.items()}
-    return {
-        "layer": shape.label,
-        "count": len(shape.names),
-        "operations": shape.operations,
-        "weight_bytes": {name: weight_bytes(shape, PRECISIONS[name]) for name in ("fp16", "w4a8")},
-        "activation_bytes": {variant: sum(k.activation_bytes for k in made) for variant, made in kernels.items()},
-        "microseconds": {
-            name: {v: 1e6 * layer_bound(shape, device, *choice) for v, choice in LAYER_VARIANTS.items()}
-            for name, device in DEVICES.items()
-        },
-    }
-
-
-def unet_report(name: str, batch: int) -> dict[str, Any]:
-    """One UNet: operations, bytes and bounds of a forward by kind of kernel, and its distinct layers."""
-    steps = trace(name, batch)
-    kernels = {variant: forward_kernels(steps, *choice) for variant, choice in VARIANTS.items()}
-    return {
-        "operations": operations(steps),
-        "weight_bytes": {variant: sum(k.weight_bytes for k in made) for variant, made in kernels.items()},
-        "activation_bytes": {v: by_kind((k.kind, k.activation_bytes) for k in made) for v, made in kernels.items()},
-        "milliseconds": {
-            name: {v: by_kind((k.kind, 1e3 * k.seconds(device)) for k in made) for v, made in kernels.items()}
-            for name, device in DEVICES.items()
-        },
-        "layers": [layer_row(shape) for shape in layers(name, batch)],
-    }
-
-
-def rounded(report: Any) -> Any:
-    """The same with floating-point numbers to six significant digits."""
-    if isinstance(report, dict):
-        return {key: rounded(value) for key, value in report.items()}
-    if isinstance(report, list):
-        return [rounded(value) for value in report]
-    return float(f"{report:.6g}") if isinstance(report, float) else report
-
-
-def table(reports: dict[str, dict[str, Any]]) -> str:
-    """Milliseconds of a forward, and how many times faster than fp16 W4A8 can be at best."""
-    lines = [["UNet", "device", *VARIANTS, "fp16/w4a8, both fused", "fp16 unfused/w4a8 fused"]]
-    for name, report in reports.items():
-        for device, variants in report["milliseconds"].items():
-            times = {variant: sum(kinds.values()) for variant, kinds in variants.items()}
-            ratios = [times[baseline] / times["w4a8 fused"] for baseline in ("fp16 fused", "fp16 unfused")]
-            lines.append([name, device, *(f"{time:.3f}" for time in times.values()), *(f"{r:.2f}" for r in ratios)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unet", action="append", choices=CONFIGS, help="may be repeated; all of them by default")
-    parser.add_argument("--batch", type=int, default=2, help="samples in a forward (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes (default: %(default)s)")
-    arguments = parser.parse_args()
-    reports = {name: rounded(unet_report(name, arguments.batch)) for name in arguments.unet or CONFIGS}
-    print(table(reports))
-    document = {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "date": datetime.date.today().isoformat(),
-        "batch": arguments.batch,
-        "devices": {
-            name: {ceiling: limit._asdict() for ceiling, limit in vars(device).items()}
-            for name, device in DEVICES.items()
-        },
-        "unets": reports,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

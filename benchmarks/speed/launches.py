@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import quantized_unets
 import torch
-import unets
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import quantized_unets, unets
 from dq_kernels.conv2d import gemm_name
 from dq_runtime.fused import fuse
 

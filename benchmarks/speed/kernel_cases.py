@@ -8,11 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peers
 import torch
-import unets
-from kernel_sides import BASELINE, BASELINES, CHAINS, OURS, Side, layer_side
-from unets import LayerShape
+
+from benchmarks import unets
+from benchmarks.peers import linears
+from benchmarks.speed.kernel_sides import BASELINE, BASELINES, CHAINS, OURS, Side, layer_side
+from benchmarks.unets import LayerShape
 
 UNETS = ("sd15", "sdxl")
 SUBSET = 12  # shapes of a UNet, unless all are wanted
@@ -66,7 +67,7 @@ def cases(full: bool, tiny: bool) -> list[Case]:
     """All rows: ours and the baselines' layers, then chains, then other libraries' linears, so that a run that is cut
     short has what matters; with ``full`` every shape, at batch 2 and 8, otherwise the representative ones.
     """
-    present = [name for name in peers.PEERS if peers.missing(name) is None]
+    present = [name for name in linears.PEERS if linears.missing(name) is None]
     layers, chains, others = [], [], []
     for unet in ("tiny",) if tiny else UNETS:
         for batch in (2, 8) if full and not tiny else (2,):

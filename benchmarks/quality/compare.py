@@ -1,0 +1,128 @@
+"""What quantization costs in image quality: DilateQuant part by part, what came before it, and other libraries.
+
+    python -m benchmarks.quality.compare [--task photos] [--quick] [--row NAME]... [--jobs 2] [--output FILE]
+
+Trained small UNets (``examples/small_unets``) draw the same noise in fp32 and quantized. Each row of each seed runs in
+a process of its own, on one thread, ``--jobs`` at a time; a seed decides about calibration data, training and the noise
+of the images. Writes every single number to ``benchmarks/results/quality_<task>.json`` and, beside it, a page with the
+means and standard deviations (``.md``, which it prints as well) and a plot (``.png``). Rows that are there already
+(from an interrupted run) are not measured again; delete the file to begin anew.
+
+Columns: label accuracy; PSNR in dB against fp32 at equal noise, of each image (mean) and of all together (pooled: the
+few images that became others decide about it); SSIM; Fréchet distance to real images in the
+classifier's features, and what it is more than fp32's; MB (10^6 bytes) of the whole UNet; seconds of calibration, and
+the memory that it allocated at its peak on top of what the process held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import environment
+from benchmarks.quality.report import contributions, page, plot, summary
+from benchmarks.quality.rows import FP32, measure, row_names, rows_to_measure
+from benchmarks.quality.study import CALIBRATION_SAMPLES, STEPS, command, slug, task_parser
+from benchmarks.result_files import RESULTS, ROOT, write_whole
+
+IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
+
+
+def one_row_each(jobs: int) -> Executor:
+    """Processes that end with their row; they come from one that has imported everything."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    context = multiprocessing.get_context("forkserver")
+    # The fork server looks for modules where a new interpreter does, and says nothing if it cannot find one.
+    context.set_forkserver_preload(["benchmarks.quality.compare"])
+    return ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,), max_tasks_per_child=1)
+
+
+def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any], save: Any) -> bool:
+    """Measures what is missing, each row of each seed in its own process, fp32 first; whether all of it succeeded."""
+    succeeded = True
+
+    def has_images(name: str, seed: int) -> bool:
+        return name != FP32 or (folder / f"fp32_{seed}.pt").exists()
+
+    for names in ([FP32], [name for name in arguments.row or rows_to_measure(arguments.quick) if name != FP32]):
+        with one_row_each(arguments.jobs) as pool:
+            # Seed by seed: an interrupted run has whole tables of fewer seeds.
+            rows = {
+                pool.submit(measure, arguments.task, name, seed, arguments.images, folder): (name, seed)
+                for seed, name in itertools.product(range(arguments.seeds), names)
+                if str(seed) not in results.get(name, {}) or not has_images(name, seed)
+            }
+            for row in as_completed(rows):
+                name, seed = rows[row]
+                try:
+                    results.setdefault(name, {})[str(seed)] = row.result()
+                except Exception:
+                    succeeded = False
+                    print(f"{name}, seed {seed} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                else:
+                    save()
+                    print(f"{time.strftime('%H:%M:%S')}  {name}, seed {seed}", flush=True)
+    return succeeded
+
+
+def main() -> None:
+    parser = task_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 images, five methods, no other libraries")
+    parser.add_argument("--images", type=int, default=IMAGES, help="that each row of each seed draws")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--row", action="append", help="only this row; may be given several times")
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.images, arguments.seeds = QUICK_IMAGES, 1
+    name = slug(arguments.task) + ("_quick" if arguments.quick else "")
+    output = arguments.output or RESULTS / f"quality_{name}.json"
+    folder = ROOT / "out" / f"quality_{name}_{arguments.images}"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = json.loads(output.read_text()) if output.exists() else {"images": arguments.images, "results": {}}
+    results = before["results"]
+    if before["images"] != arguments.images:
+        parser.error(f"{output} has rows of {before['images']} images: delete it, or give --images or --output")
+
+    options = f"--task {arguments.task} --images {arguments.images} --seeds {arguments.seeds} --jobs {arguments.jobs}"
+
+    def save() -> dict[str, Any]:
+        ordered = {name: results[name] for name in row_names(quick=False) if name in results}
+        report = {
+            "command": command("compare", options),
+            "environment": environment.describe() | {"threads": 1, "jobs": arguments.jobs},
+            "task": arguments.task,
+            "steps": STEPS,
+            "images": arguments.images,
+            "calibration_samples": CALIBRATION_SAMPLES,
+            "summary": summary(ordered),
+            "contributions": contributions(ordered),
+            "results": ordered,
+        }
+        write_whole(output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        return report
+
+    complete = run_rows(arguments, folder, results, save)
+    report = save()
+    picture = output.with_suffix(".png")
+    plot(report["summary"], picture)
+    text = page(report, picture.name)
+    output.with_suffix(".md").write_text(text)
+    print(text)
+    if not complete:
+        sys.exit("Some rows failed; run it again for those")
+
+
+if __name__ == "__main__":
+    main()

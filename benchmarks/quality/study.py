@@ -1,0 +1,58 @@
+"""What the comparison of methods and the studies share: how they sample, their command lines and reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dq_runtime
+from benchmarks import environment
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import RESULTS
+from examples.small_unets.task import Task
+from examples.small_unets.tasks import TASKS
+
+STEPS, BATCH = 20, 100
+CALIBRATION_SAMPLES = 200
+FIRST_IMAGE_SEED = 1000  # calibration uses the seeds below
+
+
+def collect(task: Task, unet: Any, seed: int) -> dq_runtime.CalibrationSet:
+    """A seed's calibration data: the UNet's calls while it samples."""
+    return dq_runtime.collect_from_scheduler(
+        unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, seed), STEPS,
+        task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
+    )  # fmt: skip
+
+
+def task_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that all have: the task, and where the report goes."""
+    parser = new_parser(description)
+    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser.add_argument("--output", type=Path)
+    return parser
+
+
+def slug(task: str) -> str:
+    """The name of a task as part of a file's name."""
+    return task.replace("/", "_")
+
+
+def command(script: str, options: str) -> str:
+    """The command line that a report names."""
+    return f"python -m benchmarks.quality.{script} {options}"
+
+
+def write_report(
+    script: str, options: str, name: str, results: Mapping[str, Any], output: Path | None, **about: Any
+) -> None:
+    """JSON with the command and the environment before the results, by default ``results/<script>_<name>.json``.
+
+    ``about`` is what the environment says of the processes that measured, where it differs from this one.
+    """
+    report = {"command": command(script, options), "environment": environment.describe() | about} | dict(results)
+    path = output or RESULTS / f"{script}_{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,91 @@
+"""The results of ``bench_kernels.py``: its rows, with the share of the roofline, and their summary."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from benchmarks.speed.kernel_cases import Case
+from benchmarks.speed.kernel_sides import BASELINE, CUDA, OURS, Side
+from benchmarks.static_analysis.devices import DEVICES, Device
+from benchmarks.static_analysis.kernel_bounds import Kernel, layer_bound
+
+
+def report(case: Case, side: Side, us: float) -> dict[str, Any]:
+    """A row of the results: what ran, us per call, TFLOP/s and the share of what the device could do at best."""
+    bound = bound_us(case, side)
+    layer = None if case.chain else case.shapes[0]
+    return {
+        "group": case.group,
+        "unet": case.unet,
+        "kind": case.kind,
+        "implementation": case.implementation,
+        "us": round(us, 3),
+        "gflop": round(side.operations / 1e9, 6),
+        "tflops": round(side.operations / us / 1e6, 3),
+        "roofline": None if bound is None else round(bound / us, 4),
+        "layers": len(layer.names) if layer else 1,
+    }
+
+
+def ceilings(device: str) -> Device | None:
+    """The published ceilings of a GPU by its name in PyTorch; of none that only resembles it."""
+    if any(word in device for word in ("PCIe", "NVL", "40GB", "Laptop", "MIG", " Ti", " D")):
+        return None
+    matches = (name for name in DEVICES if re.search(rf"\b{re.escape(name)}(?=[- ]|$)", device))
+    return next((DEVICES[name] for name in matches), None)
+
+
+def bound_us(case: Case, side: Side) -> float | None:
+    """The least time on this device, if it is a known one, for ours and for fp16: of a layer ``layer_bound``'s, of a
+    chain that of its operations or of reading its inputs, whichever is longer.
+    """
+    device = ceilings(torch.cuda.get_device_name()) if CUDA else None
+    if device is None or case.implementation not in (OURS, BASELINE):
+        return None
+    ours = case.implementation == OURS
+    if case.chain is None:
+        return 1e6 * layer_bound(case.shapes[0], device, "w4a8" if ours else "fp16", fused=False)
+    arithmetic = "int8" if ours else "fp16"
+    return 1e6 * Kernel("chain", arithmetic, side.operations, 0, side.bytes).seconds(device)
+
+
+def speed_ups(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours relative to the baseline for each group that has both: the group, its speed-up and its FLOPs."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], {})[row["implementation"]] = row
+    return [
+        {
+            **{name: by_name[OURS][name] for name in ("group", "unet", "kind")},
+            "speed_up": by_name[BASELINE]["us"] / by_name[OURS]["us"],
+            "gflop": by_name[OURS]["gflop"] * by_name[OURS]["layers"],
+        }
+        for by_name in groups.values()
+        if OURS in by_name and BASELINE in by_name
+    ]
+
+
+def geometric_mean(ratios: Iterable[tuple[float, float]]) -> float:
+    """Of (ratio, weight): exp(sum w ln r / sum w)."""
+    pairs = list(ratios)
+    return math.exp(sum(weight * math.log(ratio) for ratio, weight in pairs) / sum(weight for _, weight in pairs))
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Lines for the end of a run: mean speed-ups, chains one by one, and every row that is slower than the baseline."""
+    compared = speed_ups(rows)
+    lines = []
+    for unet, kind in dict.fromkeys((row["unet"], row["kind"]) for row in compared if row["kind"] != "chain"):
+        pairs = [(row["speed_up"], row["gflop"]) for row in compared if (row["unet"], row["kind"]) == (unet, kind)]
+        mean = geometric_mean(pairs)
+        lines.append(f"{unet}, {kind}: {mean:.2f}x {BASELINE} (geometric mean of {len(pairs)} by FLOPs)")
+    lines += [f"{row['group']}: {row['speed_up']:.2f}x {BASELINE}" for row in compared if row["kind"] == "chain"]
+    slower = sorted((row for row in compared if row["speed_up"] < 1), key=lambda row: row["speed_up"])
+    lines.append(f"slower than {BASELINE}: {len(slower)} of {len(compared)}")
+    lines += [f"  {row['speed_up']:.2f}x  {row['group']}" for row in slower]
+    return lines
