@@ -29,11 +29,11 @@ train: $(INSTALLED)  ## train the small models again
 gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/results/gpu_<device>.json
 	$(GPU_PYTHON) -m benchmarks.speed.gpu_suite
 
-tune: $(GPU_INSTALLED)  ## on a GPU: search launch configurations: kernels/tuning/<architecture>.json
+tune: $(GPU_INSTALLED)  ## on a GPU: search launch configurations: kernels/triton/tuning/<architecture>.json
 	$(GPU_PYTHON) -m benchmarks.tuning.tune
 
 # CPU wheels are enough for `make demo` and `make test`; on a GPU machine install the package into an environment with CUDA's torch.
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/tuning/*.json dq_runtime/*.py dq_runtime/*/*.py)
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/*/*.py kernels/triton/tuning/*.json dq_runtime/*.py dq_runtime/*/*.py)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt setuptools torch

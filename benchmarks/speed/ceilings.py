@@ -20,7 +20,7 @@ from benchmarks.result_files import RESULTS
 from benchmarks.speed.launches import Launch
 from benchmarks.speed.problem import Problem
 from benchmarks.speed.timing import graph_microseconds
-from dq_kernels.tuning import LaunchConfig
+from dq_kernels.triton.tuning import LaunchConfig
 
 SIZE = 8192
 COPIED_BYTES = 2**30

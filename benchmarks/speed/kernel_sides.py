@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.peers import linears
 from benchmarks.unets import LayerShape
 from dq_kernels import ops, reference
+from dq_kernels.ops import Norm, PackedWeight, Quantizer
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -43,41 +44,32 @@ class Side:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.reads)
 
 
-@dataclass(frozen=True)
-class Tables:
+def random_quantizer(batch: int, channels: int) -> Quantizer:
     """The quantizer of one input: per-timestep scales that hold normally distributed values."""
+    return Quantizer(
+        torch.ones(channels, device=DEVICE),
+        0.03 + 0.005 * torch.rand(TIMESTEPS, device=DEVICE),
+        torch.randint(-8, 9, (TIMESTEPS,), dtype=torch.int32, device=DEVICE),
+        torch.arange(batch, dtype=torch.int32, device=DEVICE) % TIMESTEPS,
+        BITS,
+    )
 
-    dilation: Tensor
-    scale: Tensor
-    zero_point: Tensor
-    index: Tensor
 
-    @staticmethod
-    def random(batch: int, channels: int) -> Tables:
-        return Tables(
-            torch.ones(channels, device=DEVICE),
-            0.03 + 0.005 * torch.rand(TIMESTEPS, device=DEVICE),
-            torch.randint(-8, 9, (TIMESTEPS,), dtype=torch.int32, device=DEVICE),
-            torch.arange(batch, dtype=torch.int32, device=DEVICE) % TIMESTEPS,
-        )
+def dequantizer(quantizer: Quantizer, border: int = 0) -> Callable[[Tensor], Tensor]:
+    """Turns an int8 activation into floats, without a border of so many pixels."""
 
-    @property
-    def of_layer(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.scale, self.zero_point, self.index
+    def to_floats(q: Tensor) -> Tensor:
+        q = q[:, border:-border, border:-border] if border else q
+        return reference.dequantize_activation(q, quantizer)
 
-    @property
-    def of_quantizer(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        return self.dilation, self.scale, self.zero_point, self.index, BITS
-
-    def dequantize(self, q: Tensor) -> Tensor:
-        return reference.dequantize_activation(q, self.dilation, *self.of_layer)
+    return to_floats
 
 
 @dataclass(frozen=True)
 class Weights:
     """Random INT4 weights [N, ..., K] and the same ones dequantized, [N, K] or [N, K, KH, KW] channels_last."""
 
-    packed: tuple[Tensor, Tensor, Tensor]  # weight, weight_scale, weight_sum
+    packed: PackedWeight
     dense: Tensor
     bias: Tensor
 
@@ -91,7 +83,7 @@ class Weights:
         sums = values.flatten(1).sum(1, dtype=torch.int32)
         dense = (values.float() * scale.view(-1, *[1] * len(reduction))).to(COMPUTE_DTYPE)
         dense = dense.permute(0, 3, 1, 2) if len(reduction) == 3 else dense
-        return Weights((ops.pack_int4(values), scale, sums), dense, 0.1 * _randn(out_channels))
+        return Weights(PackedWeight(ops.pack_int4(values), scale, sums), dense, 0.1 * _randn(out_channels))
 
 
 def _randn(*shape: int) -> Tensor:
@@ -120,10 +112,10 @@ def layer_weights(shape: LayerShape) -> Weights:
     return Weights.random(shape.out_channels, *taps, shape.in_channels)
 
 
-def int4_layer(shape: LayerShape, x: Tensor, tables: Tables, weights: Weights) -> Tensor:
+def int4_layer(shape: LayerShape, x: Tensor, quantizer: Quantizer, weights: Weights) -> Tensor:
     """Ours: the quantization of x and the layer; a convolution's result is NHWC."""
-    q = ops.quantize(x, *tables.of_quantizer, shape.padding)
-    arguments = (q, *weights.packed, *tables.of_layer, weights.bias)
+    q = ops.quantize(x, quantizer, shape.padding)
+    arguments = (q, weights.packed, quantizer, weights.bias)
     if shape.kind == "linear":
         return ops.int4_linear(*arguments, out_dtype=COMPUTE_DTYPE)
     return ops.int4_conv2d(*arguments, stride=shape.stride, out_dtype=COMPUTE_DTYPE)[0]
@@ -131,10 +123,11 @@ def int4_layer(shape: LayerShape, x: Tensor, tables: Tables, weights: Weights) -
 
 def layer_side(shape: LayerShape, implementation: str) -> Side:
     """A layer by itself."""
-    x, tables, weights = layer_input(shape), Tables.random(shape.batch, shape.in_channels), layer_weights(shape)
+    x, weights = layer_input(shape), layer_weights(shape)
+    quantizer = random_quantizer(shape.batch, shape.in_channels)
     if implementation == OURS:
         reads = _tensors(x, weights.packed, weights.bias)
-        return Side(lambda: int4_layer(shape, x, tables, weights), reads, shape.operations)
+        return Side(lambda: int4_layer(shape, x, quantizer, weights), reads, shape.operations)
     if implementation in linears.PEERS:
         x = x.to(linears.activation_dtype(implementation))
         peer = linears.PEERS[implementation](weights.dense)
@@ -153,17 +146,21 @@ def layer_error(shape: LayerShape) -> float:
 
     They are the last ones, where a mask would be wrong first: 8 tokens, or 16 output channels, of the last sample.
     """
-    x, tables, weights = layer_input(shape), Tables.random(shape.batch, shape.in_channels), layer_weights(shape)
-    y = int4_layer(shape, x, tables, weights)[-1:].double()
-    last = replace(tables, index=tables.index[-1:])
+    x, weights = layer_input(shape), layer_weights(shape)
+    quantizer = random_quantizer(shape.batch, shape.in_channels)
+    y = int4_layer(shape, x, quantizer, weights)[-1:].double()
+    last = quantizer._replace(timestep_index=quantizer.timestep_index[-1:])
     weight, scale, _ = weights.packed
     if shape.kind == "linear":
-        q = reference.quantize(x[-1:, -8:], *last.of_quantizer)
+        q = reference.quantize(x[-1:, -8:], last)
         dense = reference.dequantize_weight(weight, scale)[:, : shape.in_channels]
-        return relative_error(y[:, -8:], F.linear(last.dequantize(q).double(), dense.double(), weights.bias.double()))
-    q = reference.quantize(x[-1:], *last.of_quantizer)
+        return relative_error(
+            y[:, -8:],
+            F.linear(reference.dequantize_activation(q, last).double(), dense.double(), weights.bias.double()),
+        )
+    q = reference.quantize(x[-1:], last)
     dense = _nchw(reference.dequantize_weight(weight[-16:], scale[-16:])[..., : shape.in_channels]).double()
-    image, bias = _nchw(last.dequantize(q)).double(), weights.bias[-16:].double()
+    image, bias = _nchw(reference.dequantize_activation(q, last)).double(), weights.bias[-16:].double()
     expected = F.conv2d(image, dense, bias, shape.stride, shape.padding).permute(0, 2, 3, 1)
     return relative_error(y[..., -16:], expected)
 
@@ -187,29 +184,26 @@ def _main_gate(shapes: Sequence[LayerShape]) -> LayerShape:
     return max(candidates, key=lambda shape: shape.operations * len(shape.names))
 
 
-def _norm_parameters(channels: int) -> tuple[Tensor, Tensor]:
-    return 1 + 0.1 * _randn(channels), 0.1 * _randn(channels)
+def _norm_parameters(channels: int) -> Norm:
+    return Norm(1 + 0.1 * _randn(channels), 0.1 * _randn(channels), EPS)
 
 
-def _group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
+def _group_norm_silu(x: Tensor, norm: Norm) -> Tensor:
+    return F.silu(F.group_norm(x, GROUPS, *norm))
 
 
 def group_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     """Group norm + SiLU; ours writes the padded int8 image of the next convolution."""
     shape = _main_convolution(shapes)
-    x, norm, tables = (
-        layer_input(shape),
-        _norm_parameters(shape.in_channels),
-        Tables.random(shape.batch, shape.in_channels),
-    )
+    x, norm = layer_input(shape), _norm_parameters(shape.in_channels)
+    quantizer = random_quantizer(shape.batch, shape.in_channels)
     reads = _tensors(x, *norm)
     return (
         Side(
-            lambda: ops.group_norm_quantize(x, GROUPS, *norm, EPS, *tables.of_quantizer, padding=(1, 1)),
-            reads, 0, lambda q: tables.dequantize(q[:, 1:-1, 1:-1]),
+            lambda: ops.group_norm_quantize(x, GROUPS, norm, quantizer, padding=(1, 1)),
+            reads, 0, dequantizer(quantizer, border=1),
         ),
-        Side(lambda: _group_norm_silu(_nchw(x), *norm), reads, 0, lambda y: y.permute(0, 2, 3, 1).float()),
+        Side(lambda: _group_norm_silu(_nchw(x), norm), reads, 0, lambda y: y.permute(0, 2, 3, 1).float()),
     )  # fmt: skip
 
 
@@ -217,11 +211,11 @@ def layer_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     """Layer norm; ours writes int8."""
     shape = _main_gate(shapes)
     channels = shape.in_channels
-    x, norm, tables = layer_input(shape), _norm_parameters(channels), Tables.random(shape.batch, channels)
+    x, norm, quantizer = layer_input(shape), _norm_parameters(channels), random_quantizer(shape.batch, channels)
     reads = _tensors(x, *norm)
     return (
-        Side(lambda: ops.layer_norm_quantize(x, *norm, EPS, *tables.of_quantizer), reads, 0, tables.dequantize),
-        Side(lambda: F.layer_norm(x, (channels,), *norm, EPS), reads, 0),
+        Side(lambda: ops.layer_norm_quantize(x, norm, quantizer), reads, 0, dequantizer(quantizer)),
+        Side(lambda: F.layer_norm(x, (channels,), *norm), reads, 0),
     )
 
 
@@ -229,11 +223,11 @@ def geglu_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     """Linear and GEGLU; ours reads int8, as a norm has left it, and writes the next layer's int8."""
     shape = _main_gate(shapes)
     x, weights = layer_input(shape), layer_weights(shape)
-    tables, following = (
-        Tables.random(shape.batch, channels) for channels in (shape.in_channels, 4 * shape.in_channels)
+    quantizer, following = (
+        random_quantizer(shape.batch, channels) for channels in (shape.in_channels, 4 * shape.in_channels)
     )
-    following = replace(following, scale=3 * following.scale)  # products have longer tails
-    q = ops.quantize(x, *tables.of_quantizer)
+    following = following._replace(scale=3 * following.scale)  # products have longer tails
+    q = ops.quantize(x, quantizer)
 
     def unfused() -> Tensor:
         hidden, gate = F.linear(x, weights.dense, weights.bias).chunk(2, dim=-1)
@@ -241,11 +235,8 @@ def geglu_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
     return (
         Side(
-            lambda: ops.int4_linear_quantize(
-                q, *weights.packed, *tables.of_layer, following.dilation, following.scale, following.zero_point, BITS,
-                weights.bias, "geglu",
-            ),
-            _tensors(q, weights.packed, weights.bias), shape.operations, following.dequantize,
+            lambda: ops.int4_geglu_quantize(q, weights.packed, quantizer, following, weights.bias),
+            _tensors(q, weights.packed, weights.bias), shape.operations, dequantizer(following),
         ),
         Side(unfused, (x, weights.dense, weights.bias), shape.operations),
     )  # fmt: skip
@@ -255,17 +246,17 @@ def qkv_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     """Layer norm and the projections to q, k and v; ours is two kernels."""
     gate = _main_gate(shapes)
     channels = gate.in_channels
-    x, norm, tables = layer_input(gate), _norm_parameters(channels), Tables.random(gate.batch, channels)
+    x, norm, quantizer = layer_input(gate), _norm_parameters(channels), random_quantizer(gate.batch, channels)
     weights = Weights.random(3 * channels, channels)
     parts = weights.dense.chunk(3)
     operations = 2 * gate.rows * channels * 3 * channels
 
     def fused() -> Tensor:
-        q = ops.layer_norm_quantize(x, *norm, EPS, *tables.of_quantizer)
-        return ops.int4_linear(q, *weights.packed, *tables.of_layer, out_dtype=COMPUTE_DTYPE)
+        q = ops.layer_norm_quantize(x, norm, quantizer)
+        return ops.int4_linear(q, weights.packed, quantizer, out_dtype=COMPUTE_DTYPE)
 
     def unfused() -> list[Tensor]:
-        normed = F.layer_norm(x, (channels,), *norm, EPS)
+        normed = F.layer_norm(x, (channels,), *norm)
         return [F.linear(normed, part) for part in parts]
 
     return (
@@ -285,28 +276,26 @@ def resnet_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
         layer_weights(shape),
     )
     first, second = _norm_parameters(channels), _norm_parameters(channels)
-    tables, following = Tables.random(batch, channels), Tables.random(batch, channels)
+    quantizer, following = random_quantizer(batch, channels), random_quantizer(batch, channels)
 
     def fused() -> Tensor:
-        q = ops.group_norm_quantize(x, GROUPS, *first, EPS, *tables.of_quantizer, padding=(1, 1))
+        q = ops.group_norm_quantize(x, GROUPS, first, quantizer, padding=(1, 1))
         y, statistics = ops.int4_conv2d(
-            q, *weights.packed, *tables.of_layer, weights.bias, embedding, residual, out_dtype=COMPUTE_DTYPE,
+            q, weights.packed, quantizer, weights.bias, embedding, residual, out_dtype=COMPUTE_DTYPE,
             with_statistics=True,
         )  # fmt: skip
-        return ops.group_norm_quantize(
-            y, GROUPS, *second, EPS, *following.of_quantizer, statistics=statistics, padding=(1, 1)
-        )
+        return ops.group_norm_quantize(y, GROUPS, second, following, statistics=statistics, padding=(1, 1))
 
     def unfused() -> Tensor:
-        y = F.conv2d(_group_norm_silu(_nchw(x), *first), weights.dense, weights.bias, padding=1)
+        y = F.conv2d(_group_norm_silu(_nchw(x), first), weights.dense, weights.bias, padding=1)
         y = y + embedding[:, :, None, None] + _nchw(residual)
-        return _group_norm_silu(y, *second)
+        return _group_norm_silu(y, second)
 
     reads = (x, residual, embedding, *first, *second, weights.bias)
     return (
         Side(
             fused, _tensors(*reads, weights.packed), shape.operations,
-            lambda q: following.dequantize(q[:, 1:-1, 1:-1]),
+            dequantizer(following, border=1),
         ),
         Side(unfused, (*reads, weights.dense), shape.operations, lambda y: y.permute(0, 2, 3, 1).float()),
     )  # fmt: skip
@@ -316,13 +305,12 @@ def upsample_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     """Nearest doubling and a convolution; ours doubles by addressing, and includes the quantization."""
     large = _main_convolution(shapes)
     shape = replace(large, height=large.height // 2, width=large.width // 2)  # of what is doubled
-    x, weights, tables = layer_input(shape), layer_weights(shape), Tables.random(shape.batch, shape.in_channels)
+    x, weights = layer_input(shape), layer_weights(shape)
+    quantizer = random_quantizer(shape.batch, shape.in_channels)
 
     def fused() -> Tensor:
-        q = ops.quantize(x, *tables.of_quantizer, (1, 1))
-        return ops.int4_conv2d(
-            q, *weights.packed, *tables.of_layer, weights.bias, upsample=True, out_dtype=COMPUTE_DTYPE
-        )[0]
+        q = ops.quantize(x, quantizer, (1, 1))
+        return ops.int4_conv2d(q, weights.packed, quantizer, weights.bias, upsample=True, out_dtype=COMPUTE_DTYPE)[0]
 
     def unfused() -> Tensor:
         doubled = F.interpolate(_nchw(x), scale_factor=2.0, mode="nearest")
@@ -335,47 +323,18 @@ def upsample_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     )
 
 
-def skip_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """A convolution of x beside an up block's skip; ours reads both where they are, each with a range of its own."""
-    shape = _main_convolution(shapes)
-    channels, images = shape.in_channels, (layer_input(shape), layer_input(shape))
-    tables = tuple(Tables.random(shape.batch, channels) for _ in images)
-    weights = Weights.random(channels, 3, 3, 2 * channels)
-    packed, scale, _ = weights.packed
-    halves = [half.contiguous() for half in ops.unpack_int4(packed).chunk(2, dim=-1)]
-    (first, second), sums = map(ops.pack_int4, halves), [half.flatten(1).sum(1, dtype=torch.int32) for half in halves]
-
-    def fused() -> Tensor:
-        q, skip = (ops.quantize(x, *t.of_quantizer, (1, 1)) for x, t in zip(images, tables, strict=True))
-        return ops.int4_conv2d(
-            q, first, scale, sums[0], *tables[0].of_layer, weights.bias, skip=skip, skip_weight=second,
-            skip_weight_sum=sums[1], skip_act_scale=tables[1].scale, skip_act_zero_point=tables[1].zero_point,
-            out_dtype=COMPUTE_DTYPE,
-        )[0]  # fmt: skip
-
-    def unfused() -> Tensor:
-        return F.conv2d(torch.cat([_nchw(x) for x in images], dim=1), weights.dense, weights.bias, padding=1)
-
-    return (
-        Side(fused, _tensors(images, first, second, scale, weights.bias), 2 * shape.operations),
-        Side(
-            unfused, (*images, weights.dense, weights.bias), 2 * shape.operations,
-            lambda y: y.permute(0, 2, 3, 1).float(),
-        ),
-    )  # fmt: skip
-
-
 def time_projections_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     """SiLU and the linear of the time embedding in every resnet of the UNet; ours is one GEMM."""
     layers = [(s, name) for s in shapes for name in s.names if name.endswith("time_emb_proj")]
     sizes, (batch, channels) = [s.out_channels for s, _ in layers], (layers[0][0].batch, layers[0][0].in_channels)
-    x, tables, weights = _randn(batch, channels), Tables.random(batch, channels), Weights.random(sum(sizes), channels)
+    x, quantizer = _randn(batch, channels), random_quantizer(batch, channels)
+    weights = Weights.random(sum(sizes), channels)
     pairs = list(zip(weights.dense.split(sizes), weights.bias.split(sizes), strict=True))
     operations = 2 * batch * channels * sum(sizes)
 
     def fused() -> Tensor:
-        q = ops.quantize(F.silu(x), *tables.of_quantizer)
-        return ops.int4_linear(q, *weights.packed, *tables.of_layer, weights.bias, out_dtype=COMPUTE_DTYPE)
+        q = ops.quantize(F.silu(x), quantizer)
+        return ops.int4_linear(q, weights.packed, quantizer, weights.bias, out_dtype=COMPUTE_DTYPE)
 
     def unfused() -> list[Tensor]:
         return [F.linear(F.silu(x), weight, bias) for weight, bias in pairs]
@@ -391,8 +350,8 @@ def attention_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     shape = _main_gate(shapes)
     channels, heads = shape.in_channels, shape.in_channels // HEAD_CHANNELS
     q, k, v = _randn(shape.batch, shape.tokens, 3 * channels).chunk(3, dim=-1)
-    following = Tables.random(shape.batch, channels)
-    following = replace(following, scale=following.scale * (math.e / shape.tokens) ** 0.5)  # it averages its values
+    following = random_quantizer(shape.batch, channels)
+    following = following._replace(scale=following.scale * (math.e / shape.tokens) ** 0.5)  # it averages its values
 
     def unfused() -> Tensor:
         per_head = (x.unflatten(-1, (heads, HEAD_CHANNELS)).transpose(1, 2) for x in (q, k, v))
@@ -401,8 +360,8 @@ def attention_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     operations = 4 * shape.rows * shape.tokens * channels
     return (
         Side(
-            lambda: ops.int8_attention_quantize(q, k, v, heads, *following.of_quantizer), (q, k, v), operations,
-            following.dequantize,
+            lambda: ops.int8_attention_quantize(q, k, v, heads, following), (q, k, v), operations,
+            dequantizer(following),
         ),
         Side(unfused, (q, k, v), operations),
     )  # fmt: skip
@@ -416,7 +375,6 @@ CHAINS: dict[str, Callable[[Sequence[LayerShape]], tuple[Side, Side]]] = {
     "layer norm, q k v": qkv_chain,
     "norm, conv + time embedding + residual, norm": resnet_chain,
     "upsampling, conv": upsample_chain,
-    "conv with skip": skip_chain,
     "all time projections": time_projections_chain,
     "attention": attention_chain,
 }

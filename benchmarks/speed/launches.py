@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import quantized_unets, unets
-from dq_kernels.conv2d import gemm_name
+from dq_kernels.triton.gemm import Geometry
 from dq_runtime.fused import fuse
 
 
@@ -29,6 +29,8 @@ class Launch:
     stride: tuple[int, int] = (1, 1)
     upsample: bool = False
     residual: bool = False
+    channel_add: bool = False
+    statistics: bool = False
 
     @property
     def operations(self) -> int:
@@ -44,27 +46,26 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "dq_kernels" and func._opname.startswith("int4_"):
-            launch = _launch(func._opname, args, result)
+            names = [argument.name for argument in func._schema.arguments]
+            launch = _launch(func._opname, dict(zip(names, args, strict=True)), result)
             self.launches[launch] = self.launches.get(launch, 0) + 1
         return result
 
 
-def _launch(op: str, args: Any, result: Any) -> Launch:
-    x, weight = args[0], args[1]
-    out = result[0] if op == "int4_conv2d" else result
-    geometry: dict[str, Any] = {}
-    key = "linear"
+def _launch(op: str, arguments: dict[str, Any], result: Any) -> Launch:
+    x, weight, key = arguments["x"], arguments["weight_values"], "linear"
+    out, statistics = result if op == "int4_conv2d" else (result, None)
+    options: dict[str, Any] = {"residual": arguments.get("residual") is not None}
     if op == "int4_conv2d":
-        stride, upsample = tuple(args[15]), args[17]
-        key = gemm_name(tuple(weight.shape[1:3]), stride)
-        geometry = {"stride": stride, "upsample": upsample, "residual": args[9] is not None}
-    elif op == "int4_linear":
-        geometry = {"residual": args[8] is not None}
-    elif args[8] == "geglu":
+        stride, upsample = tuple(arguments["stride"]), arguments["upsample"]
+        key = "linear" if Geometry(tuple(weight.shape[1:3]), stride, upsample=upsample).is_linear else "conv2d"
+        options |= {"stride": stride, "upsample": upsample, "statistics": statistics.numel() > 0}
+        options |= {"channel_add": arguments["channel_add"] is not None}
+    elif op == "int4_geglu_quantize":
         key = "linear_geglu"
     channels = out.shape[-1]
     reduction = 2 * weight[0].numel()
-    return Launch(key, out.numel() // channels, channels, reduction, tuple(x.shape), tuple(weight.shape), **geometry)
+    return Launch(key, out.numel() // channels, channels, reduction, tuple(x.shape), tuple(weight.shape), **options)
 
 
 @torch.inference_mode()

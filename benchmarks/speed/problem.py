@@ -8,55 +8,56 @@ import torch
 
 from benchmarks.speed.launches import Launch
 from benchmarks.speed.timing import copies_to_rotate
-from dq_kernels import gemm
-from dq_kernels.conv2d import conv2d_output_size
 from dq_kernels.packing import unpack_int4
-from dq_kernels.tuning import LaunchConfig
+from dq_kernels.records import PackedWeight, Quantizer
+from dq_kernels.shapes import conv2d_output_size, statistics_shape
+from dq_kernels.triton.gemm import LINEAR, Epilogue, Geometry, launch
+from dq_kernels.triton.tuning import LaunchConfig
 
 
 class Problem:
-    """A launch's operands, with copies of the weight to rotate."""
+    """The operands of one launch, with copies of the weight to rotate."""
 
-    def __init__(self, launch: Launch, device: str, copies: int | None = None) -> None:
-        self.launch = launch
+    def __init__(self, shape: Launch, device: str, copies: int | None = None) -> None:
+        self.launch = shape
         # Weights come from memory in a real forward pass, activations from the layer before.
-        self.copies = copies or copies_to_rotate(torch.Size(launch.weight).numel())
-        self.weights = [
-            torch.randint(0, 256, launch.weight, dtype=torch.uint8, device=device) for _ in range(self.copies)
-        ]
-        rows = launch.weight[0]
-        self.x = torch.randint(-128, 128, launch.x, dtype=torch.int8, device=device)
-        is_quantized = launch.op == "linear_geglu"
-        shape = self._out_shape()
-        self.out = torch.empty(shape, dtype=torch.int8 if is_quantized else torch.float16, device=device)
-        self.tables = {
-            "weight_scale": torch.full((rows,), 0.001, device=device),
-            "weight_sum": unpack_int4(self.weights[0]).flatten(1).sum(1, dtype=torch.int32),
-            "act_scale": torch.full((20,), 0.03, device=device),
-            "act_zero_point": torch.full((20,), -3, dtype=torch.int32, device=device),
-            "timestep_index": torch.full((launch.x[0],), 7, dtype=torch.int32, device=device),
-            "bias": torch.randn(rows, dtype=torch.float16, device=device),
-        }
-        self.options: dict[str, Any] = {}
-        if len(launch.weight) == 4:
-            self.options = {"kernel_size": launch.weight[1:3], "stride": launch.stride, "upsample": launch.upsample}
-        if launch.residual:
-            self.options["residual"] = torch.randn(shape, dtype=torch.float16, device=device)
-        if is_quantized:
-            self.options |= {
-                "activation": "geglu",
-                "next_dilation": torch.ones(launch.out_channels, device=device),
-                "next_scale": self.tables["act_scale"],
-                "next_zero_point": self.tables["act_zero_point"],
-            }
+        self.copies = copies or copies_to_rotate(torch.Size(shape.weight).numel())
+        rows, batch = shape.weight[0], shape.x[0]
+        values = [torch.randint(0, 256, shape.weight, dtype=torch.uint8, device=device) for _ in range(self.copies)]
+        sums = unpack_int4(values[0]).flatten(1).sum(1, dtype=torch.int32)
+        self.weights = [PackedWeight(copy, torch.full((rows,), 0.001, device=device), sums) for copy in values]
+        self.x = torch.randint(-128, 128, shape.x, dtype=torch.int8, device=device)
+        self.quantizer = Quantizer(
+            torch.ones(shape.x[-1], device=device),
+            torch.full((20,), 0.03, device=device),
+            torch.full((20,), -3, dtype=torch.int32, device=device),
+            torch.full((batch,), 7, dtype=torch.int32, device=device),
+            8,
+        )
+        self.geometry = LINEAR
+        out_shape = (*shape.x[:-1], shape.out_channels)
+        if len(shape.weight) == 4:
+            kernel_size = shape.weight[1], shape.weight[2]
+            self.geometry = Geometry(kernel_size, shape.stride, upsample=shape.upsample)
+            size = conv2d_output_size(shape.x[1:3], *self.geometry)
+            out_shape = (batch, *size, shape.out_channels)
+        to_int8 = shape.op == "linear_geglu"
+        self.out = torch.empty(out_shape, dtype=torch.int8 if to_int8 else torch.float16, device=device)
 
-    def _out_shape(self) -> tuple[int, ...]:
-        launch = self.launch
-        if len(launch.weight) == 2:
-            return (*launch.x[:-1], launch.out_channels)
-        size = conv2d_output_size(launch.x[1:3], launch.weight[1:3], launch.stride, (1, 1), launch.upsample)
-        return (launch.x[0], *size, launch.out_channels)
+        def floats(*size: int) -> torch.Tensor:
+            return torch.randn(size, dtype=torch.float16, device=device)
+
+        statistics = None
+        if shape.statistics:
+            statistics = torch.empty(statistics_shape(batch, out_shape[1:3], shape.out_channels, True), device=device)
+        self.epilogue = Epilogue(
+            floats(rows),
+            floats(batch, shape.out_channels) if shape.channel_add else None,
+            floats(*out_shape) if shape.residual else None,
+            statistics,
+            self.quantizer._replace(dilation=torch.ones(shape.out_channels, device=device)) if to_int8 else None,
+        )
 
     def run(self, config: LaunchConfig, copy: int = 0) -> Any:
-        """One launch; the compiled kernel."""
-        return gemm.launch(config, self.x, self.weights[copy], out=self.out, **self.tables, **self.options)
+        """One launch, as the runtime would adjust the configuration; returns the compiled kernel."""
+        return launch(self.x, self.weights[copy], self.quantizer, self.out, self.epilogue, self.geometry, config)

@@ -1,4 +1,4 @@
-"""The GEMM of ``dq_kernels.gemm`` with weights of one byte each: what its main loop costs without the unpacking.
+"""The GEMM of ``dq_kernels.triton.gemm`` with weights of one byte each: what its main loop costs without the unpacking.
 
 For counting instructions alone: no epilogue, and a step of as many input channels, in one matrix product or in two as
 ours (the compiler makes now the one, now the other better). It is compiled, never launched.
@@ -25,14 +25,14 @@ def int8_gemm_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     UPSAMPLE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    GEGLU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One [BLOCK_N, BLOCK_M] tile of W X^T: x [B, H, W, K] int8, weight [N, KH, KW, K] int8, for "geglu" 2N rows."""
+    """One [BLOCK_N, BLOCK_M] tile of W X^T: x [B, H, W, K] int8, weight [N, KH, KW, K] int8, for GEGLU 2N rows."""
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
@@ -73,7 +73,7 @@ def int8_gemm_kernel(
                 w = tl.load(weight_part, mask=inside[None, :], other=0)
                 x = tl.load(x_part, mask=inside[:, None], other=0)
             accumulator = tl.dot(w, x, accumulator, out_dtype=tl.int32)
-            if ACTIVATION == "geglu":
+            if GEGLU:
                 if EVEN_K:
                     w = tl.load(weight_part + gate_offset)
                 else:
@@ -84,5 +84,5 @@ def int8_gemm_kernel(
         start = tl.where(start < part_channels, start, 0)
     mask = (n < out_channels) & (m < num_rows)
     tl.store(out_ptr + m * out_channels + n, accumulator, mask=mask)
-    if ACTIVATION == "geglu":
+    if GEGLU:
         tl.store(out_ptr + num_rows * out_channels + m * out_channels + n, gate, mask=mask)

@@ -17,9 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.static_analysis.int8_baseline import int8_gemm_kernel
-from dq_kernels import attention, norm, quantize
-from dq_kernels.gemm import STATISTICS_ROWS, int4_gemm_kernel
-from dq_kernels.tuning import AMD_FILE, FILES, LaunchConfig, tuned_shapes
+from dq_kernels.shapes import BLOCK_KEYS, STATISTICS_ROWS
+from dq_kernels.triton import attention, norm, quantize
+from dq_kernels.triton.gemm import int4_gemm_kernel
+from dq_kernels.triton.tuning import AMD_FILE, FILES, LaunchConfig, Problem, adjusted, tuned_shapes
 
 TARGETS = {
     **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100)},
@@ -29,11 +30,11 @@ TARGETS = {
 INT8, INT32, FP16, FP32 = "*i8", "*i32", "*fp16", "*fp32"
 TYPES = {
     **dict.fromkeys(("x_ptr", "skip_ptr"), INT8),
-    **dict.fromkeys(("weight_ptr", "skip_weight_ptr"), "*u8"),
-    **dict.fromkeys(("weight_sum_ptr", "skip_weight_sum_ptr", "timestep_index_ptr"), INT32),
+    "weight_ptr": "*u8",
+    **dict.fromkeys(("weight_sum_ptr", "timestep_index_ptr"), INT32),
     **dict.fromkeys(("partial_ptr", "arrivals_ptr"), INT32),
-    **dict.fromkeys(("act_zero_point_ptr", "skip_act_zero_point_ptr", "next_zero_point_ptr"), INT32),
-    **dict.fromkeys(("weight_scale_ptr", "act_scale_ptr", "skip_act_scale_ptr", "next_scale_ptr"), FP32),
+    **dict.fromkeys(("act_zero_point_ptr", "next_zero_point_ptr"), INT32),
+    **dict.fromkeys(("weight_scale_ptr", "act_scale_ptr", "next_scale_ptr"), FP32),
     **dict.fromkeys(("weight_dilation_ptr", "next_dilation_ptr", "statistics_ptr", "skip_statistics_ptr"), FP32),
     **dict.fromkeys(("bias_ptr", "channel_add_ptr", "residual_ptr", "out_ptr"), FP16),
     **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), FP16),
@@ -46,11 +47,10 @@ TYPES = {
 
 # The addresses that a use of the GEMM may do without.
 OPTIONAL = (
-    *("skip_ptr", "skip_weight_ptr", "skip_weight_sum_ptr", "skip_act_scale_ptr", "skip_act_zero_point_ptr"),
     *("bias_ptr", "channel_add_ptr", "residual_ptr", "statistics_ptr", "partial_ptr", "arrivals_ptr"),
     *("next_dilation_ptr", "next_scale_ptr", "next_zero_point_ptr"),
 )
-SKIP, PARTIAL, NEXT = OPTIONAL[:5], OPTIONAL[9:11], OPTIONAL[11:]
+PARTIAL, NEXT = OPTIONAL[4:6], OPTIONAL[6:]
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,12 @@ class Use:
         return list(dict.fromkeys(self._compiled(shape.config) for shape in shapes))
 
     def _compiled(self, config: LaunchConfig) -> LaunchConfig:
-        """As ``gemm.launch`` passes it on, with one number for all of ``group_m``, and of ``split_k`` beyond 1."""
-        has_skip, is_split = "skip_ptr" not in self.constants, config.split_k > 1
-        is_geglu, is_quantized = self.constants["ACTIVATION"] == "geglu", "next_scale_ptr" not in self.constants
-        config = replace(config, group_m=1, split_k=2 if is_split and not has_skip and not is_geglu else 1)
-        if "statistics_ptr" not in self.constants:
-            config = config.with_whole_runs(STATISTICS_ROWS)
-        if has_skip or (is_quantized and not is_geglu) or not self.constants["TILE_IN_SAMPLE"]:
-            config = config.with_fewer_registers()
-        return config
+        """As it is launched, with one number for all of ``group_m``, and of ``split_k`` beyond 1."""
+        rows_per_sample = 0 if self.constants["TILE_IN_SAMPLE"] else 1  # a multiple of every tile, or of none
+        with_statistics = "statistics_ptr" not in self.constants
+        problem = Problem(self.op or "", 1, 1, 1, rows_per_sample, with_statistics)
+        config = adjusted(config, problem)
+        return replace(config, group_m=1, split_k=2 if config.split_k > 1 else 1)
 
 
 def tuning_file(target: str) -> str:
@@ -101,7 +98,7 @@ def _gemm(
 ) -> Use:
     """A use of the GEMM with some of its optional arguments, as a convolution of ``size`` x ``size`` taps."""
     constants: dict[str, Any] = {"KERNEL_H": size, "KERNEL_W": size, "STRIDE_H": 1, "STRIDE_W": 1}
-    constants |= {"DILATION_H": 1, "DILATION_W": 1, "UPSAMPLE": False, "ACTIVATION": "none", "NEXT_BITS": 8}
+    constants |= {"DILATION_H": 1, "DILATION_W": 1, "UPSAMPLE": False, "GEGLU": False, "NEXT_BITS": 8}
     constants |= {"STATISTICS_ROWS": STATISTICS_ROWS, "EVEN_K": True, "TILE_IN_SAMPLE": True} | other
     constants |= {address: None for address in OPTIONAL if address not in present}
     return Use(int4_gemm_kernel, name, constants, op, types=types or {})
@@ -114,14 +111,12 @@ GEMM_USES = (
     _gemm("linear, even K", "linear", "bias_ptr"),
     _gemm("linear, ragged K, residual", "linear", "bias_ptr", "residual_ptr", **RAGGED),
     _gemm("linear, ragged K, residual, across samples", "linear", "bias_ptr", "residual_ptr", **RAGGED, **ACROSS),
-    _gemm("linear, GELU, quantized", "linear", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="gelu"),
-    _gemm("linear, GEGLU, quantized", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8, ACTIVATION="geglu", **RAGGED),
+    _gemm("linear, GEGLU, quantized", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8, GEGLU=True, **RAGGED),
     _gemm(
         "linear, GEGLU, quantized, across samples", "linear_geglu", "bias_ptr", *NEXT, types=TO_INT8,
-        ACTIVATION="geglu", **RAGGED, **ACROSS,
+        GEGLU=True, **RAGGED, **ACROSS,
     ),
     _gemm("conv 1x1, residual, statistics", "linear", "bias_ptr", "residual_ptr", "statistics_ptr"),
-    _gemm("conv 1x1, skip", "linear", "bias_ptr", *SKIP),
     _gemm("conv 3x3, even K, addend, statistics", "conv2d", "bias_ptr", "channel_add_ptr", "statistics_ptr", size=3),
     _gemm(
         "conv 3x3, ragged K, residual, statistics", "conv2d", "bias_ptr", "residual_ptr", "statistics_ptr", size=3,
@@ -155,7 +150,7 @@ _NEXT_TABLES = (*NEXT, "timestep_index_ptr")
 def _head_tile(head_channels: int) -> dict[str, Any]:
     """Of heads that hold so many channels, channels last."""
     block_d = attention.padded_head_channels(head_channels)
-    tile = {"HEAD_CHANNELS": head_channels, "BLOCK_N": attention.BLOCK_KEYS, "BLOCK_D": block_d}
+    tile = {"HEAD_CHANNELS": head_channels, "BLOCK_N": BLOCK_KEYS, "BLOCK_D": block_d}
     return tile | dict.fromkeys(("stride_k", "key_stride_k", "value_stride_k"), 1)
 
 

@@ -27,15 +27,9 @@ from benchmarks import environment, quantized_unets, unets
 from benchmarks.command_line import new_parser
 from benchmarks.result_files import RESULTS, write_whole
 from benchmarks.static_analysis.kernel_uses import TARGETS
-from dq_kernels import conv2d, linear, norm, quantize
+from dq_kernels import reference, triton
+from dq_kernels.registration import takes_fields
 from dq_runtime import fuse
-
-LAUNCHERS = {
-    quantize: ("quantize",),
-    norm: ("layer_norm_quantize", "group_norm_quantize"),
-    linear: ("int4_linear", "int4_linear_quantize"),
-    conv2d: ("int4_conv2d",),
-}
 
 
 class NoGPU:
@@ -75,9 +69,9 @@ def replace_the_gpu() -> NoGPU:
     """Makes the operators launch into nothing, and PyTorch's expensive functions return at once."""
     gpu = NoGPU()
     driver.set_active(gpu)
-    for module, names in LAUNCHERS.items():
-        for name in names:
-            gpu.operators.impl(name, getattr(module, name), "CPU", allow_override=True)
+    for name in triton.__all__:
+        launcher = takes_fields(getattr(triton, name), getattr(reference, name))
+        gpu.operators.impl(name, launcher, "CPU", allow_override=True)
 
     def convolve(x: torch.Tensor, weight: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])

@@ -2,9 +2,9 @@
 
     python -m benchmarks.static_analysis.static_kernels [--target sm_90]... [--sample] [--jobs 2] [--output FILE]
 
-Each use of each kernel is compiled in each launch configuration that ``kernels/tuning`` lists for the architecture (or
-for the one whose file serves it). Instructions are counted here, not timed. The JSON has the names of its columns, then
-rows:
+Each use of each kernel is compiled in each launch configuration that ``kernels/triton/tuning`` lists for the
+architecture (or for the one whose file serves it). Instructions are counted here, not timed. The JSON has the names of
+its columns, then rows:
 
 - ``registers`` of a thread, ``spills`` (instructions that go to local memory), ``stack_bytes``, ``shared_bytes``;
   ``blocks`` of a multiprocessor at a time and ``occupancy``, their share of its warps, as those three permit;
@@ -39,7 +39,7 @@ from benchmarks.result_files import RESULTS
 from benchmarks.static_analysis import machine_code
 from benchmarks.static_analysis.kernel_uses import TARGETS, USES, compile_int8, compile_use, shipped
 from benchmarks.static_analysis.machine_code import MMA, Instruction, count, main_loop
-from dq_kernels.tuning import LaunchConfig
+from dq_kernels.triton.tuning import LaunchConfig
 
 OUTPUT = RESULTS / "static_kernels.json"
 SAMPLED_WHOLE = "sm_90"

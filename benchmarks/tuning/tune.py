@@ -29,9 +29,9 @@ from benchmarks.result_files import RESULTS, ROOT, write_whole
 from benchmarks.speed.launches import Launch, launches
 from benchmarks.speed.problem import Problem
 from benchmarks.speed.timing import graph_microseconds
-from dq_kernels.tuning import LaunchConfig, architecture, read_tuning
+from dq_kernels.triton.tuning import LaunchConfig, architecture, read_tuning
 
-TUNING = ROOT / "kernels" / "tuning"
+TUNING = ROOT / "kernels" / "triton" / "tuning"
 FIELDS = ["block_m", "block_n", "block_k", "num_warps", "num_stages", "group_m", "split_k"]
 COLUMNS = ["op", "rows", "out_channels", "reduction", "stride", "upsample", "residual", "config", "us", "tops"]
 # block_m, block_n, block_k, num_warps, num_stages

@@ -28,7 +28,7 @@ from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_sh
 from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal, unpack_int4_x16
 from dq_kernels.triton.launch import cdiv, launch_options
 from dq_kernels.triton.quantize import quantize_tile, select_timestep
-from dq_kernels.triton.tuning import LaunchConfig, Problem, launch_config
+from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, launch_config
 
 
 # Sizes that no address is a multiple of: a kernel for each of their alignments would be compiled for nothing.
@@ -284,22 +284,21 @@ def launch(
     out: Tensor,
     epilogue: Epilogue,
     geometry: Geometry = LINEAR,
-    config: LaunchConfig | None = None,
+    tuned: LaunchConfig | None = None,
 ) -> Any:
     """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and the statistics; returns the compiled kernel.
 
     x is [B, ..., K] for a linear layer, otherwise the padded image [B, H, W, K]; all tensors are contiguous and have
-    been checked (see ``ops``). ``config`` is launched as it is; by default it is looked up.
+    been checked (see ``ops``). ``tuned`` takes the place of the tuning file's configuration.
     """
     bias, channel_add, residual, statistics, following = epilogue
     out_channels, num_rows = out.shape[-1], out.numel() // out.shape[-1]
     rows_per_sample = num_rows // x.shape[0]
     half_channels = x.shape[-1] // 2
-    if config is None:
-        reduction = 2 * weight.values.numel() // weight.values.shape[0]
-        op = "linear_geglu" if following is not None else "linear" if geometry.is_linear else "conv2d"
-        problem = Problem(op, num_rows, out_channels, reduction, rows_per_sample, statistics is not None)
-        config = launch_config(problem)
+    reduction = 2 * weight.values.numel() // weight.values.shape[0]
+    op = "linear_geglu" if following is not None else "linear" if geometry.is_linear else "conv2d"
+    problem = Problem(op, num_rows, out_channels, reduction, rows_per_sample, statistics is not None)
+    config = launch_config(problem) if tuned is None else adjusted(tuned, problem)
     num_tiles = cdiv(out_channels, config.block_n) * cdiv(num_rows, config.block_m)
     partial = arrivals = None
     if config.split_k > 1:
@@ -382,11 +381,12 @@ def int4_conv2d(
     out_dtype: torch.dtype, with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.int4_conv2d``."""
-    batch, out_channels, kernel_size = x.shape[0], weight.values.shape[0], tuple(weight.values.shape[1:3])
-    size = conv2d_output_size(x.shape[1:3], kernel_size, stride, dilation, upsample)
+    batch, out_channels, kernel_h, kernel_w = x.shape[0], *weight.values.shape[:3]
+    geometry = Geometry((kernel_h, kernel_w), (stride[0], stride[1]), (dilation[0], dilation[1]), upsample)
+    size = conv2d_output_size(x.shape[1:3], *geometry)
     out = torch.empty(batch, *size, out_channels, dtype=out_dtype, device=x.device)
     shape = statistics_shape(batch, size, out_channels, with_statistics)
     statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
     epilogue = Epilogue(bias, channel_add, residual, statistics if with_statistics else None)
-    launch(x, weight, quantizer, out, epilogue, Geometry(kernel_size, tuple(stride), tuple(dilation), upsample))
+    launch(x, weight, quantizer, out, epilogue, geometry)
     return out, statistics

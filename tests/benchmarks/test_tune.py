@@ -14,7 +14,7 @@ from benchmarks import unets
 from benchmarks.result_files import ROOT
 from benchmarks.speed import launches
 from benchmarks.tuning import tune
-from dq_kernels.tuning import LaunchConfig, read_tuning
+from dq_kernels.triton.tuning import LaunchConfig, read_tuning
 
 LINEAR = launches.Launch("linear", 8192, 640, 640, (2, 4096, 640), (640, 320))
 GEGLU = launches.Launch("linear_geglu", 2048, 5120, 1280, (2, 1024, 1280), (10240, 640))
@@ -153,7 +153,7 @@ def test_dry_run_launches_every_operator():
 
 def test_committed_timings_are_of_the_shipped_configurations():
     document = json.loads((ROOT / "benchmarks/results/tuning_sm_90.json").read_text())
-    _, shapes = read_tuning(ROOT / "kernels/tuning/sm_90.json")
+    _, shapes = read_tuning(ROOT / "kernels/triton/tuning/sm_90.json")
     timed = {(*row[:4], tuple(row[7])) for row in document["rows"]}
 
     shipped = {(s.op, s.rows, s.out_channels, s.reduction, tuple(s.config.to_list())) for s in shapes}

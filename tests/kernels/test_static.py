@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.result_files import ROOT
 from benchmarks.static_analysis import kernel_uses, machine_code, static_kernels
-from dq_kernels import attention
+from dq_kernels.triton import attention
 
 MMA_SYNC = r"mma\.sync\.\S*\.s32\.s8\.s8\.s32"
 MMA = {
