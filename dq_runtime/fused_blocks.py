@@ -106,6 +106,9 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
     state: ForwardState
     self_attention: LinearGroup
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    norm3: nn.LayerNorm
 
     @staticmethod
     def can_fuse(block: Any) -> bool:

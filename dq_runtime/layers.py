@@ -284,7 +284,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return _NoGradient.apply(y, x, self.name) if wants_gradient(x) else y
 
 
-def constructor_arguments(layer: nn.Linear | nn.Conv2d) -> dict[str, Any]:
+def constructor_arguments(layer: nn.Module) -> dict[str, Any]:
     """The arguments with which ``nn.Linear`` or ``nn.Conv2d`` makes a layer of the same shape."""
     names = ["in_features", "out_features"]
     if isinstance(layer, nn.Conv2d):

@@ -144,18 +144,19 @@ def group_norm_quantize(
     The statistics are those of x and skip by definition, so they are not read here.
     """
     image = (x if skip is None else torch.cat([x, skip], dim=-1)).double().permute(0, 3, 1, 2)
-    y = F.group_norm(image, num_groups, *_double(norm), norm.eps).permute(0, 2, 3, 1)
+    y = F.group_norm(image, num_groups, *_double(norm)).permute(0, 2, 3, 1)
     return quantize(F.silu(y) if silu else y, quantizer, padding)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     """Layer norm of x [B, ..., K] over its channels, quantized."""
-    y = F.layer_norm(x.double(), x.shape[-1:], *_double(norm), norm.eps)
+    y = F.layer_norm(x.double(), x.shape[-1:], *_double(norm))
     return quantize(y, quantizer)
 
 
-def _double(norm: Norm) -> tuple[Tensor | None, ...]:
-    return tuple(None if parameter is None else parameter.double() for parameter in (norm.weight, norm.bias))
+def _double(norm: Norm) -> Norm:
+    weight, bias = (None if parameter is None else parameter.double() for parameter in (norm.weight, norm.bias))
+    return Norm(weight, bias, norm.eps)
 
 
 def quantize_to_127(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -39,16 +39,17 @@ def group_norm_quantize(
     """As ``reference.group_norm_quantize``."""
     # Contiguous, since torch's group norm of channels-last images subtracts squares, which cancels.
     image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2).contiguous()
-    y = F.group_norm(image, num_groups, *_float(norm), norm.eps)
+    y = F.group_norm(image, num_groups, *_float(norm))
     y = (F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1)
     return quantize(y, quantizer, padding, None)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     """As ``reference.layer_norm_quantize``."""
-    y = F.layer_norm(x.float(), x.shape[-1:], *_float(norm), norm.eps)
+    y = F.layer_norm(x.float(), x.shape[-1:], *_float(norm))
     return quantize(y, quantizer, (0, 0), None)
 
 
-def _float(norm: Norm) -> tuple[Tensor | None, ...]:
-    return tuple(None if parameter is None else parameter.float() for parameter in (norm.weight, norm.bias))
+def _float(norm: Norm) -> Norm:
+    weight, bias = (None if parameter is None else parameter.float() for parameter in (norm.weight, norm.bias))
+    return Norm(weight, bias, norm.eps)
