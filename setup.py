@@ -16,7 +16,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["dq_runtime", "dq_runtime.calibration", "dq_runtime.evaluation", "dq_kernels"],
+    packages=[
+        "dq_runtime",
+        "dq_runtime.architectures",
+        "dq_runtime.calibration",
+        "dq_runtime.evaluation",
+        "dq_kernels",
+    ],
     package_dir={"dq_kernels": "kernels"},
     package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "tuning/*.json"]},
     install_requires=[
