@@ -55,6 +55,7 @@ def calibrate(
             belongs to another calibration. The model is unchanged.
     """
     config, architecture = config or DilateQuantConfig(), architecture_of(model)
+    architecture.signature(model)  # refuses a forward without sample or timestep
     if config.modules_to_not_convert == list(NOT_CONVERTED):
         config = replace(config, modules_to_not_convert=list(architecture.modules_to_not_convert))
     config = replace(config, timesteps=grouped(calibration_set.timesteps, config.timestep_groups))
