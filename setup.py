@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "dq_runtime",
+        "dq_runtime.architectures",
         "dq_runtime.calibration",
         "dq_runtime.evaluation",
         "dq_kernels",

@@ -1,7 +1,7 @@
-"""dq_runtime: packed-INT4 diffusion UNets for diffusers, by DilateQuant, on Triton kernels.
+"""dq_runtime: packed-INT4 diffusion models for diffusers, by DilateQuant, on Triton kernels.
 
 Importing it registers the quantization method with diffusers, so that stock ``from_pretrained`` loads packed
-checkpoints. Calibration, fused blocks and CUDA graphs load on first use.
+checkpoints. Calibration, fused blocks, CUDA graphs and the way back load on first use.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from dq_runtime.attention import Int8AttnProcessor
 from dq_runtime.config import DilateQuantConfig
-from dq_runtime.convert import dequantize
 from dq_runtime.diffusers_quantizer import register
 from dq_runtime.layers import QuantConv2d, QuantLinear
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from dq_runtime.calibration.calibrate import calibrate
     from dq_runtime.calibration.collect import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
     from dq_runtime.calibration.distillation import Distillation
+    from dq_runtime.dequantization import dequantize
     from dq_runtime.fused import fuse
     from dq_runtime.graphs import disable_cuda_graphs, enable_cuda_graphs
 
@@ -28,6 +28,7 @@ _ON_FIRST_USE = {
     "collect_from_scheduler": "calibration.collect",
     "record": "calibration.collect",
     "Distillation": "calibration.distillation",
+    "dequantize": "dequantization",
     "fuse": "fused",
     "enable_cuda_graphs": "graphs",
     "disable_cuda_graphs": "graphs",

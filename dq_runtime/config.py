@@ -10,11 +10,12 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 DILATIONS = ("joint", "weight", "none")
 SHORTCUTS = {"conv_shortcut": 8}  # the default exceptions from ``activation_bits``
+NOT_CONVERTED = ("conv_in", "conv_out")
 
 
 def is_part(entry: str, name: str) -> bool:
-    """Whether an entry of the config is a layer's dotted name or a part of it."""
-    return f".{entry}." in f".{name}."
+    """True if an entry of the config is a layer's dotted name or a part of it; with a dot in front, its beginning."""
+    return f".{name}.".startswith(f"{entry}.") if entry.startswith(".") else f".{entry}." in f".{name}."
 
 
 class DilateQuantMethod(str, Enum):
@@ -25,7 +26,7 @@ class DilateQuantMethod(str, Enum):
 
 @dataclass
 class DilateQuantConfig(QuantizationConfigMixin):
-    """How to quantize a UNet with DilateQuant (arXiv 2409.14307).
+    """How to quantize a model with DilateQuant (arXiv 2409.14307).
 
     Args:
         weight_bits: 4; weights are packed two to a byte.
@@ -41,7 +42,8 @@ class DilateQuantConfig(QuantizationConfigMixin):
         timestep_groups: how many activation scales each layer has, neighbouring timesteps sharing one; by default one
             for each calibrated timestep.
         modules_to_not_convert: layers that stay in floating point, by dotted name or part of one: "conv_in",
-            "mid_block", "to_out.0".
+            "mid_block", "to_out.0"; with a dot in front, by the name's beginning: ".proj_out" is the model's own. Where
+            this has its default value, ``calibrate`` takes the default of the model's architecture.
         int8_attention: attentions that multiply q, k, v and the softmax's probabilities in 8 bits, by dotted name or
             part of one: ["attn1"] for all self-attentions, ["attentions"] for all there are, [] for none. Their scales
             are found at run time, so calibration and training are the same with and without.
@@ -57,7 +59,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
     dilation: str = "joint"
     max_dilation: float = 8.0
     timestep_groups: int | None = None
-    modules_to_not_convert: list[str] | None = field(default_factory=lambda: ["conv_in", "conv_out"])
+    modules_to_not_convert: list[str] | None = field(default_factory=lambda: list(NOT_CONVERTED))
     int8_attention: list[str] | None = field(default_factory=list)
     timesteps: list[float] | None = None
     quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT  # type: ignore[assignment]

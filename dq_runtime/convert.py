@@ -1,4 +1,4 @@
-"""Turning a stock diffusers UNet's layers into quantized ones, in place, and back."""
+"""Turning a stock diffusers model's layers into quantized ones, in place."""
 
 from __future__ import annotations
 
@@ -9,29 +9,22 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
+from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.attention import Int8AttnProcessor, reason_against_int8
 from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
-from dq_runtime.layers import (
-    QuantConv2d,
-    QuantizedLayer,
-    QuantLinear,
-    constructor_arguments,
-    is_quantized,
-    quantized_layers,
-)
+from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, is_quantized
 from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
 
 GRID_NAME = "timestep_grid"
 
-# Methods of diffusers' UNets that would write into the weights, and what to do instead.
+# Methods of diffusers' models that would write into the weights, and what to do instead.
 REFUSED = {
     "fuse_lora": "Packed INT4 weights cannot take an adapter in: leave it loaded on top of them, or merge and unload "
     "it before the floating-point UNet is calibrated",
@@ -41,7 +34,7 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Which layers of a UNet are to be quantized, which attentions are to run in int8, and why others are not."""
+    """Which layers of a model are to be quantized, which attentions are to run in int8, and why others are not."""
 
     layers: dict[str, nn.Linear | nn.Conv2d]
     attentions: dict[str, Attention]
@@ -71,11 +64,15 @@ REQUESTED = "in modules_to_not_convert"
 
 
 def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPlan:
-    """Decides for every linear and convolution of a floating-point UNet whether it can and should be quantized.
+    """Decides for every linear and convolution of a floating-point model whether it can and should be quantized.
+
+    Those outside of the architecture's entry, as an autoencoder's encoder, are left out: they know no timestep.
 
     Raises:
-        ValueError: if the UNet is quantized already, or nothing is left to quantize.
+        TypeError: if the model's class is not known.
+        ValueError: if the model is quantized already, or nothing is left to quantize.
     """
+    entry_name = architecture_of(unet).entry_name
     if is_quantized(unet):
         raise ValueError("The UNet is quantized already; call unet.dequantize() first, or load the original weights")
     if getattr(unet, "_hf_peft_config_loaded", False) or any(hasattr(m, "base_layer") for m in unet.modules()):
@@ -94,6 +91,8 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
         f"{name}." for name, module in unet.named_modules() if isinstance(module, (FirDownsample2D, FirUpsample2D))
     )
     for name, module in unet.named_modules():  # a layer registered under two names comes once
+        if not f"{name}.".startswith(f"{entry_name}." if entry_name else ""):
+            continue
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv1d, nn.Conv3d)):
             reason = _reason_to_keep(name, module, config, fir_prefixes)
             if reason is not None:
@@ -197,10 +196,7 @@ def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLaye
         attention.set_processor(Int8AttnProcessor())
     unet.requires_grad_(False)  # no gradient passes the layers; without any wanted, none is refused
     unet.add_module(GRID_NAME, grid.train(unet.training))
-    grid.hooks = [
-        unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True),
-        unet.register_forward_hook(grid.after_forward),
-    ]
+    grid.attach(unet)
     for method, remedy in REFUSED.items():
         if hasattr(unet, method):
             setattr(unet, method, partial(_refuse, remedy))
@@ -216,47 +212,3 @@ def replace_layers(unet: nn.Module, replacement: Mapping[nn.Module, nn.Module]) 
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacement:
                 parent._modules[name] = replacement[child]
-
-
-@torch.no_grad()
-def dequantize(unet: Any) -> Any:
-    """Turns a quantized UNet back, in place, into a stock one, whose weights are the rounded ones.
-
-    Raises:
-        ValueError: if the UNet is not quantized.
-    """
-    if not is_quantized(unet):
-        raise ValueError("The UNet is not quantized")
-    # Here, since they load much that few need.
-    from dq_runtime.fused import unfuse
-    from dq_runtime.graphs import disable_cuda_graphs
-
-    disable_cuda_graphs(unet)
-    unfuse(unet)
-    dtype = unet.dtype
-    replace_layers(unet, {layer: _dequantized_layer(layer, dtype) for layer in quantized_layers(unet).values()})
-    for module in unet.modules():
-        if isinstance(module, Attention) and type(module.processor) is Int8AttnProcessor:
-            module.set_processor(AttnProcessor2_0())
-    unet.requires_grad_(True)
-    for hook in unet.timestep_grid.hooks:
-        hook.remove()
-    del unet.timestep_grid
-    for method in REFUSED:
-        unet.__dict__.pop(method, None)
-    if getattr(unet, "hf_quantizer", None) is not None:
-        del unet.hf_quantizer
-    unet._internal_dict = FrozenDict({k: v for k, v in unet.config.items() if k != "quantization_config"})
-    return unet
-
-
-def _dequantized_layer(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
-    weight = layer.dequantized_weight()
-    if isinstance(layer, QuantConv2d):
-        weight = weight.permute(0, 3, 1, 2).contiguous()
-    module = layer.stock(**constructor_arguments(layer), device="meta")
-    state = {"weight": weight.to(dtype)}
-    if layer.bias is not None:
-        state["bias"] = layer.bias.to(dtype)
-    module.load_state_dict(state, assign=True)
-    return module.train(layer.training)

@@ -14,12 +14,12 @@ from torch import nn
 
 from dq_kernels import ops
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
-from dq_runtime.convert import dequantize, insert_empty_layers
+from dq_runtime.convert import insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, quantized_layers
 
 
 class DilateQuantizer(DiffusersQuantizer):
-    """Loads and saves UNets that ``dq_runtime.calibrate`` quantized."""
+    """Loads and saves models that ``dq_runtime.calibrate`` quantized."""
 
     quantization_config: DilateQuantConfig
     is_serializable = True
@@ -121,6 +121,8 @@ class DilateQuantizer(DiffusersQuantizer):
 
     def dequantize(self, model: Any) -> Any:
         """Turns the model back into a stock one, in place."""
+        from dq_runtime.dequantization import dequantize  # here, since it loads much that few need
+
         return dequantize(model)
 
 

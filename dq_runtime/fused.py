@@ -1,4 +1,4 @@
-"""Fusing a quantized UNet: the same modules and weights, fewer passes over memory.
+"""Fusing a quantized model: the same modules and weights, fewer passes over memory.
 
 Modules stay where they are and keep their tensors, so checkpoints, adapters and ``dequantize`` do not notice. Linears
 that read one tensor (q, k and v; all time projections; all cross-attention keys and values) run as one GEMM.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -17,6 +16,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
 from dq_runtime.fused_blocks import (
     FusedBasicTransformerBlock,
@@ -41,28 +41,35 @@ FUSED = {
 }
 
 
-def is_fused(unet: nn.Module) -> bool:
-    """Whether a UNet has fused blocks."""
-    return any(type(module) in FUSED.values() for module in unet.modules())
+def is_fused(model: nn.Module) -> bool:
+    """True if a model has fused blocks."""
+    return any(type(module) in FUSED.values() for module in model.modules())
 
 
-def fuse(unet: Any) -> dict[str, str]:
-    """Fuses what can be fused in a quantized UNet, in place.
+def fuse(model: Any) -> dict[str, str]:
+    """Fuses what can be fused in a quantized model, in place.
 
     Returns:
-        The fused blocks: name -> class.
+        The fused blocks: name -> class. None of a model whose blocks have no fused forward: it stays as it is.
 
     Raises:
-        ValueError: if the UNet is not quantized, or fused already.
+        ValueError: if the model is not quantized, or fused already.
     """
-    if not is_quantized(unet):
-        raise ValueError("The UNet is not quantized: calibrate it, or load a quantized one, before fuse()")
-    if is_fused(unet):
-        raise ValueError("The UNet is fused already")
-    state = ForwardState(_shared_inputs(unet))
+    if not is_quantized(model):
+        raise ValueError("The model is not quantized: calibrate it, or load a quantized one, before fuse()")
+    if is_fused(model):
+        raise ValueError("The model is fused already")
+    architecture = architecture_of(model)
+    state = ForwardState(
+        {
+            name: LinearGroup(linears, activation)
+            for name, (linears, activation) in architecture.linears_by_input(model).items()
+            if linears and same_quantizer(linears)
+        }
+    )
     fused = {}
     for stock, fast in FUSED.items():
-        for name, module in unet.named_modules():
+        for name, module in model.named_modules():
             if type(module) is stock and fast.can_fuse(module):
                 module.__class__ = fast
                 module.state = state
@@ -70,10 +77,14 @@ def fuse(unet: Any) -> dict[str, str]:
                     attention: Any = module.attn1
                     module.self_attention = LinearGroup([attention.to_q, attention.to_k, attention.to_v])
                 fused[name] = stock.__name__
-    groups = [*state.groups.values(), *(m.self_attention for m in unet.modules() if hasattr(m, "self_attention"))]
+    if not fused:
+        unfuse(model)
+        return fused
+    entry = architecture.entry(model)
+    groups = [*state.groups.values(), *(m.self_attention for m in model.modules() if hasattr(m, "self_attention"))]
     state.hooks = [
-        unet.register_forward_pre_hook(state.begin, with_kwargs=True),
-        unet.register_forward_hook(state.forget),
+        entry.register_forward_pre_hook(state.begin, with_kwargs=True),
+        entry.register_forward_hook(state.forget, always_call=True),
         *(
             layer.register_load_state_dict_post_hook(group.count_new_weights)
             for group in groups
@@ -83,28 +94,14 @@ def fuse(unet: Any) -> dict[str, str]:
     return fused
 
 
-def unfuse(unet: Any) -> None:
-    """Gives the blocks of a UNet diffusers' own forwards back, in place."""
+def unfuse(model: Any) -> None:
+    """Gives the blocks of a model diffusers' own forwards back, in place."""
     stock_class = {fast: stock for stock, fast in FUSED.items()}
-    for module in unet.modules():
+    for module in model.modules():
         if type(module) in stock_class:
             module.__class__ = stock_class[type(module)]
             for hook in module.__dict__.pop("state").hooks:
                 hook.remove()
             module.__dict__.pop("self_attention", None)
-    for layer in quantized_layers(unet).values():
+    for layer in quantized_layers(model).values():
         layer.__dict__.pop("after_move", None)
-
-
-def _shared_inputs(unet: nn.Module) -> dict[str, LinearGroup]:
-    """The linears of a whole UNet that read one tensor: time projections, cross-attention keys and values."""
-    shared = {}
-    projections = [block.time_emb_proj for block in unet.modules() if type(block) is ResnetBlock2D]
-    if projections and same_quantizer(projections):
-        shared["time_emb_proj"] = LinearGroup(projections, F.silu)
-    blocks: list[Any] = [block for block in unet.modules() if type(block) is BasicTransformerBlock]
-    cross = [block.attn2 for block in blocks if block.attn2 is not None]
-    of_encoder = [layer for attention in cross for layer in (attention.to_k, attention.to_v)]
-    if of_encoder and same_quantizer(of_encoder):
-        shared["encoder_hidden_states"] = LinearGroup(of_encoder)
-    return shared

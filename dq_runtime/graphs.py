@@ -1,6 +1,6 @@
-"""CUDA graphs: a UNet's whole forward pass as one launch.
+"""CUDA graphs: a model's whole forward pass as one launch.
 
-A quantized UNet is hundreds of short kernels, and Python takes longer to launch them than a GPU to run them. The
+A quantized model is hundreds of short kernels, and Python takes longer to launch them than a GPU to run them. The
 activation scales are selected on the device, so a captured forward serves every timestep.
 """
 
@@ -9,35 +9,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from torch.utils import _pytree as pytree
+
+from dq_runtime.architectures.supported import architecture_of
 
 WARM_UP_CALLS = 3
 
 
 class CudaGraphRunner:
-    """Captures a UNet's forward once for every combination of input shapes, and replays it.
+    """Captures a model's forward once for every combination of input shapes, and replays it.
 
     Args:
-        unet: a UNet on a CUDA device, quantized or not.
+        model: on a CUDA device, quantized or not.
     """
 
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
-        self.eager_forward = unet.forward
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.architecture = architecture_of(model)
+        self.entry: Any = self.architecture.entry(model)  # whose forward it stands for
+        self.eager_forward = self.entry.forward
+        self._signature = self.architecture.signature(model)
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
 
-    def __call__(self, sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the UNet's forward; the result is a copy that later calls leave alone.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the entry's forward; the result is a copy that later calls leave alone.
 
         With an adapter loaded the forward runs without a graph: the adapter and its scale may change at any call.
         """
-        if getattr(self.unet, "_hf_peft_config_loaded", False):
-            return self.eager_forward(sample, timestep, *args, **kwargs)
-        if not isinstance(timestep, torch.Tensor):
-            whole = isinstance(self.unet, UNet2DModel)  # as its forward makes of Python's numbers
-            timestep = torch.tensor(timestep, dtype=torch.long if whole else None, device=sample.device)
-        leaves, structure = pytree.tree_flatten(((sample, timestep.to(sample.device), *args), kwargs))
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            return self.eager_forward(*args, **kwargs)
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        timestep = self.architecture.timestep
+        if timestep in arguments:
+            device, dtype = arguments[self.architecture.sample].device, self.architecture.timestep_dtype
+            if not isinstance(arguments[timestep], torch.Tensor):
+                arguments[timestep] = torch.tensor(arguments[timestep], dtype=dtype, device=device)
+            arguments[timestep] = arguments[timestep].to(device)
+        leaves, structure = pytree.tree_flatten(arguments)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         constants = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
         key = (str(structure), constants, tuple((t.shape, t.dtype, t.stride()) for t in tensors))
@@ -55,13 +63,13 @@ class CudaGraphRunner:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
         def forward() -> Any:
-            args, kwargs = pytree.tree_unflatten(static, structure)  # anew: a UNet empties the lists that it is given
-            return self.unet(*args, **kwargs)
+            arguments = pytree.tree_unflatten(static, structure)  # anew: a UNet empties the lists that it is given
+            return self.entry(**arguments)
 
-        # The UNet itself is called, so that its hooks are captured as well: they map the timestep, and let go of what
+        # The entry itself is called, so that its hooks are captured as well: they map the timestep, and let go of what
         # one forward pass has shared, which the next has to compute again.
-        replaying = self.unet.forward  # this, or what somebody has wrapped around it
-        self.unet.forward = self.eager_forward
+        replaying = self.entry.forward  # this, or what somebody has wrapped around it
+        self.entry.forward = self.eager_forward
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -73,31 +81,34 @@ class CudaGraphRunner:
             with torch.cuda.graph(graph):
                 result = forward()
         finally:
-            self.unet.forward = replaying
+            self.entry.forward = replaying
         return graph, [leaf for leaf in static if isinstance(leaf, torch.Tensor)], result
 
 
-def enable_cuda_graphs(unet: Any) -> None:
-    """Makes a UNet replay CUDA graphs, in place; the first call with new shapes captures one.
+def enable_cuda_graphs(model: Any) -> None:
+    """Makes a model replay CUDA graphs, in place; the first call with new shapes captures one.
 
     Afterwards weights may change in place alone (``load_state_dict``). A graph repeats what was captured: before the
-    UNet is moved or quantized, or its Python changes (FreeU, attention processors, an IP-Adapter's scale, hooks), call
+    model is moved or quantized, or its Python changes (FreeU, attention processors, an IP-Adapter's scale, hooks), call
     ``disable_cuda_graphs``; ``dequantize`` does.
 
     Raises:
-        ValueError: if the UNet is not on a CUDA device, or replays graphs already.
+        TypeError: if the model's class is not known.
+        ValueError: if the model is not on a CUDA device, or replays graphs already.
     """
-    if unet.device.type != "cuda":
-        raise ValueError(f"CUDA graphs need the UNet on a CUDA device, it is on {unet.device}: move it first")
-    if isinstance(unet.__dict__.get("forward"), CudaGraphRunner):
-        raise ValueError("The UNet replays CUDA graphs already")
-    unet.forward = CudaGraphRunner(unet)
+    if model.device.type != "cuda":
+        raise ValueError(f"CUDA graphs need the model on a CUDA device, it is on {model.device}: move it first")
+    runner = CudaGraphRunner(model)
+    if isinstance(runner.eager_forward, CudaGraphRunner):
+        raise ValueError("The model replays CUDA graphs already")
+    runner.entry.forward = runner
 
 
-def disable_cuda_graphs(unet: Any) -> None:
-    """Gives a UNet its eager forward back, and frees the graphs."""
-    runner = unet.__dict__.get("forward")
+def disable_cuda_graphs(model: Any) -> None:
+    """Gives a model its eager forward back, and frees the graphs."""
+    entry: Any = architecture_of(model).entry(model)
+    runner = entry.__dict__.get("forward")
     if isinstance(runner, CudaGraphRunner):
-        del unet.forward
-        if unet.forward != runner.eager_forward:  # something else had replaced it before
-            unet.forward = runner.eager_forward
+        del entry.forward
+        if entry.forward != runner.eager_forward:  # something else had replaced it before
+            entry.forward = runner.eager_forward

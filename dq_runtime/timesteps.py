@@ -1,7 +1,8 @@
-"""The timesteps of a quantized UNet: which row of the activation tables each sample of a forward pass uses.
+"""The timesteps of a quantized model: which row of the activation tables each sample of a forward pass uses.
 
-At every forward the UNet's own ``timestep`` argument is mapped, on the device and without a sync, to an int32 index per
-sample. There is no step counter: a call may repeat a timestep, skip some, start mid-way or mix several in one batch.
+At every forward the model's own timestep argument is mapped, on the device and without a sync, to an int32 index per
+sample. There is no step counter: a call may repeat a timestep, skip some, start mid-way or mix several in one batch. A
+model without timesteps has one row.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from dq_runtime.architectures.supported import architecture_of
+
+NO_TIMESTEP = 0.0  # stands for that of a model without timesteps
 
 
 def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
@@ -28,18 +33,22 @@ def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
 
 
 class TimestepGrid(nn.Module):
-    """The sorted timesteps that a UNet was calibrated on, and the index that its layers read.
+    """The sorted timesteps that a model was calibrated on, and the index that its layers read.
 
     Args:
-        timesteps: the T calibrated timesteps, in the unit of the UNet's ``timestep`` argument.
+        timesteps: the T calibrated timesteps, in the unit of the model's timestep argument.
     """
 
-    # Neither is a buffer: offloaders take those away until the UNet's forward, which comes after this is read, and
+    # Neither is a buffer: offloaders take those away until the model's forward, which comes after this is read, and
     # torch.compile compiles again when one is replaced.
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
     index: torch.Tensor  # [B] int32, of the current forward pass; empty outside of one
-    uniform: bool  # whether the UNet was given one timestep for all samples
-    hooks: list[Any]  # of the UNet, which call the methods below
+    uniform: bool  # whether the model was given one timestep for all samples
+    hooks: list[Any]  # of the model, which call the methods below
+    # Of the model's forward: its parameters in order, and which of them are the sample and the timestep.
+    parameter_names: tuple[str, ...] = ("sample", "timestep")
+    sample: str = "sample"
+    timestep: str | None = "timestep"
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         super().__init__()
@@ -91,14 +100,32 @@ class TimestepGrid(nn.Module):
         values = torch.tensor(timesteps)
         return self.nearest(values, len(timesteps), values.device).tolist()
 
-    def before_forward(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The UNet's forward pre-hook: fills ``index`` from its ``sample`` and ``timestep`` arguments."""
-        arguments = {**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}
-        if "sample" in arguments and "timestep" in arguments:  # if not, forward itself says so
-            sample, timestep = arguments["sample"], arguments["timestep"]
-            self.index = self.nearest(timestep, sample.shape[0], sample.device)
-            self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+    def follow(self, model: nn.Module) -> Any:
+        """Fills ``index`` at every call of a model from now on; returns the hook's handle.
 
-    def after_forward(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The UNet's forward hook: without it ``unet.forward(...)``, which runs no hooks, would use an old timestep."""
+        Raises:
+            TypeError: if the model's class is not known, or its forward lacks the sample or the timestep.
+        """
+        architecture = architecture_of(model)
+        self.parameter_names = tuple(architecture.signature(model).parameters)
+        self.sample, self.timestep = architecture.sample, architecture.timestep
+        return architecture.entry(model).register_forward_pre_hook(self.before_forward, with_kwargs=True)
+
+    def attach(self, model: nn.Module) -> None:
+        """The same, and empties ``index`` at the end of each call, one that fails included."""
+        entry = architecture_of(model).entry(model)
+        self.hooks = [self.follow(model), entry.register_forward_hook(self.after_forward, always_call=True)]
+
+    def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook: fills ``index`` from the sample and the timestep."""
+        arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
+        sample = arguments.get(self.sample)
+        if sample is None or (self.timestep is not None and self.timestep not in arguments):
+            return  # forward itself says so
+        timestep = NO_TIMESTEP if self.timestep is None else arguments[self.timestep]
+        self.index = self.nearest(timestep, sample.shape[0], sample.device)
+        self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The forward hook: without it a bare ``forward(...)``, which runs no hooks, would use an old timestep."""
         self.index = self.index.new_empty(0)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.static_analysis.int8_baseline import int8_gemm_kernel
 from dq_kernels.shapes import BLOCK_KEYS, STATISTICS_ROWS
-from dq_kernels.triton import attention, norm, quantize
+from dq_kernels.triton import attention, norm, quantization
 from dq_kernels.triton.gemm import int4_gemm_kernel
 from dq_kernels.triton.tuning import AMD_FILE, FILES, LaunchConfig, Problem, adjusted, tuned_shapes
 
@@ -131,8 +131,8 @@ GEMM_USES = (
 )  # fmt: skip
 _TO_INT8 = {"x_ptr": FP16, "skip_ptr": FP16, "weight_ptr": FP16, "out_ptr": INT8}
 _TO_STATISTICS = {"x_ptr": FP16, "out_ptr": FP32}
-_QUANTIZE = partial(Use, quantize.quantize_kernel, types=_TO_INT8, fp_fusion=False)
-_QUANTIZE_TILE = {"BITS": 8, "BLOCK_L": quantize.BLOCK_LENGTH, "BLOCK_K": quantize.BLOCK_CHANNELS}
+_QUANTIZE = partial(Use, quantization.quantize_kernel, types=_TO_INT8, fp_fusion=False)
+_QUANTIZE_TILE = {"BITS": 8, "BLOCK_L": quantization.BLOCK_LENGTH, "BLOCK_K": quantization.BLOCK_CHANNELS}
 _UNPADDED, _PADDED = {"PAD_H": 0, "PAD_W": 0}, {"PAD_H": 1, "PAD_W": 1}
 _CHANNELS_LAST, _CHANNELS_FIRST = {"stride_k": 1}, {"stride_l": 1}
 _CHANNEL_STATISTICS = partial(Use, norm.channel_statistics_kernel, types=_TO_STATISTICS)

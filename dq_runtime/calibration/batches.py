@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from dq_runtime.calibration.collect import CalibrationSet, UNetCall
+from dq_runtime.calibration.collect import CalibrationSet, RecordedCall
 from dq_runtime.calibration.importance import timestep_importance
 
 HELD_OUT = 8  # one sample in eight is not trained on
@@ -21,7 +21,7 @@ LEAST = 4  # samples of a timestep
 class Row(NamedTuple):
     """One sample of a recorded call."""
 
-    call: UNetCall
+    call: RecordedCall
     number: int  # in its batch
     timestep: float
 
@@ -64,10 +64,10 @@ class MixedBatches:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, i: int) -> UNetCall:
+    def __getitem__(self, i: int) -> RecordedCall:
         return _joined(self._batches[i])
 
-    def __iter__(self) -> Iterator[UNetCall]:
+    def __iter__(self) -> Iterator[RecordedCall]:
         return map(_joined, self._batches)
 
     def importance(self, i: int) -> torch.Tensor:
@@ -151,10 +151,14 @@ def _again_and_again(rows: Sequence[Row], generator: torch.Generator) -> Iterato
 def _parts(row: Row) -> tuple[list[Any], Any]:
     """One sample's part of each argument, and how they are nested; what has no row for each sample is everyone's."""
     call, i, _ = row
-    leaves, structure = tree_flatten(call.arguments)
+    leaves, structure = tree_flatten_with_path(call.arguments)
     batch = call.sample.shape[0]
-    own = [isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch for leaf in leaves]
-    return [leaf[i] if is_own else (leaf,) for leaf, is_own in zip(leaves, own, strict=True)], structure
+
+    def part(path: Any, leaf: Any) -> Any:
+        has_rows = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
+        return leaf[i] if has_rows and path[0].key not in call.shared else (leaf,)
+
+    return [part(path, leaf) for path, leaf in leaves], structure
 
 
 def _shape(row: Row) -> str:
@@ -170,9 +174,9 @@ def _shape(row: Row) -> str:
     return repr((structure, row.call.sample.shape[1:], [signature(part) for part in parts]))
 
 
-def _joined(rows: Sequence[Row]) -> UNetCall:
+def _joined(rows: Sequence[Row]) -> RecordedCall:
     sample = torch.stack([row.call.sample[row.number] for row in rows])
     timestep = torch.tensor([row.timestep for row in rows])
     columns = zip(*(_parts(row)[0] for row in rows), strict=True)
     arguments = [torch.stack(column) if isinstance(column[0], torch.Tensor) else column[0][0] for column in columns]
-    return UNetCall(sample, timestep, tree_unflatten(arguments, _parts(rows[0])[1]))
+    return RecordedCall(sample, timestep, tree_unflatten(arguments, _parts(rows[0])[1]), rows[0].call.shared)

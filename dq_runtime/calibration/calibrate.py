@@ -1,4 +1,4 @@
-"""From a floating-point UNet and its calibration set to a packed-INT4 UNet, in place."""
+"""From a floating-point model and its calibration set to a packed-INT4 one, in place."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation
 from dq_runtime.calibration.distillation import Distillation, distil
@@ -18,7 +19,7 @@ from dq_runtime.calibration.importance import timestep_importance
 from dq_runtime.calibration.temporal import Samples, by_group, layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.calibration.whole_unet import prediction_errors
-from dq_runtime.config import DilateQuantConfig
+from dq_runtime.config import NOT_CONVERTED, DilateQuantConfig
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import TimestepGrid, grouped
@@ -29,37 +30,42 @@ CLEARLY_LESS = 0.97  # of a squared error: what lies between is as likely chance
 
 
 def calibrate(
-    unet: Any,
+    model: Any,
     calibration_set: CalibrationSet,
     config: DilateQuantConfig | None = None,
     distillation: Distillation | None = None,
 ) -> Any:
-    """Quantizes a UNet in place: Weight Dilation, one activation quantizer per layer and timestep, packed weights.
+    """Quantizes a model in place: Weight Dilation, one activation quantizer per layer and timestep, packed weights.
 
     Args:
-        unet: a floating-point ``UNet2DModel`` or ``UNet2DConditionModel``, on any device.
+        model: a floating-point ``UNet2DModel``, ``UNet2DConditionModel``, ``ControlNetModel``,
+            ``FluxTransformer2DModel``, or ``AutoencoderKL``, of which the decoder is quantized; on any device.
         calibration_set: calls recorded from its real sampling trajectory (``record``, ``collect_from_pipeline``,
             ``collect_from_scheduler``). Its timesteps become the grid of the activation tables.
         config: W4A8 by default.
-        distillation: how to train the quantized UNet towards the floating-point one, block by block; None rounds
+        distillation: how to train the quantized model towards the floating-point one, block by block; None rounds
             to nearest, which takes a few runs over the calibration set and a search in each layer.
 
     Returns:
-        the same UNet, quantized.
+        the same model, quantized.
 
     Raises:
+        TypeError: for another model, or one whose forward lacks the sample or the timestep. The model is unchanged.
         ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
-            belongs to another calibration. The UNet is unchanged.
+            belongs to another calibration. The model is unchanged.
     """
-    config = config or DilateQuantConfig()
+    config, architecture = config or DilateQuantConfig(), architecture_of(model)
+    architecture.signature(model)  # refuses a forward without sample or timestep
+    if config.modules_to_not_convert == list(NOT_CONVERTED):
+        config = replace(config, modules_to_not_convert=list(architecture.modules_to_not_convert))
     config = replace(config, timesteps=grouped(calibration_set.timesteps, config.timestep_groups))
     assert config.timesteps is not None
-    layers = plan_conversion(unet, config).layers
+    layers = plan_conversion(model, config).layers
     for name, layer in layers.items():
         for tensor, parameter in layer.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise ValueError(f"{name}.{tensor} holds NaN or infinity; load the original weights again")
-    samples = sample_inputs(unet, layers, calibration_set)
+    samples = sample_inputs(model, layers, calibration_set)
     unreached = [name for name in layers if name not in samples]
     if unreached:
         logger.warning("Kept in floating point: %s (calibration never reached them)", ", ".join(unreached))
@@ -73,15 +79,15 @@ def calibrate(
     candidates = _quantize_layers(layers, samples, sharing, calibration_set, configs)
     tensors = candidates[0]
     if len(candidates) > 1:
-        errors = prediction_errors(unet, layers, candidates, sharing, calibration_set, config)
+        errors = prediction_errors(model, layers, candidates, sharing, calibration_set, config)
         if not errors[0] < CLEARLY_LESS * errors[1]:
-            logger.info("Not dilated: the whole UNet's squared error is %.3g with dilation, %.3g without", *errors)
+            logger.info("Not dilated: the whole model's squared error is %.3g with dilation, %.3g without", *errors)
             tensors = candidates[1]
     if distillation is not None:
-        tensors = distil(unet, layers, tensors, sharing, calibration_set, config, distillation)
-    convert(unet, config, tensors)
-    attach_quantizer(unet, config)
-    return unet
+        tensors = distil(model, layers, tensors, sharing, calibration_set, config, distillation)
+    convert(model, config, tensors)
+    attach_quantizer(model, config)
+    return model
 
 
 def _quantize_layers(

@@ -1,11 +1,10 @@
-"""Collecting calibration data: every call that a sampling trajectory makes of the UNet, with its inputs.
+"""Collecting calibration data: every call that a sampling trajectory makes of the model, with its inputs.
 
 The inputs are recorded, not the activations: whoever needs activations (ranges, distillation) replays the calls.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,37 +19,46 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
+from dq_runtime.architectures.supported import architecture_of, is_supported
+from dq_runtime.timesteps import NO_TIMESTEP
+
 PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # what a file can hold
 
 
 @dataclass(frozen=True)
-class UNetCall:
-    """One call of the UNet, on the CPU.
+class RecordedCall:
+    """One call of the model, or of that part of it which its architecture calls the entry, on the CPU.
 
     Attributes:
-        sample: [B, C, H, W].
+        sample: [B, ...].
         timestep: [1] or [B] fp32.
         arguments: the remaining keyword arguments (``encoder_hidden_states``, ``class_labels``, ...).
+        shared: names of those that hold no row for each sample, whatever their shape.
     """
 
     sample: torch.Tensor
     timestep: torch.Tensor
     arguments: dict[str, Any]
+    shared: tuple[str, ...] = ()
 
-    def run(self, unet: Any) -> Any:
-        """Calls a UNet with these inputs, on its device and in its dtype, without gradients."""
+    def run(self, model: Any) -> Any:
+        """Makes the same call of a model, on its device and in its dtype, without gradients."""
         with torch.no_grad():
-            return self.run_with_gradients(unet)
+            return self.run_with_gradients(model)
 
-    def run_with_gradients(self, unet: Any) -> Any:
-        """The same, such that the UNet's parameters get gradients."""
-        device, dtype = unet.device, unet.dtype  # once: diffusers looks at every module to tell
+    def run_with_gradients(self, model: Any) -> Any:
+        """The same, such that the model's parameters get gradients."""
+        architecture = architecture_of(model)
+        device, dtype = model.device, model.dtype  # once: diffusers looks at every module to tell
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-        arguments = tree_map_only(torch.Tensor, place, self.arguments)
-        return unet(place(self.sample), self.timestep.to(device), **arguments)
+        arguments = {architecture.sample: self.sample, **self.arguments}
+        arguments = tree_map_only(torch.Tensor, place, arguments)
+        if architecture.timestep is not None:
+            arguments[architecture.timestep] = self.timestep.to(device)
+        return architecture.entry(model)(**arguments)
 
 
 @dataclass
@@ -61,7 +69,7 @@ class CalibrationSet:
         scheduler: diffusers' that sampled, which tells how much each timestep matters to the image; None: not known.
     """
 
-    calls: list[UNetCall] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
     scheduler: Any = None
 
     @property
@@ -86,10 +94,10 @@ class CalibrationSet:
             for path, leaf in tree_flatten_with_path(call.arguments)[0]:
                 if not isinstance(leaf, PLAIN):
                     name = "".join(map(str, path))
-                    raise ValueError(f"The UNet's argument {name} is a {type(leaf).__name__}, which cannot be saved")
+                    raise ValueError(f"The model's argument {name} is a {type(leaf).__name__}, which cannot be saved")
         known = isinstance(self.scheduler, diffusers.ConfigMixin)
         content = {
-            "calls": [(call.sample, call.timestep, call.arguments) for call in self.calls],
+            "calls": [(call.sample, call.timestep, call.arguments, call.shared) for call in self.calls],
             "scheduler": self.scheduler.to_json_string() if known else None,
         }
         file = Path(file)
@@ -108,7 +116,7 @@ class CalibrationSet:
         """
         try:
             content = torch.load(file, weights_only=True, mmap=True)
-            calls = [UNetCall(*call) for call in content["calls"]]
+            calls = [RecordedCall(*call) for call in content["calls"]]
             scheduler = None if content["scheduler"] is None else json.loads(content["scheduler"])
         except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{file} holds no calibration set: record it again") from error
@@ -117,18 +125,25 @@ class CalibrationSet:
 
 
 @contextmanager
-def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
-    """Records every call of a floating-point UNet that is made inside the ``with`` block, whoever makes it.
+def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
+    """Records every call of a floating-point model that is made inside the ``with`` block, whoever makes it.
 
     >>> with dq_runtime.record(pipeline.unet, pipeline.scheduler) as calibration_set:
     ...     pipeline("a lighthouse at dusk")
 
-    All that the UNet is called with stays in the CPU's memory, a ControlNet's residuals too; what one call shares with
+    All that the model is called with stays in the CPU's memory, a ControlNet's residuals too; what one call shares with
     the call before it (a prompt's embedding) is held, and saved, once. A set that was saved and loaded stays on disk.
 
     Args:
+        model: a ``UNet2DModel``, ``UNet2DConditionModel``, ``ControlNetModel``, ``FluxTransformer2DModel``, or
+            ``AutoencoderKL``, of which the calls of its decoder are recorded.
         scheduler: the one that samples; from it calibration learns how much each timestep matters.
+
+    Raises:
+        TypeError: for another model, or one whose forward lacks the sample or the timestep.
     """
+    architecture = architecture_of(model)
+    signature = architecture.signature(model)
     calibration_set = CalibrationSet(scheduler=scheduler)
 
     def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,17 +158,20 @@ def record(unet: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
         return tree_unflatten(leaves, structure)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = inspect.signature(unet.forward).bind(*args, **kwargs).arguments
-        sample, timestep = arguments.pop("sample"), arguments.pop("timestep")
+        arguments = signature.bind(*args, **kwargs).arguments
+        sample, timestep = arguments.pop(architecture.sample), NO_TIMESTEP
+        if architecture.timestep is not None:
+            timestep = arguments.pop(architecture.timestep)
         calibration_set.calls.append(
-            UNetCall(
+            RecordedCall(
                 sample=to_cpu(sample),
                 timestep=torch.as_tensor(timestep, dtype=torch.float32).detach().cpu().reshape(-1).clone(),
                 arguments={name: keep(argument, name) for name, argument in arguments.items()},
+                shared=architecture.shared_arguments,
             )
         )
 
-    handle = unet.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = architecture.entry(model).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield calibration_set
     finally:
@@ -170,51 +188,91 @@ def _same(old: Any, new: Any) -> bool:
     )
 
 
-def collect_from_pipeline(pipeline: Any, calls: Iterable[Mapping[str, Any]]) -> CalibrationSet:
-    """Runs a diffusers pipeline and records the calls of its UNet.
+def collect_from_pipeline(
+    pipeline: Any, calls: Iterable[Mapping[str, Any]], component: str | nn.Module | None = None
+) -> CalibrationSet:
+    """Runs a diffusers pipeline and records the calls of one of its components.
 
     Args:
-        pipeline: with a ``unet`` and a ``scheduler``.
+        pipeline: with a ``scheduler``.
         calls: the keyword arguments of each run: ``[{"prompt": "a lighthouse", "num_inference_steps": 30}, ...]``.
+        component: which of the models that ``record`` takes: its name in the pipeline ("controlnet", "vae") or itself;
+            by default the ``unet``, or the ``transformer`` of a pipeline that has none.
+
+    Raises:
+        ValueError: if the pipeline has no such component.
+        TypeError: if the component is no model that ``record`` takes.
     """
-    with record(pipeline.unet, pipeline.scheduler) as calibration_set:
+    model = component if isinstance(component, nn.Module) else _component(pipeline, component)
+    with record(model, pipeline.scheduler) as calibration_set:
         for arguments in tqdm(list(calls), desc="Collecting"):
             pipeline(**arguments)
     return calibration_set
 
 
+def _component(pipeline: Any, name: str | None) -> nn.Module:
+    for candidate in ("unet", "transformer") if name is None else (name,):
+        model = getattr(pipeline, candidate, None)
+        if model is not None:
+            return model
+    known = [name for name, module in pipeline.components.items() if is_supported(module)]
+    raise ValueError(
+        f"{type(pipeline).__name__} has no {name or 'unet and no transformer'}; its components that can be recorded "
+        f"are {known}: name one as `component`"
+    )
+
+
 @torch.no_grad()
 def collect_from_scheduler(
-    unet: Any,
+    model: Any,
     scheduler: Any,
     noise: torch.Tensor,
     num_inference_steps: int,
     arguments: Mapping[str, torch.Tensor] | None = None,
     batch_size: int = 16,
 ) -> CalibrationSet:
-    """Samples with a bare UNet and a diffusers scheduler, from noise to image, and records the UNet's calls.
+    """Samples with a bare model and a diffusers scheduler, from noise to image, and records the model's calls.
 
     Args:
-        unet: in eval mode; dropout would change the trajectory.
-        noise: [B, C, H, W], standard normal.
-        arguments: the UNet's further arguments, each a tensor with B rows (``class_labels``, ...).
+        model: a ``UNet2DModel``, ``UNet2DConditionModel`` or ``FluxTransformer2DModel`` in eval mode; dropout would
+            change the trajectory.
+        noise: [B, C, H, W], of a transformer [B, tokens, C]; standard normal.
+        arguments: the model's further arguments, each a tensor with B rows (``class_labels``, ...), but for the
+            positions that all samples of a transformer share (``img_ids``, ``txt_ids``).
         batch_size: rows of ``noise`` that run together.
+
+    Raises:
+        TypeError: if the model's class is not known, or it does not predict what the scheduler takes.
     """
-    device, dtype = unet.device, unet.dtype
-    with record(unet, scheduler) as calibration_set:
+    architecture = architecture_of(model)
+    if not architecture.predicts:
+        raise TypeError(
+            f"{type(model).__name__} does not predict a sampler's next step: run its pipeline inside of record(), or "
+            "give it to collect_from_pipeline as `component`"
+        )
+    device, dtype = model.device, model.dtype
+    with record(model, scheduler) as calibration_set:
         starts = range(0, noise.shape[0], batch_size)
         with tqdm(total=len(starts) * num_inference_steps, desc="Collecting") as progress:
             for start in starts:
                 rows = slice(start, start + batch_size)
                 batch_arguments = {
-                    name: value[rows].to(device, dtype if value.is_floating_point() else None)
+                    name: (value if name in architecture.shared_arguments else value[rows]).to(
+                        device, dtype if value.is_floating_point() else None
+                    )
                     for name, value in (arguments or {}).items()
                 }
                 scheduler.set_timesteps(num_inference_steps)
-                sample = noise[rows].to(device, dtype) * scheduler.init_noise_sigma
+                # Flow matching starts from the noise itself and scales nothing.
+                sample = noise[rows].to(device, dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
                 for timestep in scheduler.timesteps:
-                    scaled = scheduler.scale_model_input(sample, timestep)
-                    prediction = unet(scaled, timestep, **batch_arguments).sample
+                    scales = hasattr(scheduler, "scale_model_input")
+                    scaled = scheduler.scale_model_input(sample, timestep) if scales else sample
+                    inputs: dict[Any, Any] = {
+                        architecture.sample: scaled,
+                        architecture.timestep: architecture.timestep_argument(timestep, scaled),
+                    }
+                    prediction = model(**inputs, **batch_arguments).sample
                     sample = scheduler.step(prediction, timestep, sample).prev_sample
                     progress.update()
     return calibration_set

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from dq_runtime import __version__
+from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.error_feedback import SecondMoments
@@ -36,7 +37,6 @@ from dq_runtime.calibration.replay import (
     inputs_of,
     outputs_of,
     remembered,
-    result_tensor,
     squared_error,
 )
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
@@ -182,6 +182,7 @@ class _Trainer:
     ) -> None:
         self.unet, self.stand_ins, self.batches, self.store, self.grid = unet, stand_ins, batches, store, grid
         self.settings = settings
+        self.result = architecture_of(unet).result
         self.device = unet.device  # once: diffusers looks at every module to tell
         self.indices = [grid.nearest(b.timestep, b.sample.shape[0], self.device) for b in batches]
         self.shares = [batches.share(i).to(self.device) for i in range(len(batches))]
@@ -239,8 +240,8 @@ class _Trainer:
 
         def lesson(i: int) -> torch.Tensor:
             with self._in_floating_point(), torch.autocast(self.device.type, enabled=False):
-                target = result_tensor(self.batches[i].run(self.unet))
-            error = squared_error(result_tensor(self.batches[i].run_with_gradients(self.unet)), target)
+                target = self.result(self.batches[i].run(self.unet))
+            error = squared_error(self.result(self.batches[i].run_with_gradients(self.unet)), target)
             return error * self.batches.importance(i).to(error.device) / self.shares[i]
 
         settings = self.settings
@@ -365,7 +366,7 @@ class _Trainer:
     def _run_block(self, block: nn.Module, i: int) -> torch.Tensor:
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), self.store[f"inputs_{i}"])
         self.grid.index = self.indices[i]
-        return result_tensor(block(*args, **kwargs))
+        return self.result(block(*args, **kwargs))
 
     @contextmanager
     def _in_floating_point(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dq_runtime.calibration.collect import UNetCall
+from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, states_of
 
 logger = logging.getLogger("dq_runtime")
@@ -76,7 +76,7 @@ class FinishedBlocks:
         return self.folder / f"{name}.safetensors"
 
 
-def fingerprint(unet: nn.Module, batches: Iterable[UNetCall], settings: Mapping[str, Any]) -> str:
+def fingerprint(unet: nn.Module, batches: Iterable[RecordedCall], settings: Mapping[str, Any]) -> str:
     """Of the floating-point weights, the training data and the settings, which JSON can hold."""
     digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
     for name, parameter in sorted(unet.named_parameters()):

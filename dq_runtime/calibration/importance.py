@@ -1,9 +1,12 @@
-"""How much the UNet's error at each timestep matters to the image.
+"""How much the model's error at each timestep matters to the image.
 
 A sampler integrates x / sqrt(ᾱ) over the noise level σ = sqrt((1 - ᾱ) / ᾱ); its derivative is the predicted noise, so
 an error e of that noise moves the result of a step from σ to σ' by (σ - σ') e. What is left of it in the image? Were
 images normal with unit variance, the way from σ' down to 0 would divide it by sqrt(1 + σ'²). The importance of a
 timestep is the square of both factors: the squared error of the image for a squared error of 1 in the prediction.
+
+In flow matching x = (1 - σ) x0 + σ ε is integrated over σ itself, and its derivative is predicted. Here the way from σ'
+down to 0 divides an error by sqrt((1 - σ')² + σ'²).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 SMALLEST_ALPHA = 2.0**-24  # keeps the noise level finite where the schedule ends in pure noise
 SMALLEST_IMPORTANCE = 1e-9  # of the largest: every timestep counts
@@ -25,12 +28,15 @@ def timestep_importance(scheduler: Any, timesteps: Sequence[float]) -> list[floa
 
     Args:
         scheduler: the one that sampled. Where it has no ``alphas_cumprod`` or does not sample with them (None, flow
-            matching) diffusers' default noise schedule stands in: nearer to any than no schedule at all.
-        timesteps: those of a sampling run, sorted, in the unit of the UNet's ``timestep`` argument.
+            sigmas) diffusers' default noise schedule stands in: nearer to any than no schedule at all.
+        timesteps: those of a sampling run, sorted, in the unit of the model's timestep argument. In flow matching
+            that is σ, or σ times the scheduler's number of training timesteps.
 
     Returns:
         a positive number for each timestep; all 1 where timesteps are no positions in a noise schedule.
     """
+    if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)):
+        return _flow_importance(scheduler, timesteps)
     if not _has_noise_schedule(scheduler):
         scheduler = DDPMScheduler()
     alphas = torch.as_tensor(scheduler.alphas_cumprod).double().cpu().clamp(SMALLEST_ALPHA, 1 - SMALLEST_ALPHA).numpy()
@@ -41,7 +47,25 @@ def timestep_importance(scheduler: Any, timesteps: Sequence[float]) -> list[floa
         (level - following) ** 2 / (1 + following**2) * _noise_per_prediction(scheduler, level)
         for following, level in itertools.pairwise([0.0, *levels])
     ]
-    return [max(float(value), SMALLEST_IMPORTANCE * float(max(importance))) for value in importance]
+    return _at_least_smallest(importance)
+
+
+def _flow_importance(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
+    unit = 1 if timesteps[-1] <= 1 else scheduler.config.num_train_timesteps
+    levels = [timestep / unit for timestep in timesteps]
+    if levels[0] < 0 or levels[-1] > 1 or scheduler.config.get("invert_sigmas"):
+        return [1.0] * len(timesteps)
+    return _at_least_smallest(
+        [
+            (level - following) ** 2 / ((1 - following) ** 2 + following**2)
+            for following, level in itertools.pairwise([0.0, *levels])
+        ]
+    )
+
+
+def _at_least_smallest(importance: Sequence[float]) -> list[float]:
+    smallest = SMALLEST_IMPORTANCE * float(max(importance)) or 1.0  # all alike where none matters
+    return [max(float(value), smallest) for value in importance]
 
 
 def _has_noise_schedule(scheduler: Any) -> bool:

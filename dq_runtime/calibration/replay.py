@@ -9,45 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
-from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dq_runtime.calibration.collect import UNetCall
-
-BLOCKS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, Attention, Downsample2D, Upsample2D)
+from dq_runtime.architectures.architecture import result_tensor as result_tensor
+from dq_runtime.architectures.supported import architecture_of
+from dq_runtime.calibration.collect import RecordedCall
 
 
 class _Reached(Exception):
     """The replay has come as far as it has to."""
 
 
-def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall) -> dict[str, nn.Module]:
-    """The parts of a UNet that are distilled one after the other, in the order in which a call reaches them.
+def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: RecordedCall) -> dict[str, nn.Module]:
+    """The parts of a model that are distilled one after the other, in the order in which a call reaches them.
 
-    The outermost resnet, transformer, attention or resampler around each layer; a layer outside of all is a block
-    itself.
+    The outermost block of the architecture around each layer; a layer outside of all is a block itself.
 
     Args:
         layers: the layers to be distilled; blocks without one are left out.
     """
-    wanted = set(layers)
+    architecture, wanted = architecture_of(model), set(layers)
     found: dict[nn.Module, str] = {}
 
     def walk(name: str, module: nn.Module) -> None:
-        if module in wanted or (_is_block(module) and not wanted.isdisjoint(module.modules())):
+        if module in wanted or (architecture.is_block(module) and not wanted.isdisjoint(module.modules())):
             found.setdefault(module, name)
         else:
             for child_name, child in module.named_children():
                 walk(f"{name}.{child_name}" if name else child_name, child)
 
-    walk("", unet)
+    walk("", model)
     reached: dict[str, nn.Module] = {}
 
     def note(module: nn.Module, args: Any) -> None:
@@ -55,57 +48,51 @@ def blocks_in_order(unet: nn.Module, layers: Iterable[nn.Module], call: UNetCall
 
     handles = [module.register_forward_pre_hook(note) for module in found]
     try:
-        call.run(unet)
+        call.run(model)
     finally:
         for handle in handles:
             handle.remove()
     return reached
 
 
-def _is_block(module: nn.Module) -> bool:
-    """A transformer of several layers is taken apart: all at once, as SDXL's ten, they take much memory to train."""
-    is_deep = isinstance(module, Transformer2DModel) and len(module.transformer_blocks) > 1
-    return isinstance(module, BLOCKS) and not is_deep
-
-
 @torch.no_grad()
-def inputs_of(unet: nn.Module, block: nn.Module, call: UNetCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which a call of the UNet calls a block, the first time; what comes after is not computed."""
+def inputs_of(model: nn.Module, block: nn.Module, call: RecordedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which a call of the model calls a block, the first time; what comes after is not computed."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached((args, kwargs))
 
-    return _run_until(unet, call, block.register_forward_pre_hook(stop, with_kwargs=True))
+    return _run_until(model, call, block.register_forward_pre_hook(stop, with_kwargs=True))
 
 
 @torch.no_grad()
 def outputs_of(
-    unet: nn.Module, blocks: Mapping[str, nn.Module], call: UNetCall, keep: Callable[[str, torch.Tensor], bool]
+    model: nn.Module, blocks: Mapping[str, nn.Module], call: RecordedCall, keep: Callable[[str, torch.Tensor], bool]
 ) -> None:
-    """Hands over what blocks return in a call of the UNet, the first time, in the order in which it reaches them.
+    """Hands over what blocks return in a call of the model, the first time, in the order in which it reaches them.
 
     Args:
         keep: gets a block's name and its result. What comes after is not computed if it returns False, or if that was
             the last block.
     """
-    missing = set(blocks)
+    missing, result = set(blocks), architecture_of(model).result
 
     def hand_over(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if name in missing:
             missing.remove(name)
-            if not keep(name, result_tensor(output)) or not missing:
+            if not keep(name, result(output)) or not missing:
                 raise _Reached(None)
 
-    _run_until(unet, call, *(block.register_forward_hook(partial(hand_over, name)) for name, block in blocks.items()))
+    _run_until(model, call, *(block.register_forward_hook(partial(hand_over, name)) for name, block in blocks.items()))
 
 
 @contextmanager
 def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
-    """What each block returns the first time that the UNet calls it is computed once, and then comes from a store.
+    """What each block returns the first time that the model calls it is computed once, and then comes from a store.
 
     Args:
         blocks: they must not change as long as the store has their results.
-        call: number of the UNet's call, by which the store tells it from others.
+        call: number of the model's call, by which the store tells it from others.
         most_bytes: nothing is added to a store that holds as much.
     """
     replaced = {block: vars(block).get("forward") for block in blocks.values()}
@@ -139,20 +126,15 @@ def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, m
                 block.forward = forward
 
 
-def _run_until(unet: nn.Module, call: UNetCall, *handles: Any) -> Any:
+def _run_until(model: nn.Module, call: RecordedCall, *handles: Any) -> Any:
     try:
-        call.run(unet)
+        call.run(model)
     except _Reached as reached:
         return reached.args[0]
     finally:
         for handle in handles:
             handle.remove()
-    raise ValueError("A recorded call takes another path through the UNet than the first one")
-
-
-def result_tensor(output: Any) -> torch.Tensor:
-    """The tensor that a block returns, alone or in a tuple."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+    raise ValueError("A recorded call takes another path through the model than the first one")
 
 
 def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

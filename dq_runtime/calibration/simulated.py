@@ -310,7 +310,7 @@ def simulated(
     training = {module: module.training for module in unet.modules()}
     unet.requires_grad_(False).eval()  # no dropout
     replace_layers(unet, {layers[name]: stand_in.eval() for name, stand_in in stand_ins.items()})
-    hook = unet.register_forward_pre_hook(grid.before_forward, with_kwargs=True)
+    hook = grid.follow(unet)
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield stand_ins

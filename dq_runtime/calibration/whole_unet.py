@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.collect import CalibrationSet
-from dq_runtime.calibration.replay import result_tensor, squared_error
+from dq_runtime.calibration.replay import squared_error
 from dq_runtime.calibration.simulated import simulated
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.timesteps import TimestepGrid
@@ -44,7 +45,7 @@ def prediction_errors(
         ``timestep_importance``), added.
     """
     assert config.timesteps is not None
-    grid = TimestepGrid(config.timesteps).to(unet.device)
+    grid, result = TimestepGrid(config.timesteps).to(unet.device), architecture_of(unet).result
     samples = min(SAMPLES, calibration_set.num_samples)
     batch_size = min(BATCH_SIZE, max(call.sample.shape[0] for call in calibration_set.calls))  # which fits
     batches = MixedBatches(calibration_set, samples, batch_size, seed=0)
@@ -53,7 +54,7 @@ def prediction_errors(
         with simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
             for layer in stand_ins.values():
                 layer.quantized = quantized
-            return [result_tensor(batches[i].run(unet)).cpu() for i in batches.training]
+            return [result(batches[i].run(unet)).cpu() for i in batches.training]
 
     targets = predictions(candidates[0], quantized=False)
     errors = []

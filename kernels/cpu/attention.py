@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq_kernels.cpu.quantize import quantize
+from dq_kernels.cpu.quantization import quantize
 from dq_kernels.records import Quantizer
 from dq_kernels.shapes import BLOCK_KEYS
 

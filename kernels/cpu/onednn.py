@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dq_kernels.cpu.quantize import quantize
+from dq_kernels.cpu.quantization import quantize
 from dq_kernels.packing import unpack_int4
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, statistics_shape

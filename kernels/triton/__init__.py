@@ -3,7 +3,7 @@
 from dq_kernels.triton.attention import int8_attention, int8_attention_quantize
 from dq_kernels.triton.gemm import int4_conv2d, int4_geglu_quantize, int4_linear
 from dq_kernels.triton.norm import group_norm_quantize, layer_norm_quantize
-from dq_kernels.triton.quantize import quantize
+from dq_kernels.triton.quantization import quantize
 
 __all__ = [
     "group_norm_quantize",

@@ -26,7 +26,7 @@ from dq_kernels.records import Quantizer
 from dq_kernels.shapes import BLOCK_KEYS
 from dq_kernels.triton.intrinsics import floor_to_int, follow_previous_kernel, round_to_int
 from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
-from dq_kernels.triton.quantize import quantize_tile, select_timestep
+from dq_kernels.triton.quantization import quantize_tile, select_timestep
 
 SMALLEST = tl.constexpr(1e-30)  # magnitudes that count as 0: the inverse of a smaller one's scale would be infinite
 LOG2_E = 1.4426950408889634

@@ -27,7 +27,7 @@ from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
 from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal, unpack_int4_x16
 from dq_kernels.triton.launch import cdiv, launch_options
-from dq_kernels.triton.quantize import quantize_tile, select_timestep
+from dq_kernels.triton.quantization import quantize_tile, select_timestep
 from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, launch_config
 
 

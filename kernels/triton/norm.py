@@ -20,7 +20,7 @@ from dq_kernels.records import Norm, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, quantized_shape
 from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
-from dq_kernels.triton.quantize import padded_position, quantize_tile, select_timestep
+from dq_kernels.triton.quantization import padded_position, quantize_tile, select_timestep
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 STATISTICS_CHANNELS = 64

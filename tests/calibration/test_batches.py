@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from dq_runtime import CalibrationSet
 from dq_runtime.calibration.batches import MixedBatches
-from dq_runtime.calibration.collect import UNetCall, record
+from dq_runtime.calibration.collect import RecordedCall, record
 from dq_runtime.calibration.importance import timestep_importance
 
 
@@ -21,7 +21,7 @@ def numbered_calls(timesteps, batch=3, shape=(2, 4, 4), first=0, **constants):
     for i, timestep in enumerate(timesteps):
         number = torch.arange(batch, dtype=torch.float32) + first + i * batch
         calls.append(
-            UNetCall(
+            RecordedCall(
                 sample=number.view(-1, 1, 1, 1).expand(batch, *shape).clone(),
                 timestep=torch.as_tensor(timestep, dtype=torch.float32).reshape(-1),
                 arguments={

@@ -21,7 +21,7 @@ from diffusers import (
 from torch.utils._pytree import tree_flatten
 
 from dq_runtime import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
-from dq_runtime.calibration.collect import UNetCall
+from dq_runtime.calibration.collect import RecordedCall
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedulers and NumPy 2
 
@@ -390,7 +390,7 @@ def own_memory():
 def test_a_loaded_set_stays_on_disk_and_can_be_saved_over_its_own_file(tmp_path):
     file = tmp_path / "calls.pt"
     size = 64 * 2**20
-    CalibrationSet([UNetCall(torch.full((1, 1, size // 4), 3.0), torch.tensor([1.0]), {})]).save(file)
+    CalibrationSet([RecordedCall(torch.full((1, 1, size // 4), 3.0), torch.tensor([1.0]), {})]).save(file)
 
     before = own_memory()
     loaded = CalibrationSet.load(file)
@@ -402,7 +402,7 @@ def test_a_loaded_set_stays_on_disk_and_can_be_saved_over_its_own_file(tmp_path)
 
 def test_what_cannot_be_saved_is_named_and_leaves_the_file_alone(tmp_path):
     file = tmp_path / "calls.pt"
-    one = UNetCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})
+    one = RecordedCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})
     CalibrationSet([one]).save(file)
     before = file.read_bytes()
 
@@ -416,7 +416,7 @@ def test_what_cannot_be_saved_is_named_and_leaves_the_file_alone(tmp_path):
 @pytest.mark.parametrize("damage", ["half", "garbage", "empty", "another", "tensor"])
 def test_a_damaged_calibration_set_is_refused(tmp_path, damage):
     file = tmp_path / "calls.pt"
-    CalibrationSet([UNetCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})]).save(file)
+    CalibrationSet([RecordedCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})]).save(file)
     content = file.read_bytes()
     if damage in ("another", "tensor"):
         torch.save({"state": 1} if damage == "another" else torch.zeros(3), file)
@@ -431,5 +431,5 @@ def test_a_scheduler_that_diffusers_does_not_have_is_not_known(tmp_path):
     class Ours(DDIMScheduler):
         pass
 
-    CalibrationSet([UNetCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})], Ours()).save(tmp_path / "calls.pt")
+    CalibrationSet([RecordedCall(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {})], Ours()).save(tmp_path / "calls.pt")
     assert CalibrationSet.load(tmp_path / "calls.pt").scheduler is None

@@ -11,6 +11,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     LCMScheduler,
 )
 
@@ -150,10 +151,9 @@ def test_alphas_of_exactly_one_and_zero_have_finite_importance():
     "scheduler",
     [
         None,
-        FlowMatchEulerDiscreteScheduler(),
         DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", beta_end=0.5),
     ],
-    ids=["none", "flow matching", "flow sigmas"],
+    ids=["none", "flow sigmas"],
 )
 def test_diffusers_default_schedule_stands_in_where_the_scheduler_does_not_tell(scheduler):
     timesteps = [1.0, 17.5, 900.0]
@@ -170,3 +170,43 @@ def test_every_timestep_counts_even_where_the_schedule_stands_still():
     scheduler = scheduler_of_levels([0.5, 1.0, 1.0, 2.0])
 
     assert min(timestep_importance(scheduler, [0, 1, 2, 3])) > 0
+
+
+# Flow matching: from 3/4 down to 1/4 and from there to 0; (3/4)² + (1/4)² = 5/8.
+@pytest.mark.parametrize("timesteps", [[1 / 4, 3 / 4], [250, 750]], ids=["noise levels", "timesteps"])
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_two_steps_of_flow_matching_by_hand(kind, timesteps):
+    assert timestep_importance(kind(shift=3.0), timesteps) == pytest.approx([1 / 16, 1 / 4 / (5 / 8)], rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_importance_is_what_flow_matching_makes_of_an_error_where_images_are_normal(shift):
+    error, steps = 1e-2, 1000
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    levels = scheduler.sigmas[:-1].double()
+    importance = timestep_importance(scheduler, levels.flip(0).tolist())[::-1]
+
+    at = [int(fraction * (steps - 1)) for fraction in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98, 1)]
+    x = torch.full((len(at) + 1,), 0.8, dtype=torch.float64)  # one trajectory each, and one without error
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = x * (2 * levels[i] - 1) / ((1 - levels[i]) ** 2 + levels[i] ** 2)
+        if i in at:
+            velocity[at.index(i)] += error
+        x = scheduler.step(velocity, timestep, x).prev_sample
+    errors = ((x[:-1] - x[-1]) / error).square().tolist()
+    assert [importance[i] for i in at] == pytest.approx(errors, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "timesteps"),
+    [
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), [0.0, 0.5]),
+        (FlowMatchEulerDiscreteScheduler(), [-0.5, 0.5]),
+        (FlowMatchEulerDiscreteScheduler(), [1, 1400]),
+        (FlowMatchEulerDiscreteScheduler(), [0.0]),
+    ],
+    ids=["inverted", "negative", "too large", "no noise"],
+)
+def test_timesteps_that_are_no_noise_levels_matter_alike(scheduler, timesteps):
+    assert timestep_importance(scheduler, timesteps) == [1.0] * len(timesteps)

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from dq_runtime import DilateQuantConfig
-from dq_runtime.calibration.collect import UNetCall
+from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
@@ -50,7 +50,7 @@ def some_calls(unet):
             arguments = {"class_labels": torch.randint(0, 4, (2,), generator=generator)}
         else:
             arguments = {"encoder_hidden_states": torch.randn(2, 5, 6, generator=generator)}
-        calls.append(UNetCall(sample, torch.tensor(timestep), arguments))
+        calls.append(RecordedCall(sample, torch.tensor(timestep), arguments))
     return calls
 
 
@@ -193,7 +193,7 @@ def test_hooks_go_also_where_the_block_is_not_reached_or_fails(unet, layers):
     call = some_calls(unet)[0]
     with pytest.raises(ValueError, match="another path"):
         inputs_of(unet, nn.Linear(1, 1), call)
-    broken = UNetCall(call.sample[:, :1], call.timestep, call.arguments)
+    broken = RecordedCall(call.sample[:, :1], call.timestep, call.arguments)
     block = unet.mid_block.resnets[0]
     with pytest.raises(RuntimeError, match="channels"):
         inputs_of(unet, block, broken)

@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from dq_runtime.calibration import temporal
-from dq_runtime.calibration.collect import CalibrationSet, UNetCall, record
+from dq_runtime.calibration.collect import CalibrationSet, RecordedCall, record
 from dq_runtime.calibration.temporal import by_group, layers_by_input, sample_inputs, search_range, temporal_quantizer
 
 BITS = (8, 6, 4)
@@ -170,13 +170,13 @@ def test_the_quantizer_sees_the_dilated_inputs():
     assert act_zero_point[1] == act_zero_point[0]
 
 
-class Net(nn.Module):
+class Net(UNet2DModel):
     """Stands in for a UNet: its layers see the sample as it is."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, channels=2):
-        super().__init__()
+        nn.Module.__init__(self)
         self.conv = nn.Conv2d(channels, 3, 3, padding=1)
         self.conv1x1 = nn.Conv2d(channels, 3, 1)
         self.to_q = nn.Linear(channels, 3)
@@ -204,7 +204,7 @@ NET_LAYERS = ("conv", "conv1x1", "to_q", "late")
 def net_samples(net, calls, layers=NET_LAYERS):
     """Samples of calls, each (sample, timesteps, arguments)."""
     calibration_set = CalibrationSet(
-        [UNetCall(sample, torch.tensor(timesteps), arguments) for sample, timesteps, arguments in calls]
+        [RecordedCall(sample, torch.tensor(timesteps), arguments) for sample, timesteps, arguments in calls]
     )
     return sample_inputs(net, {name: net.get_submodule(name) for name in layers}, calibration_set)
 

@@ -8,8 +8,9 @@ import contextlib
 import copy
 
 import pytest
+import tiny_models
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from dq_runtime import graphs
@@ -67,13 +68,13 @@ def fake_graphs(monkeypatch):
     return FakeGraph
 
 
-class Double(torch.nn.Module):
+class Double(UNet2DConditionModel):
     """A UNet that notes when its Python code runs."""
 
     device = torch.device("cpu")
 
     def __init__(self):
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.runs = 0
 
     def forward(self, sample, timestep, encoder_hidden_states=None, scale=2, return_dict=True):
@@ -234,6 +235,21 @@ def test_a_fractional_number_of_python_s_is_what_the_unet_takes_it_for(subject, 
 
     for _ in range(2):
         assert torch.equal(subject.call(unet, 500.9), expected)
+
+
+def test_the_decoder_of_an_autoencoder_is_captured(fake_graphs):
+    vae = tiny_models.autoencoder()
+    latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = [vae.decode(z).sample for z in latents]
+    vae.decoder.forward = CudaGraphRunner(vae)
+
+    for _ in range(2):
+        for z, image in zip(latents, expected, strict=True):
+            assert torch.equal(vae.decode(z).sample, image)
+    assert fake_graphs.made == 1
+
+    disable_cuda_graphs(vae)
+    assert "forward" not in vars(vae.decoder)
 
 
 def test_unet_on_a_cpu_is_refused(unet2d):

@@ -250,3 +250,41 @@ def test_a_grid_that_was_made_without_memory_has_its_timesteps():
         grid = TimestepGrid([1.0, 5.0, 9.0])
 
     assert grid.to("meta").to_empty(device=CPU).nearest(torch.tensor([0, 4, 8]), 3, CPU).tolist() == [0, 1, 2]
+
+
+def failing_call(unet, sample):
+    """A forward pass that fails behind its first blocks."""
+    unet.mid_block.register_forward_pre_hook(fail)
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        unet(sample, 500)
+
+
+def fail(*_):
+    raise ArithmeticError("on purpose")
+
+
+def test_a_forward_that_failed_leaves_no_timestep_behind(unet2d):
+    unet = unet2d.copy()
+    failing_call(unet, unet2d.sample)
+    unet.mid_block._forward_pre_hooks.clear()
+
+    with pytest.raises(RuntimeError, match="no timestep is known"):
+        unet.forward(unet2d.sample, 0)
+    assert torch.equal(unet2d.call(unet), unet2d.call(unet2d.quantized))
+
+
+def test_a_fused_forward_that_failed_leaves_nothing_behind(unet2d):
+    unet = unet2d.copy()
+    dq_runtime.fuse(unet)
+    state = unet.mid_block.resnets[0].state
+    seen = []
+    unet.mid_block.register_forward_pre_hook(lambda *_: seen.append((len(state._statistics), group._read)))
+    (group,) = state.groups.values()
+
+    failing_call(unet, unet2d.sample)
+
+    ((statistics, read),) = seen
+    assert read is not None
+    assert statistics >= 0
+    assert not state._statistics
+    assert group._read is None

@@ -1,0 +1,32 @@
+"""The models that can be quantized."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dq_runtime.architectures.architecture import Architecture, is_a
+from dq_runtime.architectures.transformers import FLUX
+from dq_runtime.architectures.unets import AUTOENCODER_KL, CONTROLNET, UNET2D, UNET2D_CONDITION
+
+ARCHITECTURES = (UNET2D, UNET2D_CONDITION, CONTROLNET, AUTOENCODER_KL, FLUX)
+
+
+def is_supported(model: object) -> bool:
+    """True if there is a description of a model's class."""
+    return isinstance(model, nn.Module) and any(is_a(model, known.model_class) for known in ARCHITECTURES)
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The description of a model's class.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    for architecture in ARCHITECTURES:
+        if is_a(model, architecture.model_class):
+            return architecture
+    supported = ", ".join(architecture.model_class for architecture in ARCHITECTURES)
+    raise TypeError(
+        f"{type(model).__name__} is no model that dq_runtime can quantize; it knows {supported}. Give it a pipeline's "
+        "component of one of these classes, not the pipeline or a wrapper of the component"
+    )
