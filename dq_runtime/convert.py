@@ -14,6 +14,7 @@ from diffusers.models.downsampling import FirDownsample2D
 from diffusers.models.upsampling import FirUpsample2D
 from torch import nn
 
+from dq_kernels import ops
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.attention import Int8AttnProcessor, reason_against_int8
 from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
@@ -138,6 +139,9 @@ def _reason_to_keep(
         return "groups > 1"
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"padding {module.padding!r}, mode {module.padding_mode!r}"
+    in_channels, taps = module.weight.shape[1], module.weight[0, 0].numel()
+    if (in_channels + in_channels % 2) * taps > ops.MAX_REDUCTION:
+        return f"sums of more than {ops.MAX_REDUCTION} products may exceed int32"
     return None
 
 

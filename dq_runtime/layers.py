@@ -184,9 +184,10 @@ class QuantizedLayer(TableModule):
 
         A linear layer is a 1x1 convolution.
         """
+        stride, dilation = (self.stride, self.dilation) if isinstance(self, nn.Conv2d) else ((1, 1), (1, 1))
         return ops.int4_conv2d(
-            q, self.packed_weight(4), self.quantizer(q), self.bias, channel_add, residual, self.stride, self.dilation,
-            upsample, out_dtype, with_statistics,
+            q, self.packed_weight(4), self.quantizer(q), self.bias, channel_add, residual, stride, dilation, upsample,
+            out_dtype, with_statistics,
         )  # fmt: skip
 
     def packed_weight(self, ndim: int) -> PackedWeight:
@@ -263,7 +264,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """``y = x W^T + b`` with packed INT4 weights; takes and returns [B, ..., channels] in the compute dtype."""
 
     stock = nn.Linear
-    stride = dilation = (1, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.multiply(self.quantize(x), x.dtype)

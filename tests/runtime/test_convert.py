@@ -179,6 +179,26 @@ def test_layers_without_a_kernel_stay_and_are_listed(new_unet, module):
     assert "mid_block.resnets.0.conv2" not in plan.layers
 
 
+@pytest.mark.parametrize(
+    ("layer", "is_kept"),
+    [
+        (nn.Linear(65792, 1, device="meta"), False),
+        (nn.Linear(65793, 1, device="meta"), True),  # packed with one channel more
+        (nn.Conv2d(7310, 1, 3, device="meta"), False),
+        (nn.Conv2d(7312, 1, 3, device="meta"), True),
+    ],
+    ids=str,
+)
+def test_layers_whose_sums_may_exceed_int32_stay_and_are_listed(new_unet, layer, is_kept):
+    unet = new_unet()
+    unet.mid_block.resnets[0].conv2 = layer
+
+    plan = plan_conversion(unet, DilateQuantConfig())
+
+    assert ("mid_block.resnets.0.conv2" in plan.layers) is not is_kept
+    assert "exceed int32" in plan.kept.get("mid_block.resnets.0.conv2", "") or not is_kept
+
+
 def test_only_what_the_user_asked_for_is_no_warning(new_unet, quantize, caplog):
     with caplog.at_level(logging.INFO, "dq_runtime"):
         quantize(new_unet())
