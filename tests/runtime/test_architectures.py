@@ -144,9 +144,9 @@ def test_blocks_of_unets_are_fused_wherever_they_are(kind, monkeypatch):
     expected = subject.result(subject.quantized)
     stock_forward = ResnetBlock2D.forward
 
-    def forward(block, *args):
+    def forward(block, *args, **kwargs):
         assert type(block) is ResnetBlock2D, "a fused block has stepped aside"
-        return stock_forward(block, *args)
+        return stock_forward(block, *args, **kwargs)
 
     monkeypatch.setattr(ResnetBlock2D, "forward", forward)
     result = subject.result(model)
