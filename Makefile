@@ -13,7 +13,7 @@ GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 .PHONY: demo test lint train gpu tune clean
 
 demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
-	$(BIN)/python examples/small_unets/demo.py
+	$(BIN)/python -m examples.small_unets.demo
 
 test: $(INSTALLED) lint  ## everything: style, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(TEST_JOBS) --dist=loadfile
@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy -p dq_kernels -p dq_runtime
 
 train: $(INSTALLED)  ## train the small models again
-	$(BIN)/python examples/small_unets/train.py
+	$(BIN)/python -m examples.small_unets.train
 
 gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/results/gpu_<device>.json
 	$(GPU_PYTHON) benchmarks/gpu_suite.py

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from sklearn.datasets import load_digits
-from task import WEIGHTS, Classifier, Task
 from torch import nn
+
+from examples.small_unets.task import WEIGHTS, Classifier, Task
 
 NUM_CLASSES = 10
 

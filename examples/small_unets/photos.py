@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 from PIL import Image
-from task import WEIGHTS, Classifier, Task
 from torch import nn
+from tqdm import tqdm
+
+from examples.small_unets.task import WEIGHTS, Classifier, Task
 
 PHOTOS = (  # package and file; the order is that of the labels
     ("sklearn.datasets", "images/china.jpg"),
@@ -52,7 +54,7 @@ def real_images() -> tuple[torch.Tensor, torch.Tensor]:
     random = np.random.default_rng(0)
     photos = [load_photo(*photo) for photo in PHOTOS]
     labels = torch.arange(NUM_TRAIN + NUM_HELD_OUT) % len(photos)
-    crops = np.stack([crop(photos[label], random) for label in labels.tolist()])
+    crops = np.stack([crop(photos[label], random) for label in tqdm(labels.tolist(), desc="Cropping photographs")])
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1, labels
 
 

@@ -17,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler, ModelMixin
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -118,6 +119,7 @@ class Task:
         num_inference_steps: int = 20,
         scheduler: Any = None,
         batch_size: int = 100,
+        progress: str | None = None,
     ) -> torch.Tensor:
         """Draws one image per label; the same seed gives every model the same noise.
 
@@ -126,6 +128,7 @@ class Task:
             scheduler: ``noise_scheduler()`` by default; another of diffusers' schedulers comes from its ``config`` with
                 ``timestep_spacing="leading"`` (at timestep 999 nothing is left of the image, and a scheduler without
                 ``clip_sample`` divides by that). The noise that a stochastic one adds depends on ``batch_size`` too.
+            progress: the title of a progress bar; None shows no bar.
 
         Returns:
             images [B, C, H, W] fp32 in [-1, 1].
@@ -135,8 +138,9 @@ class Task:
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = torch.Generator().manual_seed(seed + 1)  # not the noise that sampling starts from
         images = []
-        noise = self.noise(len(labels), seed)
-        for batch, batch_labels in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
+        batches = list(zip(self.noise(len(labels), seed).split(batch_size), labels.split(batch_size), strict=True))
+        bar = tqdm(total=len(batches) * num_inference_steps, desc=progress, disable=progress is None)
+        for batch, batch_labels in batches:
             arguments = {name: value.to(unet.dtype) if value.is_floating_point() else value
                          for name, value in self.condition(batch_labels).items()}  # fmt: skip
             scheduler.set_timesteps(num_inference_steps)
@@ -145,7 +149,9 @@ class Task:
                 scaled = scheduler.scale_model_input(batch, timestep).to(unet.dtype)
                 prediction = unet(scaled, timestep, **arguments).sample.float()
                 batch = scheduler.step(prediction, timestep, batch, **options).prev_sample
+                bar.update()
             images.append(batch.clamp(-1, 1))
+        bar.close()
         return torch.cat(images)
 
 

@@ -1,7 +1,9 @@
 """Trains the tasks' classifiers and UNets and writes them, in fp16, under ``weights/``.
 
-    python examples/small_unets/train.py                                     # everything
-    python examples/small_unets/train.py --only photos/classifier photos     # these, in this order
+    python -m examples.small_unets.train                                     # everything
+    python -m examples.small_unets.train --only photos/classifier photos     # these, in this order
+
+Runs from the repository's root.
 
 Prints the accuracy that a classifier reaches on held-out real images, and, for each UNet, how many of 500 DDIM-20
 samples the classifier reads as the class that was asked for.
@@ -17,12 +19,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from task import Task, condition
-from tasks import TASKS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import trange
+
+from examples.small_unets.task import Task, condition
+from examples.small_unets.tasks import TASKS
 
 LABEL_DROP = 0.1  # share of labels replaced by "no label", so that guidance works
 CLASSIFIER_STEPS = {"digits/classifier": 1500, "photos/classifier": 1000}  # batches of 128
@@ -123,7 +126,7 @@ def half(network: nn.Module) -> dict[str, torch.Tensor]:
 def sample_accuracy(task: Task, count: int) -> float:
     """How many samples of the trained UNet the classifier reads as the class asked for."""
     wanted = task.labels(count)
-    generated = task.sample(task.unet(), wanted, seed=0)
+    generated = task.sample(task.unet(), wanted, seed=0, progress=f"{task.name}, samples")
     return (task.classifier()(generated).argmax(1) == wanted).float().mean().item()
 
 

@@ -1,0 +1,1 @@
+"""Small trained UNets: the demo quantizes them, ``train`` trained them."""
