@@ -1,1 +1,1 @@
-"""Examples, run from the repository's root; not installed."""
+"""Examples. Run them from the repository's root; they are not installed."""

@@ -1,1 +1,1 @@
-"""Small trained UNets: the demo quantizes them, ``train`` trained them."""
+"""Small trained UNets: ``train`` trains them, ``demo`` quantizes them."""

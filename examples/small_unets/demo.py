@@ -1,11 +1,12 @@
-"""The main job on a real trained model: quantize a small UNet to packed INT4 and sample beside the original.
+"""Quantizes a small trained UNet to packed INT4 and compares its samples with those of the original.
 
     python -m examples.small_unets.demo [--unet photos] [--samples 500] [--output out/demo]
 
-Runs from the repository's root. Calibrates W4A8 and W4A4, saves both, loads them with stock diffusers, and draws the
-same noise through every model. Writes ``grid.png``, ``report.json`` (all numbers, with device and versions), the packed
-checkpoints and, in each one's ``report`` folder, plots of its layers; prints the numbers as a table. A processor
-without native bf16 gets no bf16 row: PyTorch emulates bf16 convolutions there, some 20 times slower than fp32.
+Run it from the repository's root. It calibrates W4A8 and W4A4, saves both, loads them with stock diffusers, and samples
+every model from the same noise. It writes ``grid.png``, ``report.json`` (all numbers, with device and versions), the
+packed checkpoints and, in each checkpoint's ``report`` folder, plots of its layers. It prints the numbers as a table.
+A processor without native bf16 gets no bf16 row: PyTorch emulates bf16 convolutions there, some 20 times slower than
+fp32.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ COLUMNS = (
 def bf16_slowdown() -> float:
     """The time of a bf16 convolution on this processor, over the time of the same convolution in fp32.
 
-    It is measured, since the processor's flags do not decide it alone: oneDNN may be told to ignore some of them
-    (``ONEDNN_MAX_CPU_ISA``), and then emulates bf16, too. CPU time of one thread does not depend on other processes.
+    The time is measured because the processor's flags are not sufficient: oneDNN also emulates bf16 if
+    ``ONEDNN_MAX_CPU_ISA`` excludes the bf16 instructions. The CPU time of a single thread depends little on other
+    processes.
     """
     seconds = {}
     num_threads = torch.get_num_threads()
@@ -78,7 +80,11 @@ def bf16_slowdown() -> float:
 
 
 def floating_point_unets(task: Task) -> tuple[dict[str, ModelMixin], dict[str, str]]:
-    """The models that INT4 is compared with, fp32 first; and the reason for each one that is left out."""
+    """Loads the models that INT4 is compared with.
+
+    Returns:
+        the models by name, fp32 first; and, by name, the reason for each model that is left out.
+    """
     unets, slowdown = {"fp32": task.unet()}, bf16_slowdown()
     if slowdown > LARGEST_BF16_SLOWDOWN:
         reason = f"this processor has no native bf16, its emulation takes {slowdown:.0f} times as long as fp32"
@@ -87,7 +93,7 @@ def floating_point_unets(task: Task) -> tuple[dict[str, ModelMixin], dict[str, s
 
 
 def collect(task: Task, unet: ModelMixin) -> dq_runtime.CalibrationSet:
-    """Records the UNet's calls over DDIM-20 trajectories."""
+    """Records the UNet's calls during sampling with 20 steps of DDIM."""
     noise = task.noise(CALIBRATION_SAMPLES, CALIBRATION_SEED)
     condition = task.condition(task.labels(CALIBRATION_SAMPLES))
     return dq_runtime.collect_from_scheduler(unet, task.noise_scheduler(), noise, 20, condition, batch_size=100)
@@ -96,7 +102,11 @@ def collect(task: Task, unet: ModelMixin) -> dq_runtime.CalibrationSet:
 def quantize(
     unet: ModelMixin, calibration_set: dq_runtime.CalibrationSet, bits: int, folder: Path
 ) -> tuple[ModelMixin, float]:
-    """Calibrates a copy of the UNet, saves it and loads it again through stock diffusers; and the seconds it took."""
+    """Calibrates a copy of the UNet, saves it and loads it with stock diffusers.
+
+    Returns:
+        the loaded UNet, and the seconds that calibration took.
+    """
     start = time.perf_counter()
     quantized = dq_runtime.calibrate(
         deepcopy(unet),
@@ -110,7 +120,7 @@ def quantize(
 
 
 def seconds_per_image(task: Task, unets: Mapping[str, ModelMixin]) -> dict[str, float]:
-    """Median time of a DDIM-20 sample, the models in turn, several rounds."""
+    """Median seconds per image of each model (DDIM, 20 steps). Every round times each model once."""
     labels = task.labels(TIMING_BATCH)
     seconds: dict[str, list[float]] = {name: [] for name in unets}
     for name in tqdm([*unets] * TIMING_ROUNDS, desc="Timing"):
@@ -128,7 +138,7 @@ def evaluate(
     num_samples: int,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Samples with every model from one noise and measures the images; the first model is the reference."""
+    """Samples every model from the same noise and measures the images. The first model is the reference."""
     classifier, labels = task.classifier(), task.labels(num_samples)
     images = {name: task.sample(unet, labels, SAMPLE_SEED, progress=f"Sampling {name}") for name, unet in unets.items()}
     seconds = seconds_per_image(task, unets)
@@ -163,21 +173,21 @@ def evaluate(
 
 
 def checkpoint_mb(unet: ModelMixin) -> float | None:
-    """What the weights take on disk, where the UNet was loaded from."""
+    """Size of the weight files that the UNet was loaded from; None if it was not loaded from files."""
     if "_name_or_path" not in unet.config:
         return None
     return sum(file.stat().st_size for file in Path(unet.config["_name_or_path"]).glob("*.safetensors")) / 1e6
 
 
 def cpu_name() -> str:
-    """The processor's name where Linux tells it, its architecture elsewhere."""
+    """The processor's name, or its architecture if Linux reports no name."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return found.group(1) if found else platform.machine()
 
 
 def environment() -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Date, device and versions of a measurement."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
@@ -189,7 +199,7 @@ def environment() -> dict[str, Any]:
 
 
 def print_table(rows: list[dict[str, Any]], left_out: Mapping[str, str]) -> None:
-    """The report's rows, aligned, and a line for each model without a row."""
+    """Prints the report's rows as an aligned table, and one line for each model that was left out."""
     cells = [[name for name, _ in COLUMNS]]
     cells += [["-" if row[name] is None else form.format(row[name]) for name, form in COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

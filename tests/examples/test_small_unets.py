@@ -1,4 +1,4 @@
-"""The small UNets: what ships beside them works, and the demo reports what it measured."""
+"""The small UNets, the files that ship with them, and the demo's report."""
 
 import copy
 import datetime
@@ -61,7 +61,7 @@ def test_a_trained_unet_is_configured_as_an_untrained_one(name):
 
 
 @pytest.mark.parametrize(("name", "count"), [("digits/cross_attention", 1797), ("photos", 10_000)])
-def test_the_real_images_are_all_there(name, count):
+def test_the_real_images_are_complete(name, count):
     images, labels = TASKS[name].real_images()
 
     assert images.shape == (count, *SHAPES[name])
@@ -79,7 +79,7 @@ def test_the_photos_are_cropped_the_same_way_each_time_and_never_downloaded(monk
     images, labels = TASKS["photos"].real_images()
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    again, labels_again = TASKS["photos"].real_images.__wrapped__()  # past the cache
+    again, labels_again = TASKS["photos"].real_images.__wrapped__()  # bypasses the cache
 
     assert again is not images
     assert torch.equal(again, images)
@@ -87,7 +87,7 @@ def test_the_photos_are_cropped_the_same_way_each_time_and_never_downloaded(monk
 
 
 @pytest.mark.parametrize(("name", "count", "accuracy"), [("digits/cross_attention", 360, 0.98), ("photos", 1000, 0.99)])
-def test_a_classifier_reads_held_out_images(name, count, accuracy):
+def test_a_classifier_recognizes_held_out_images(name, count, accuracy):
     task = TASKS[name]
     images, labels = (tensor[task.num_train :] for tensor in task.real_images())
 
@@ -98,7 +98,7 @@ def test_a_classifier_reads_held_out_images(name, count, accuracy):
     assert task.classifier().features(images[:2]).shape == (2, 64)
 
 
-def test_the_photo_classifier_bears_some_noise():
+def test_the_photo_classifier_tolerates_some_noise():
     task = TASKS["photos"]
     images, labels = (tensor[task.num_train :] for tensor in task.real_images())
     noise = 0.1 * task.noise(len(images), seed=0)
@@ -117,7 +117,7 @@ def test_the_weights_are_small_enough_to_ship():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_trained_unet_draws_what_is_asked_for(name):
+def test_a_trained_unet_draws_the_requested_classes(name):
     task, labels = TASKS[name], TASKS[name].labels(60)
     images = task.sample(task.unet(), labels, seed=5, num_inference_steps=10)
 
@@ -126,12 +126,12 @@ def test_a_trained_unet_draws_what_is_asked_for(name):
     assert images.min() >= -1
     assert images.max() <= 1
     assert (task.classifier()(images).argmax(1) == labels).float().mean() > 0.9
-    assert images[:10].std(0).mean() > 0.2  # ten classes, not ten times one
-    assert images[:: task.num_classes].std(0).mean() > 0.1  # and no two alike in a class
+    assert images[:10].std(0).mean() > 0.2  # the ten classes differ
+    assert images[:: task.num_classes].std(0).mean() > 0.1  # and so do the images of a class
 
 
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler])
-def test_other_schedulers_draw_what_is_asked_for(scheduler_class):
+def test_other_schedulers_draw_the_requested_classes(scheduler_class):
     task = TASKS["digits/class_conditional"]
     scheduler = scheduler_class.from_config(task.noise_scheduler().config, timestep_spacing="leading")
     labels = task.labels(20)
@@ -153,19 +153,19 @@ def test_a_seed_fixes_the_noise_that_a_scheduler_adds():
     assert (first - other).abs().max() > 0.1
 
 
-def test_a_seed_fixes_the_noise_whatever_the_batch_size():
+def test_a_seed_fixes_the_noise_for_every_batch_size():
     task, labels = TASKS[NAMES[0]], torch.tensor([3, 1, 4])
     unet = task.unet()
 
     def draw(seed, batch_size):
         return task.sample(unet, labels, seed, num_inference_steps=2, batch_size=batch_size)
 
-    torch.testing.assert_close(draw(0, batch_size=2), draw(0, batch_size=3), rtol=0, atol=1e-4)  # sums in another order
+    torch.testing.assert_close(draw(0, batch_size=2), draw(0, batch_size=3), rtol=0, atol=1e-4)  # another order of sums
     assert (draw(0, batch_size=3) - draw(1, batch_size=3)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_a_bf16_unet_draws_nearly_the_same(name):
+def test_a_bf16_unet_draws_nearly_the_same_images(name):
     task, labels = TASKS[name], torch.tensor([3, 1, 4])
     fp32, bf16 = (
         task.sample(task.unet(dtype), labels, seed=0, num_inference_steps=2)
@@ -215,7 +215,7 @@ def test_print_table_aligns_its_columns(capsys):
     ]
 
 
-def test_the_report_says_where_its_numbers_come_from():
+def test_the_report_states_its_date_device_and_versions():
     environment = demo.environment()
 
     assert json.loads(json.dumps(environment)) == environment
@@ -224,7 +224,7 @@ def test_the_report_says_where_its_numbers_come_from():
     assert {"cores", "device", "python", "torch", "triton", "diffusers", "dq-runtime"} <= environment.keys()
 
 
-def test_bf16_is_left_out_with_a_reason_where_it_is_many_times_slower_than_fp32(monkeypatch):
+def test_bf16_is_left_out_with_a_reason_if_it_is_many_times_slower_than_fp32(monkeypatch):
     task = TASKS["digits/class_conditional"]
     monkeypatch.setattr(demo, "bf16_slowdown", lambda: 23.4)
 
@@ -235,7 +235,7 @@ def test_bf16_is_left_out_with_a_reason_where_it_is_many_times_slower_than_fp32(
     assert "23 times as long as fp32" in left_out["bf16"]
 
 
-def test_bf16_is_compared_where_it_is_not_much_slower_than_fp32(monkeypatch):
+def test_bf16_is_compared_if_it_is_not_much_slower_than_fp32(monkeypatch):
     monkeypatch.setattr(demo, "bf16_slowdown", lambda: 1.5)
 
     unets, left_out = demo.floating_point_unets(TASKS["digits/class_conditional"])
@@ -245,9 +245,9 @@ def test_bf16_is_compared_where_it_is_not_much_slower_than_fp32(monkeypatch):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is an instruction set of x86")
-def test_bf16_is_slow_when_onednn_may_use_avx2_alone():
+def test_bf16_is_slow_if_onednn_may_only_use_avx2():
     code = "from examples.small_unets import demo; print(demo.bf16_slowdown() > demo.LARGEST_BF16_SLOWDOWN)"
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # read once, by a process's first convolution
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # oneDNN reads it once per process
 
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The Stable Diffusion example on a pipeline that has every part of a real one, each tiny and random."""
+"""The Stable Diffusion example on a complete pipeline of tiny random models."""
 
 import json
 import string
@@ -44,7 +44,7 @@ def pipeline_folder(tmp_path_factory):
     return folder / "pipeline"
 
 
-def test_a_pipeline_is_quantized_loaded_and_compared_and_goes_on_where_it_was(pipeline_folder, tmp_path, monkeypatch):
+def test_a_pipeline_is_quantized_loaded_and_compared_and_a_second_run_resumes(pipeline_folder, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na dog\na fox\n")
     options = ["--steps", "3", "--samples", "16", "--prompts", str(prompts), "--output", str(tmp_path / "out")]
@@ -60,7 +60,7 @@ def test_a_pipeline_is_quantized_loaded_and_compared_and_goes_on_where_it_was(pi
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
     assert any(isinstance(module, QuantizedLayer) for module in unet.modules())
 
-    # Again: nothing is recorded or trained anew.
+    # The second run neither records nor trains.
     monkeypatch.setattr(example.dq_runtime, "collect_from_pipeline", None)
     monkeypatch.setattr("dq_runtime.calibration.distillation._Trainer._train", None)
     example.main()
@@ -68,5 +68,5 @@ def test_a_pipeline_is_quantized_loaded_and_compared_and_goes_on_where_it_was(pi
     assert json.loads((tmp_path / "out" / "report.json").read_text())["psnr_db"] == report["psnr_db"]
 
 
-def test_prompts_to_compare_by_are_not_calibrated_on():
+def test_prompts_of_the_comparison_are_not_used_for_calibration():
     assert not set(example.PROMPTS) & set(example.CALIBRATION_PROMPTS)
