@@ -69,7 +69,7 @@ def train_classifier(name: str) -> None:
     with torch.no_grad():
         predicted = task.classifier()(images[task.num_train :]).argmax(1)
     accuracy = (predicted == labels[task.num_train :]).float().mean().item()
-    print(f"{name}: {accuracy:.1%} of the held-out real images")
+    print(f"{name}: accuracy {accuracy:.1%} on held-out real images")
 
 
 def train_unet(task: Task, recipe: Recipe) -> None:
@@ -112,7 +112,7 @@ def train_unet(task: Task, recipe: Recipe) -> None:
     if encoder is not None:
         save_file(half(trained["encoder"]), task.label_encoder_file)
     accuracy = sample_accuracy(task, 500)
-    print(f"{task.name}: trained in {minutes:.1f} min; {accuracy:.1%} of 500 samples read as the class asked for")
+    print(f"{task.name}: trained in {minutes:.1f} min; {accuracy:.1%} of 500 samples show the requested class")
 
 
 def half(network: nn.Module) -> dict[str, torch.Tensor]:
