@@ -1,12 +1,14 @@
-"""Quantizes the UNet of a Stable Diffusion pipeline, and draws the same prompts with the original and with INT4.
+"""Quantizes the UNet of a Stable Diffusion pipeline and draws the same prompts with the original and with INT4.
 
     python examples/stable_diffusion.py MODEL [--activation-bits 8] [--steps 25] [--polish 200] [--output out/sd]
 
-MODEL is a folder or a name, as diffusers takes it: SD1.x, SD2.x, SDXL, and what is made of them. On a GPU all runs in
-fp16, and INT4 fused and with CUDA graphs; on a CPU in fp32. Needs ``transformers`` and the extra ``evaluation``.
+MODEL is a folder or a repository name that diffusers can load: SD1.x, SD2.x, SDXL or a model derived from them. On a
+GPU both models run in fp16, and the INT4 UNet is fused and replayed as CUDA graphs. On a CPU both run in fp32. The
+script needs ``transformers`` and the extra ``evaluation``.
 
-Writes ``unet/`` (the packed checkpoint), ``grid.png`` (the original above INT4, the same noise) and ``report.json``. An
-interrupted run goes on: the recorded calls and the finished blocks lie in ``calls.pt`` and ``blocks/``.
+It writes ``unet/`` (the packed checkpoint), ``grid.png`` (the original above INT4, from the same noise) and
+``report.json``. To resume an interrupted run, repeat the command: it reuses the recorded calls in ``calls.pt`` and the
+finished blocks in ``blocks/``.
 """
 
 from __future__ import annotations
@@ -44,17 +46,21 @@ CALIBRATION_PROMPTS = (
     "an aerial view of a river delta",
     "a hummingbird in flight, high speed photograph",
 )
-PROMPTS = (  # to compare by; not calibrated on
+PROMPTS = (  # for the comparison; calibration does not use them
     "a cat asleep on a pile of books, soft light",
     "a mountain lake with pine trees, morning mist",
     "a bicycle leaning on a blue wall",
     "a wizard reading a map, fantasy illustration",
 )
-FIRST_SEED = 1000  # of the images; those of calibration are below
+FIRST_SEED = 1000  # of the compared images; calibration uses smaller seeds
 
 
 def draw(pipeline: Any, prompts: Sequence[str], steps: int) -> tuple[torch.Tensor, float]:
-    """An image of each prompt, [B, 3, H, W] in [-1, 1] on the CPU, each from noise of its own, and seconds an image."""
+    """Draws one image per prompt, each from its own noise.
+
+    Returns:
+        images [B, 3, H, W] in [-1, 1] on the CPU, and the shortest time of an image in seconds.
+    """
     images, seconds = [], []
     for i, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(FIRST_SEED + i)
@@ -62,11 +68,11 @@ def draw(pipeline: Any, prompts: Sequence[str], steps: int) -> tuple[torch.Tenso
         image = pipeline(prompt, num_inference_steps=steps, generator=generator, output_type="pt").images
         images.append(2 * image.float().cpu() - 1)
         seconds.append(time.perf_counter() - start)
-    return torch.cat(images), min(seconds)  # the first image also compiles, and captures
+    return torch.cat(images), min(seconds)  # the first time includes compilation and graph capture
 
 
 def collect(pipeline: Any, prompts: Sequence[str], steps: int, file: Path) -> dq_runtime.CalibrationSet:
-    """The UNet's calls over these prompts, from the file if there is one."""
+    """Records the UNet's calls while the pipeline draws these prompts, or loads them from an existing file."""
     if not file.exists():
         calls = [
             {"prompt": prompt, "num_inference_steps": steps, "generator": torch.Generator().manual_seed(i)}
@@ -78,14 +84,14 @@ def collect(pipeline: Any, prompts: Sequence[str], steps: int, file: Path) -> dq
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--activation-bits", type=int, default=8, choices=(8, 6, 4))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--polish", type=int, default=0, help="iterations of training the whole UNet after its blocks")
-    parser.add_argument("--samples", type=int, help="to train on (default: Distillation's)")
-    parser.add_argument("--prompts", type=Path, help="to calibrate on, one a line; better those that you will use")
+    parser.add_argument("--samples", type=int, help="number of training samples (default: that of Distillation)")
+    parser.add_argument("--prompts", type=Path, help="file of calibration prompts, one per line, like those to come")
     parser.add_argument("--output", type=Path, default=Path("out/sd"))
     arguments = parser.parse_args()
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)

@@ -1,1 +1,1 @@
-"""Measuring a quantized UNet: image metrics and memory footprint."""
+"""Evaluation of a quantized UNet: image metrics, memory footprint, layer errors and plots."""

@@ -1,4 +1,4 @@
-"""How much memory a UNet takes: counted from its tensors, tensor by tensor."""
+"""Memory footprint of a UNet, counted from its tensors."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ WEIGHT_TENSORS = ("weight", "weight_scale")
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a UNet.
+    """Sizes of a UNet's tensors, in bytes.
 
     Attributes:
-        unet: all parameters and buffers, as they are.
-        unet_fp16: all parameters, were none of them quantized and each in fp16.
-        weights: of the quantized layers: packed weights and their scales.
-        weights_fp16: the same layers' weights in fp16.
-        tables: of the quantized layers: what activations need (dilation, scales, zero points, weight sums).
-        cpu_prepacked: int8 copies of weights that oneDNN keeps after a forward on a CPU; none on a GPU.
+        unet: all parameters and buffers, in their current dtypes.
+        unet_fp16: all parameters of the UNet before quantization, in fp16.
+        weights: packed weights and weight scales of the quantized layers.
+        weights_fp16: weights of the same layers in fp16.
+        tables: the other buffers of the quantized layers: dilation, activation scales, zero points and weight sums.
+        cpu_prepacked: int8 weight copies that oneDNN keeps after a forward pass on a CPU; 0 on a GPU.
     """
 
     unet: int
@@ -37,17 +37,17 @@ class Footprint:
 
     @property
     def weight_ratio(self) -> float:
-        """Quantized weights over the same weights in fp16; NaN if nothing is quantized."""
+        """Size of the quantized weights relative to the same weights in fp16; NaN if no layer is quantized."""
         return self.weights / self.weights_fp16 if self.weights else nan
 
     @property
     def total_ratio(self) -> float:
-        """Quantized weights with all their tables over the same weights in fp16."""
+        """Size of quantized weights and all tables relative to the weights in fp16; NaN if no layer is quantized."""
         return (self.weights + self.tables) / self.weights_fp16 if self.weights else nan
 
 
 def footprint(unet: nn.Module) -> Footprint:
-    """Measures a UNet, quantized or not."""
+    """Counts the memory of a UNet, quantized or not."""
     layers = quantized_layers(unet).values()
     weights = sum(_bytes(getattr(layer, name)) for layer in layers for name in WEIGHT_TENSORS)
     buffers = sum(_bytes(buffer) for layer in layers for buffer in layer.buffers())

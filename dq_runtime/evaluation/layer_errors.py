@@ -1,4 +1,4 @@
-"""How far each quantized layer's output is from the floating-point UNet's, while both run."""
+"""Error of each quantized layer's output against the floating-point UNet."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from dq_runtime.layers import is_quantized, quantized_layers
 if TYPE_CHECKING:
     from dq_runtime.calibration.collect import CalibrationSet
 
-LISTED = 10  # layers that an error names
+LISTED = 10  # the most layers that an error message names
 
 
 def layer_sqnr(unet: Any, reference: Any, calibration_set: CalibrationSet) -> dict[str, float]:
     """Signal-to-quantization-noise ratio of every quantized layer's output, in dB.
 
-    10 log10(sum |y|^2 / sum |y' - y|^2) over all recorded calls, y of the reference and y' of the quantized UNet. Each
-    runs as a whole: a layer's error holds what earlier layers have left in its input. The reference's outputs are held
-    for one call at a time.
+    SQNR = 10 log10(sum |y|^2 / sum |y' - y|^2) over all recorded calls, with output y of the reference and y' of the
+    quantized UNet. Both UNets run as a whole, so a layer's error includes the error of its input. Memory holds the
+    reference's outputs for one call at a time.
 
     Args:
-        unet: quantized; not fused and without CUDA graphs, where layers do not run one by one.
+        unet: the quantized UNet, not fused and without CUDA graphs, so that its layers run one by one.
         reference: the floating-point UNet that it was made from.
-        calibration_set: the calls to run, those of the calibration or others.
+        calibration_set: the calls to run, from the calibration or others.
 
     Returns:
-        dB by layer name, in the order of the forward pass: infinite for an output without error, NaN for one that is
-        not finite. Layers that no call reaches are left out.
+        SQNR in dB by layer name, in the order of the forward pass. It is infinite for an output without error, and NaN
+        for an output that is not finite. Layers that no call reaches are left out.
 
     Raises:
-        ValueError: if a UNet is not as described, a layer's counterpart is missing or another, or there are no calls.
+        ValueError: if a UNet is not as described, a layer has no counterpart of the same shape, or there are no calls.
     """
     layers = quantized_layers(unet)
     counterparts = _counterparts(unet, reference, layers)
     if not calibration_set.calls:
         raise ValueError("The calibration set is empty: record at least one call with dq_runtime.record")
-    expected: dict[str, list[torch.Tensor]] = {}  # of the call that is running; emptied by the quantized UNet
+    expected: dict[str, list[torch.Tensor]] = {}  # outputs of the current call; compare() removes them
     energies: dict[str, torch.Tensor] = {}
 
     def keep(name: str, layer: nn.Module, args: Any, y: torch.Tensor) -> None:
-        # Copied: a UNet may add to it in place, as it does with a T2I-Adapter's features.
+        # A copy: a UNet may change y in place, for example by adding a T2I-Adapter's features.
         expected.setdefault(name, []).append(y.detach().clone())
 
     def compare(name: str, layer: nn.Module, args: Any, y: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ def layer_sqnr(unet: Any, reference: Any, calibration_set: CalibrationSet) -> di
 
 
 def _counterparts(unet: Any, reference: Any, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The reference's layers by the quantized layers' names."""
+    """The reference's layer for each quantized layer, by name."""
     if not layers:
         raise ValueError("The UNet is not quantized: calibrate it, or load a quantized one")
     if is_quantized(reference):
@@ -98,7 +98,7 @@ def _counterparts(unet: Any, reference: Any, layers: Mapping[str, nn.Module]) ->
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside of the ``with`` block; every module's own mode again behind it."""
+    """Switches to eval mode inside the ``with`` block and restores each module's mode after it."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""Image metrics: how far quantized samples are from full-precision ones, and from real images.
+"""Image metrics that compare quantized samples with full-precision samples and with real images.
 
-PSNR and SSIM are scikit-image's, which the extra ``evaluation`` installs.
+PSNR and SSIM come from scikit-image, which the extra ``evaluation`` installs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ LARGEST_PSNR = 100.0
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image, in dB; at most 100, where there is no difference.
+    """Peak signal-to-noise ratio of each image, in dB. It is limited to 100, the value of equal images.
 
-    Usual is their mean. A sampler can draw another picture from nearly the same noise, and one such image in a hundred
-    hides all others in ``pooled_psnr``.
+    Results usually state the mean over the images. A sampler can draw a different picture from nearly the same noise,
+    and one such image in a hundred dominates ``pooled_psnr``.
 
     Args:
         images, reference: [B, C, H, W] in [-1, 1].
@@ -38,7 +38,7 @@ def pooled_psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Structural similarity (1 = equal), averaged over the images; windows of 7x7 pixels.
+    """Structural similarity in windows of 7x7 pixels, averaged over the images; 1 for equal images.
 
     Args:
         images, reference: [B, C, H, W] in [-1, 1], H and W at least 7.
@@ -50,16 +50,16 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def frechet_distance(features: torch.Tensor, reference_features: torch.Tensor) -> float:
-    """Fréchet distance between two sets of features, each taken as a Gaussian (the F in FID).
+    """Fréchet distance between two sets of features, each modelled as a Gaussian (as in FID).
 
     |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), with means m and covariances C.
 
     Args:
-        features, reference_features: [B, D] and [B', D], B and B' well above D.
+        features, reference_features: [B, D] and [B', D], B and B' much larger than D.
     """
     a, b = _array(features), _array(reference_features)
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The product of two covariances has real eigenvalues >= 0; the trace of its root is the sum of their roots.
+    # The product of two covariances has real eigenvalues >= 0; the trace of its root is the sum of theirs.
     eigenvalues = np.linalg.eigvals(covariance_a @ covariance_b).real.clip(min=0)
     distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariance_a + covariance_b)
     return float(distance - 2 * np.sqrt(eigenvalues).sum())

@@ -1,7 +1,7 @@
-"""Plots of a quantized UNet, and the report that holds them all.
+"""Plots of a quantized UNet, and a report with all of them.
 
-They are matplotlib's, which the extra ``evaluation`` installs. Every function returns a ``Figure`` of its own: pyplot,
-its windows and its global settings stay out.
+The plots need matplotlib, which the extra ``evaluation`` installs. Every function returns a new ``Figure``. The module
+does not use pyplot, with its windows and global settings.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from dq_runtime.calibration.collect import CalibrationSet
 
 DPI = 150
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 ACCENTS = (VERMILION, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SOFT_BLUE, INK, GREY, PALE, RULE, BAND = "#86B5D9", "#222222", "#757575", "#BDBDBD", "#E8E8E8", "#F6F6F6"
 LABEL_SIZE, SMALL_SIZE = 8.0, 6.5  # points
 
-LOWEST = 5  # layers whose SQNR is written beside the bar
+LOWEST = 5  # number of layers whose SQNR is written beside the bar
 BINS = 40
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
-PADDING, BAR_HEIGHT = 0.12, 0.14  # inches, the latter a layer
+PADDING, BAR_HEIGHT = 0.12, 0.14  # inches; BAR_HEIGHT is per layer
 SMALLEST_CELL = 64  # pixels; smaller images are enlarged
 SHORTER = (
     (r"\b(down|up)_blocks\.(\d+)\.", r"\1 \2 · "),
@@ -48,10 +48,10 @@ SHORTER = (
 
 
 def plot_layer_sqnr(sqnr: Mapping[str, float]) -> Figure:
-    """One bar a layer, from the first of the forward pass, at the top, to the last.
+    """Plots one bar per layer, in the order of the forward pass from top to bottom.
 
     Args:
-        sqnr: dB by layer name (see ``layer_sqnr``). An infinite bar is as long as the longest finite one, and marked.
+        sqnr: dB by layer name (see ``layer_sqnr``). Infinity gets a label and the length of the longest finite bar.
 
     Raises:
         ValueError: if there are no layers.
@@ -73,7 +73,7 @@ def plot_layer_sqnr(sqnr: Mapping[str, float]) -> Figure:
                 fontsize=SMALL_SIZE,
             )  # fmt: skip
 
-    blocks = [short_name(name).rpartition(" · ")[0].split(" · ")[0] for name in sqnr]  # "" outside of them
+    blocks = [short_name(name).rpartition(" · ")[0].split(" · ")[0] for name in sqnr]  # "" outside of blocks
     for start, stop in _runs(blocks)[1::2]:
         axes.axhspan(start - 0.5, stop - 0.5, color=BAND, linewidth=0, zorder=0)
     axes.set_yticks(range(len(sqnr)), [short_name(name) for name in sqnr], fontsize=SMALL_SIZE)
@@ -92,7 +92,7 @@ def plot_layer_sqnr(sqnr: Mapping[str, float]) -> Figure:
 
 
 def plot_activation_scales(unet: Any) -> Figure:
-    """The activation scale of every layer against the timestep; the curves that vary the most are named.
+    """Plots the activation scale of every layer against the timestep and names the curves that vary the most.
 
     Raises:
         ValueError: if the UNet is not quantized.
@@ -101,7 +101,7 @@ def plot_activation_scales(unet: Any) -> Figure:
     timesteps = unet.hf_quantizer.quantization_config.timesteps
     figure, axes = _figure(8.5, 4.8)
     curves = {name: layer.act_scale.double().cpu().numpy() for name, layer in layers.items()}
-    alike: dict[bytes, list[str]] = {}  # layers that read one tensor share their scales
+    alike: dict[bytes, list[str]] = {}  # layers that read the same tensor share their scales
     for name, curve in curves.items():
         alike.setdefault(curve.tobytes(), []).append(name)
     variation = {names[0]: curves[names[0]].max() / curves[names[0]].min() for names in alike.values()}
@@ -133,9 +133,9 @@ def plot_activation_scales(unet: Any) -> Figure:
 
 
 def plot_dilation(unet: Any) -> Figure:
-    """A histogram of the dilation factors of all input channels of all layers.
+    """Plots a histogram of the dilation factors of all input channels of all layers.
 
-    The channels at exactly 1, which Weight Dilation leaves alone, have a bar of their own.
+    Channels with a factor of exactly 1, which Weight Dilation does not change, have a separate bar.
 
     Raises:
         ValueError: if the UNet is not quantized.
@@ -175,14 +175,14 @@ def plot_dilation(unet: Any) -> Figure:
 
 
 def plot_image_grid(images: Mapping[str, torch.Tensor], columns: int = 10) -> Figure:
-    """One row of images a model, with its name; pixels are enlarged as they are.
+    """Plots one row of images per model, with its name. Pixels are enlarged without interpolation.
 
     Args:
-        images: [B, C, H, W] in [-1, 1] by model, C = 1 or 3, of one H and W.
-        columns: the number of images a row, the first ones.
+        images: [B, C, H, W] in [-1, 1] by model name; C is 1 or 3, H and W are the same for all models.
+        columns: the number of images per row; further images are left out.
 
     Raises:
-        ValueError: for images of other shapes, or none.
+        ValueError: if there are no images, or images have another shape.
     """
     from matplotlib.figure import Figure
     from matplotlib.textpath import TextPath
@@ -218,16 +218,16 @@ def write_report(
     folder: str | Path,
     images: Mapping[str, torch.Tensor] | None = None,
 ) -> list[Path]:
-    """Measures a quantized UNet and writes every plot, and the numbers of each layer as JSON.
+    """Measures a quantized UNet. Writes all plots, and the numbers of each layer as JSON.
 
     Args:
         unet, reference, calibration_set: see ``layer_sqnr``.
-        folder: is made if it is missing.
+        folder: the output folder, created if it does not exist.
         images: see ``plot_image_grid``.
 
     Returns:
         the files: ``layer_sqnr.png``, ``activation_scales.png``, ``dilation.png``, ``images.png`` if there are images,
-        and ``layers.json``, where ``sqnr_db`` is null if it is not finite or no call reached the layer.
+        and ``layers.json``. There ``sqnr_db`` is null if it is not finite or no call reached the layer.
     """
     sqnr = layer_sqnr(unet, reference, calibration_set)
     figures = {
@@ -249,14 +249,14 @@ def write_report(
 
 
 def short_name(name: str) -> str:
-    """A layer's dotted name as the plots write it: ``up 1 · attention 0 · block 0 · attn1.to_q``."""
+    """A layer's dotted name in the plots' short form: ``up 1 · attention 0 · block 0 · attn1.to_q``."""
     for pattern, replacement in SHORTER:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _numbers(layer: QuantizedLayer, sqnr: float) -> dict[str, Any]:
-    """A layer's entry in the report; ``shape`` is the stock weight's."""
+    """A layer's entry in the report. ``shape`` is the shape of the stock layer's weight."""
     is_conv = isinstance(layer, QuantConv2d)
     return {
         "sqnr_db": sqnr if math.isfinite(sqnr) else None,
@@ -277,7 +277,7 @@ def _layers(unet: Any) -> dict[str, QuantizedLayer]:
 
 
 def _image_size(images: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """The height and width that all images have."""
+    """The common height and width of all images."""
     if not images:
         raise ValueError("There are no images to plot")
     size = next(iter(images.values())).shape[-2:]
@@ -291,7 +291,7 @@ def _image_size(images: Mapping[str, torch.Tensor]) -> tuple[int, int]:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one plot, in inches, without a frame."""
+    """A figure with one plot without a frame; width and height in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -305,7 +305,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _write_titles(axes: Axes, title: str, subtitle: str, above: float = 0) -> None:
-    """Title and a grey line beneath it, left above the plot, higher by so many points."""
+    """Writes a title and a grey subtitle above the plot's left edge, raised by ``above`` points."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, pad=21 + above)
     axes.annotate(
         subtitle, (0, 1), (0, 8 + above), xycoords="axes fraction", textcoords="offset points", fontsize=LABEL_SIZE,
@@ -314,13 +314,13 @@ def _write_titles(axes: Axes, title: str, subtitle: str, above: float = 0) -> No
 
 
 def _runs(values: list[str]) -> list[tuple[int, int]]:
-    """Where runs of equal values start and stop."""
+    """The start and stop indices of runs of equal values."""
     starts = [i for i, value in enumerate(values) if i == 0 or values[i - 1] != value]
     return list(zip(starts, [*starts[1:], len(values)], strict=True))
 
 
 def _spread(axes: Axes, values: Mapping[str, float], distance: float = 0.05) -> dict[str, float]:
-    """Heights for labels on a log axis, in fractions of it: near their values, apart, and not above its end."""
+    """Heights of labels on a log axis, as fractions of it: near their values, ``distance`` apart, below its end."""
     low, high = np.log(axes.get_ylim())
     heights: dict[str, float] = {}
     height = -math.inf
@@ -331,7 +331,7 @@ def _spread(axes: Axes, values: Mapping[str, float], distance: float = 0.05) -> 
 
 
 def _plain_log_ticks(axis: Axis) -> None:
-    """Ticks such as 0.5, 1, 2 on a log axis."""
+    """Sets ticks such as 0.5, 1 and 2 on a log axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

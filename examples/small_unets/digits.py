@@ -1,4 +1,4 @@
-"""Handwritten digits: scikit-learn's bundled 8x8 images (1 797 of them), drawn by two kinds of UNet.
+"""Handwritten digits: the 1 797 images of 8x8 pixels that scikit-learn ships, and two kinds of UNet that draw them.
 
 - ``digits/class_conditional``: a ``UNet2DModel`` that takes the digit as ``class_labels``;
 - ``digits/cross_attention``: a ``UNet2DConditionModel`` that reads the digit as four learned tokens through
@@ -22,14 +22,14 @@ NUM_CLASSES = 10
 
 @functools.cache
 def real_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """images [1797, 1, 8, 8] fp32 in [-1, 1], and their labels [1797] int64."""
+    """Returns images [1797, 1, 8, 8], fp32 in [-1, 1], and labels [1797], int64."""
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 8 - 1
     return images, torch.from_numpy(bunch.target).long()
 
 
 class LabelEncoder(nn.Module):
-    """Stands in for a text encoder: a label becomes four learned tokens of 64 channels."""
+    """Replaces a text encoder: maps each label to four learned tokens of 64 channels."""
 
     num_tokens = 4
     channels = 64

@@ -1,7 +1,7 @@
-"""Photographs: 24x24 RGB crops of ten pictures that scikit-learn and scikit-image ship; the picture is the class.
+"""Photographs: 24x24 RGB crops of ten pictures that scikit-learn and scikit-image ship. The class is the picture.
 
-Every crop is a random square window, scaled down, half of them mirrored. Training and held-out crops come from the
-same pictures and overlap: they test whether a model knows the pictures, not whether it generalizes to others.
+Every crop is a random square window, scaled down. Half of the crops are mirrored. Training and held-out crops come from
+the same pictures and overlap. They test whether a model has learned these pictures, not whether it generalizes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from examples.small_unets.task import WEIGHTS, Classifier, Task
 
-PHOTOS = (  # package and file; the order is that of the labels
+PHOTOS = (  # package and file of each label, in order
     ("sklearn.datasets", "images/china.jpg"),
     ("sklearn.datasets", "images/flower.jpg"),
     ("skimage", "data/astronaut.png"),
@@ -32,13 +33,13 @@ PHOTOS = (  # package and file; the order is that of the labels
 )
 SIZE = 24
 NUM_TRAIN, NUM_HELD_OUT = 9000, 1000
-SMALLEST_WINDOW, LARGEST_WINDOW = 0.3, 0.6  # over the picture's shorter side
-LARGEST_PHOTO = 500  # pixels; a picture with a longer shorter side is scaled to SHORTER_SIDE first, which is faster
+SMALLEST_WINDOW, LARGEST_WINDOW = 0.3, 0.6  # relative to the picture's shorter side
+LARGEST_PHOTO = 500  # pixels; a longer shorter side is scaled to SHORTER_SIDE before cropping, for speed
 SHORTER_SIDE = 400
 
 
 def load_photo(package: str, file: str) -> Image.Image:
-    """One picture, RGB, from the installed package: nothing is downloaded."""
+    """Loads one RGB picture from the installed package. Nothing is downloaded."""
     with as_file(files(package).joinpath(file)) as path, Image.open(path) as picture:
         photo = picture.convert("RGB")
     if min(photo.size) <= LARGEST_PHOTO:
@@ -49,16 +50,16 @@ def load_photo(package: str, file: str) -> Image.Image:
 
 @functools.cache
 def real_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """images [10000, 3, 24, 24] fp32 in [-1, 1], and their labels [10000] int64; always the same."""
+    """Returns images [10000, 3, 24, 24], fp32 in [-1, 1], and labels [10000], int64. They are the same in every run."""
     random = np.random.default_rng(0)
     photos = [load_photo(*photo) for photo in PHOTOS]
     labels = torch.arange(NUM_TRAIN + NUM_HELD_OUT) % len(photos)
-    crops = np.stack([crop(photos[label], random) for label in labels.tolist()])
+    crops = np.stack([crop(photos[label], random) for label in tqdm(labels.tolist(), desc="Cropping photographs")])
     return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1, labels
 
 
 def crop(photo: Image.Image, random: np.random.Generator) -> np.ndarray:
-    """A random window of the picture: [24, 24, 3] uint8, each pixel the mean of what it covers."""
+    """A random window of the picture, [24, 24, 3] uint8. Each pixel is the mean of the area that it covers."""
     side = min(photo.size) * random.uniform(SMALLEST_WINDOW, LARGEST_WINDOW)
     left, top = random.uniform(0, photo.width - side), random.uniform(0, photo.height - side)
     box = (left, top, left + side, top + side)
@@ -84,7 +85,7 @@ class PhotoClassifier(Classifier):
 
 
 def unet() -> UNet2DModel:
-    """Three resolutions (24, 12, 6), attention at the lower two."""
+    """A UNet with three resolutions (24, 12, 6) and attention at the lower two."""
     return UNet2DModel(
         sample_size=SIZE,
         in_channels=3,
@@ -108,5 +109,5 @@ PHOTO_CROPS = Task(
     real_images=real_images,
     untrained_unet=unet,
     untrained_classifier=PhotoClassifier,
-    prediction_type="v_prediction",  # where noise is all, it asks for the mean image: colours are learned early
+    prediction_type="v_prediction",  # at pure noise it asks for the mean image: colours are learned early
 )

@@ -1,6 +1,6 @@
-"""What a small task is: real labelled images, a UNet and a classifier trained on them, and how to sample.
+"""A small task: real labelled images, a UNet and a classifier trained on them, and the sampling loop.
 
-``digits.py`` and ``photos.py`` define the tasks, ``tasks.py`` lists them, ``train.py`` wrote their weights.
+``digits.py`` and ``photos.py`` define the tasks, ``tasks.py`` lists them, ``train.py`` trains their weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from diffusers import DDIMScheduler, ModelMixin
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 class Classifier(nn.Module):
-    """A convolutional classifier, the judge of generated images; its features measure the Fréchet distance."""
+    """A convolutional classifier that evaluates generated images. The Fréchet distance uses its features."""
 
     fc2: nn.Linear
 
@@ -42,12 +43,14 @@ class Task:
     Attributes:
         image_shape: (C, H, W).
         num_classes: labels are 0 to ``num_classes`` - 1; ``null_label`` stands for "no label".
-        num_train: the first so many real images train, the others are held out.
-        unet_folder: the trained UNet; its classifier and its label encoder lie beside it.
-        real_images: all real images [N, C, H, W] fp32 in [-1, 1], and their labels [N] int64.
-        untrained_unet: a ``UNet2DModel``, or a ``UNet2DConditionModel`` where there is a label encoder.
-        untrained_label_encoder: labels [B] -> tokens [B, T, D], what the UNet's cross-attention reads.
-        prediction_type: what the UNet predicts, diffusers' "epsilon" or "v_prediction".
+        num_train: the number of real images for training, the first ones; the others are held out.
+        unet_folder: the folder of the trained UNet. The files of its classifier and its label encoder are beside it.
+        real_images: returns all real images [N, C, H, W], fp32 in [-1, 1], and their labels [N], int64.
+        untrained_unet: creates a ``UNet2DModel``, or a ``UNet2DConditionModel`` if the task has a label encoder.
+        untrained_classifier: creates the classifier.
+        untrained_label_encoder: creates the encoder from labels [B] to tokens [B, T, D], the input of the UNet's
+            cross-attention; None if the UNet takes the labels directly.
+        prediction_type: the UNet's prediction target in diffusers' terms, "epsilon" or "v_prediction".
     """
 
     name: str
@@ -74,19 +77,19 @@ class Task:
         return self.unet_folder.parent / "label_encoder.safetensors"
 
     def unet(self, dtype: torch.dtype = torch.float32) -> ModelMixin:
-        """The trained UNet, from its fp16 weights."""
+        """Loads the trained UNet from its fp16 weights."""
         unet_class = type(self.untrained_unet())
         return unet_class.from_pretrained(self.unet_folder, variant="fp16", torch_dtype=dtype).eval()
 
     def classifier(self) -> Classifier:
-        """The trained classifier, in fp32."""
+        """Loads the trained classifier in fp32."""
         classifier = self.untrained_classifier()
         classifier.load_state_dict(load_file(self.classifier_file))
         return classifier.eval()
 
     @functools.cached_property
     def label_encoder(self) -> nn.Module | None:
-        """The trained label encoder, in fp32; None where the UNet takes the labels themselves."""
+        """The trained label encoder, in fp32; None if the UNet takes the labels directly."""
         if self.untrained_label_encoder is None:
             return None
         encoder = self.untrained_label_encoder()
@@ -94,7 +97,7 @@ class Task:
         return encoder.eval().requires_grad_(False)
 
     def condition(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """labels [B] int64 -> the keyword arguments with which the UNet is called."""
+        """labels [B] int64 -> keyword arguments of the UNet's forward."""
         return condition(labels, self.label_encoder)
 
     def noise_scheduler(self) -> DDIMScheduler:
@@ -102,11 +105,11 @@ class Task:
         return DDIMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=True, prediction_type=self.prediction_type)
 
     def labels(self, count: int) -> torch.Tensor:
-        """The classes in turn: [count] int64."""
+        """Labels that cycle through all classes: [count] int64."""
         return torch.arange(count) % self.num_classes
 
     def noise(self, count: int, seed: int) -> torch.Tensor:
-        """Standard normal [count, C, H, W], fp32."""
+        """Standard normal noise [count, C, H, W], fp32."""
         return torch.randn(count, *self.image_shape, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
@@ -118,14 +121,16 @@ class Task:
         num_inference_steps: int = 20,
         scheduler: Any = None,
         batch_size: int = 100,
+        progress: str | None = None,
     ) -> torch.Tensor:
-        """Draws one image per label; the same seed gives every model the same noise.
+        """Draws one image per label. The same seed gives every model the same noise.
 
         Args:
             labels: [B] int64.
-            scheduler: ``noise_scheduler()`` by default; another of diffusers' schedulers comes from its ``config`` with
-                ``timestep_spacing="leading"`` (at timestep 999 nothing is left of the image, and a scheduler without
-                ``clip_sample`` divides by that). The noise that a stochastic one adds depends on ``batch_size`` too.
+            scheduler: ``noise_scheduler()`` by default. Create other diffusers schedulers from its ``config`` with
+                ``timestep_spacing="leading"``: at timestep 999 the signal level is nearly zero, and schedulers without
+                ``clip_sample`` divide by it. The noise that a stochastic scheduler adds also depends on ``batch_size``.
+            progress: the title of a progress bar; None shows no bar.
 
         Returns:
             images [B, C, H, W] fp32 in [-1, 1].
@@ -133,10 +138,11 @@ class Task:
         scheduler = scheduler or self.noise_scheduler()
         options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
-            options["generator"] = torch.Generator().manual_seed(seed + 1)  # not the noise that sampling starts from
+            options["generator"] = torch.Generator().manual_seed(seed + 1)  # differs from the seed of the initial noise
         images = []
-        noise = self.noise(len(labels), seed)
-        for batch, batch_labels in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
+        batches = list(zip(self.noise(len(labels), seed).split(batch_size), labels.split(batch_size), strict=True))
+        bar = tqdm(total=len(batches) * num_inference_steps, desc=progress, disable=progress is None)
+        for batch, batch_labels in batches:
             arguments = {name: value.to(unet.dtype) if value.is_floating_point() else value
                          for name, value in self.condition(batch_labels).items()}  # fmt: skip
             scheduler.set_timesteps(num_inference_steps)
@@ -145,12 +151,14 @@ class Task:
                 scaled = scheduler.scale_model_input(batch, timestep).to(unet.dtype)
                 prediction = unet(scaled, timestep, **arguments).sample.float()
                 batch = scheduler.step(prediction, timestep, batch, **options).prev_sample
+                bar.update()
             images.append(batch.clamp(-1, 1))
+        bar.close()
         return torch.cat(images)
 
 
 def condition(labels: torch.Tensor, label_encoder: nn.Module | None) -> dict[str, torch.Tensor]:
-    """labels [B] int64 -> the keyword arguments of a UNet with this label encoder, or of one without."""
+    """labels [B] int64 -> keyword arguments of a UNet with this label encoder, or with none."""
     if label_encoder is None:
         return {"class_labels": labels}
     return {"encoder_hidden_states": label_encoder(labels)}

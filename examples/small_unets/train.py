@@ -1,10 +1,10 @@
 """Trains the tasks' classifiers and UNets and writes them, in fp16, under ``weights/``.
 
-    python examples/small_unets/train.py                                     # everything
-    python examples/small_unets/train.py --only photos/classifier photos     # these, in this order
+    python -m examples.small_unets.train                                     # everything
+    python -m examples.small_unets.train --only photos/classifier photos     # these, in this order
 
-Prints the accuracy that a classifier reaches on held-out real images, and, for each UNet, how many of 500 DDIM-20
-samples the classifier reads as the class that was asked for.
+Run it from the repository's root. For each classifier it prints the accuracy on held-out real images. For each UNet it
+prints the share of 500 samples (DDIM, 20 steps) that the classifier assigns to the requested class.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from tqdm import trange
 from examples.small_unets.task import Task, condition
 from examples.small_unets.tasks import TASKS
 
-LABEL_DROP = 0.1  # share of labels replaced by "no label", so that guidance works
+LABEL_DROP = 0.1  # share of labels replaced by "no label", for classifier-free guidance
 CLASSIFIER_STEPS = {"digits/classifier": 1500, "photos/classifier": 1000}  # batches of 128
 CLASSIFIERS = {f"{task.unet_folder.parent.name}/classifier": task for task in TASKS.values()}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a UNet is trained; ``ema_decay`` is that of the averaged weights, which are the ones that are kept."""
+    """Hyperparameters of a UNet's training. The saved weights are a moving average with decay ``ema_decay``."""
 
     steps: int
     batch_size: int = 128
     ema_decay: float = 0.995
     warmup_steps: int = 1
-    largest_gradient: float = math.inf  # norm over all parameters
+    largest_gradient: float = math.inf  # limit of the gradient norm over all parameters
     bf16: bool = False
 
 
@@ -69,7 +69,7 @@ def train_classifier(name: str) -> None:
     with torch.no_grad():
         predicted = task.classifier()(images[task.num_train :]).argmax(1)
     accuracy = (predicted == labels[task.num_train :]).float().mean().item()
-    print(f"{name}: {accuracy:.1%} of the held-out real images")
+    print(f"{name}: accuracy {accuracy:.1%} on held-out real images")
 
 
 def train_unet(task: Task, recipe: Recipe) -> None:
@@ -112,7 +112,7 @@ def train_unet(task: Task, recipe: Recipe) -> None:
     if encoder is not None:
         save_file(half(trained["encoder"]), task.label_encoder_file)
     accuracy = sample_accuracy(task, 500)
-    print(f"{task.name}: trained in {minutes:.1f} min; {accuracy:.1%} of 500 samples read as the class asked for")
+    print(f"{task.name}: trained in {minutes:.1f} min; {accuracy:.1%} of 500 samples show the requested class")
 
 
 def half(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -122,9 +122,9 @@ def half(network: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def sample_accuracy(task: Task, count: int) -> float:
-    """How many samples of the trained UNet the classifier reads as the class asked for."""
+    """The share of the trained UNet's samples that the classifier assigns to the requested class."""
     wanted = task.labels(count)
-    generated = task.sample(task.unet(), wanted, seed=0)
+    generated = task.sample(task.unet(), wanted, seed=0, progress=f"{task.name}, samples")
     return (task.classifier()(generated).argmax(1) == wanted).float().mean().item()
 
 

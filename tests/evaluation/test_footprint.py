@@ -1,4 +1,4 @@
-"""Memory counts against sums by hand."""
+"""The footprint of UNets, compared with sums calculated by hand."""
 
 import copy
 import math
@@ -48,18 +48,18 @@ def shared_unet():
 
 @pytest.fixture
 def quantized_unet(shared_unet):
-    """A copy, which no forward pass has touched yet."""
+    """A copy of the shared UNet that has not run yet."""
     return copy.deepcopy(shared_unet)
 
 
 def layer_shapes(kept):
-    """(N, taps, K) of every layer that is quantized."""
+    """(N, taps, K) of every quantized layer."""
     for name, module in new_unet().named_modules():
         if name not in kept and isinstance(module, (nn.Linear, nn.Conv2d)):
             yield module.weight.shape[0], math.prod(module.weight.shape[2:]), module.weight.shape[1]
 
 
-def test_a_stock_unet_is_the_sum_of_its_parameters():
+def test_the_footprint_of_a_stock_unet_is_the_sum_of_its_parameters():
     unet = new_unet()
     parameters = sum(math.prod(parameter.shape) for parameter in unet.parameters())
 
@@ -77,7 +77,7 @@ def test_a_quantized_unet_is_counted_tensor_by_tensor(kept):
     parameters = sum(parameter.numel() for parameter in new_unet().parameters())
     shapes = list(layer_shapes(kept))
     elements = sum(n * taps * k for n, taps, k in shapes)
-    weights = sum(n * taps * ((k + 1) // 2) + 4 * n for n, taps, k in shapes)  # packed values and a scale a channel
+    weights = sum(n * taps * ((k + 1) // 2) + 4 * n for n, taps, k in shapes)  # packed values, a scale per channel
     tables = sum(4 * k + 4 * n + (4 + 4) * NUM_TIMESTEPS for n, _, k in shapes)  # dilation, sum, scale and zero point
 
     sizes = footprint(unet)
@@ -93,7 +93,7 @@ def test_a_quantized_unet_is_counted_tensor_by_tensor(kept):
     assert 0.25 < sizes.weight_ratio < sizes.total_ratio < 0.3
 
 
-def test_a_cast_changes_what_stayed_in_floating_point_alone(quantized_unet):
+def test_a_cast_changes_only_the_size_of_floating_point_parameters(quantized_unet):
     before = footprint(quantized_unet)
     floating_point = (before.unet_fp16 - before.weights_fp16) // 2
 
@@ -103,7 +103,7 @@ def test_a_cast_changes_what_stayed_in_floating_point_alone(quantized_unet):
     assert (after.unet_fp16, after.weights, after.tables) == (before.unet_fp16, before.weights, before.tables)
 
 
-def test_a_forward_on_a_cpu_leaves_an_int8_copy_that_is_not_part_of_the_unet(quantized_unet):
+def test_a_forward_on_a_cpu_adds_an_int8_copy_that_is_counted_separately(quantized_unet):
     before = footprint(quantized_unet)
     quantized_unet(torch.randn(1, 3, 8, 8), 100)
 

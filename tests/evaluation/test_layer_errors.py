@@ -1,4 +1,4 @@
-"""Layer errors against sums over all outputs, which the test's own wrappers of the layers' forwards collect."""
+"""Layer errors, compared with sums over all outputs, which wrappers of the layers' forwards collect."""
 
 import copy
 import gc
@@ -50,12 +50,12 @@ def new_unet(**arguments):
         up_block_types=("UpBlock2D", "UpBlock2D"),
         **arguments,
     ).eval()
-    unet.get_submodule(EXACT).weight.data.zero_()  # no weight to round: what is left is the bias
+    unet.get_submodule(EXACT).weight.data.zero_()  # zero has no rounding error; only the bias remains
     return unet
 
 
 def calls(unet, **arguments):
-    """Three calls of different sizes."""
+    """Records three calls with different batch sizes."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad(), record(unet) as calibration_set:
         for batch, timestep in enumerate(TIMESTEPS, start=1):
@@ -76,7 +76,7 @@ def subject():
 
 
 def outputs(unet, layers, calibration_set):
-    """All that these layers put out, one flat float64 array a layer."""
+    """All outputs of these layers, as one flat float64 array per layer."""
     unet, collected = copy.deepcopy(unet), {name: [] for name in layers}
     for name in layers:
         layer = unet.get_submodule(name)
@@ -100,7 +100,7 @@ def sqnr_by_hand(subject):
         return {n: 10 * np.log10((exact[n] ** 2).sum() / ((found[n] - exact[n]) ** 2).sum()) for n in layers}
 
 
-def test_sqnr_is_the_formula_over_all_outputs_of_all_calls(subject):
+def test_sqnr_follows_the_formula_over_all_outputs_of_all_calls(subject):
     expected = sqnr_by_hand(subject)
 
     sqnr = layer_sqnr(subject.quantized, subject.stock, subject.calibration_set)
@@ -117,10 +117,10 @@ def test_layers_come_in_the_order_of_the_forward_pass(subject):
 
     assert names[:2] == ["time_embedding.linear_1", "time_embedding.linear_2"]
     assert first == sorted(first)
-    assert list(quantized_layers(subject.quantized)) != names  # where the mid block comes last
+    assert list(quantized_layers(subject.quantized)) != names  # module order has the mid block last
 
 
-def test_a_layer_without_error_is_infinitely_good(subject):
+def test_the_sqnr_of_a_layer_without_error_is_infinite(subject):
     sqnr = layer_sqnr(subject.quantized, subject.stock, subject.calibration_set)
 
     assert [name for name, value in sqnr.items() if math.isinf(value)] == [EXACT]
@@ -128,7 +128,7 @@ def test_a_layer_without_error_is_infinitely_good(subject):
 
 
 @pytest.mark.parametrize(("added", "expected"), [(0, math.inf), (1, -math.inf), (math.inf, math.nan)], ids=str)
-def test_an_output_that_should_be_zero(subject, added, expected):
+def test_the_sqnr_of_an_output_whose_reference_is_zero(subject, added, expected):
     unet, reference = subject.copies()
     reference.get_submodule(EXACT).bias.zero_()
     unet.get_submodule(EXACT).bias.fill_(added)
@@ -136,8 +136,8 @@ def test_an_output_that_should_be_zero(subject, added, expected):
     assert layer_sqnr(unet, reference, subject.calibration_set)[EXACT] == pytest.approx(expected, nan_ok=True)
 
 
-def test_an_output_that_is_changed_in_place_later_counts_as_the_layer_made_it():
-    features = [torch.full((1, 8, 4, 4), 3.0), torch.full((1, 16, 4, 4), -2.0)]  # as of a T2I-Adapter
+def test_an_output_is_measured_before_it_is_changed_in_place():
+    features = [torch.full((1, 8, 4, 4), 3.0), torch.full((1, 16, 4, 4), -2.0)]  # like a T2I-Adapter's
     subject = quantize(new_unet(), down_intrablock_additional_residuals=features)
     expected = sqnr_by_hand(subject)
 
@@ -146,10 +146,10 @@ def test_an_output_that_is_changed_in_place_later_counts_as_the_layer_made_it():
     name = "down_blocks.0.downsamplers.0.conv"
     without = layer_sqnr(subject.quantized, subject.stock, calls(subject.stock))
     assert sqnr == pytest.approx(expected, rel=1e-9)
-    assert sqnr[name] == pytest.approx(without[name], abs=1)  # the features come behind it
+    assert sqnr[name] == pytest.approx(without[name], abs=1)  # the features are added after it
 
 
-def test_a_layer_that_runs_twice_in_a_call_is_summed_over_both():
+def test_both_outputs_of_a_layer_that_runs_twice_in_a_call_are_summed():
     stock = new_unet()
     stock.mid_block.resnets[1].conv2 = stock.mid_block.resnets[0].conv2
     subject = quantize(stock)
@@ -173,12 +173,13 @@ def test_layers_that_no_call_reaches_are_left_out(subject):
 
 def live_bytes():
     gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]  # not a compiler's fake ones
-    storages = [x.untyped_storage() for x in tensors if x.layout == torch.strided]  # not oneDNN's own
+    # Neither a compiler's fake tensors nor tensors in oneDNN's own layouts have memory to count.
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    storages = [x.untyped_storage() for x in tensors if x.layout == torch.strided]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_no_more_than_one_calls_outputs_are_held(subject):
+def test_only_one_calls_outputs_are_held_at_a_time(subject):
     unet, reference = subject.copies()
     one_call = CalibrationSet(subject.calibration_set.calls[2:])
     held = []
@@ -191,7 +192,7 @@ def test_no_more_than_one_calls_outputs_are_held(subject):
     assert max(held) - min(held) < of_one_call / 10
 
 
-def test_dropout_is_off_and_every_modules_mode_comes_back(subject):
+def test_dropout_is_off_and_every_modules_mode_is_restored(subject):
     stock = new_unet(dropout=0.5)
     dropout = Subject(stock, calibrate(copy.deepcopy(stock), subject.calibration_set), subject.calibration_set)
     expected = layer_sqnr(dropout.quantized, dropout.stock, dropout.calibration_set)
@@ -210,7 +211,7 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_hook_stays(subject, fails):
+def test_all_hooks_are_removed(subject, fails):
     unet, reference = subject.copies()
     before = hooks(unet), hooks(reference)
     if fails:

@@ -1,4 +1,4 @@
-"""Image metrics against closed forms."""
+"""Image metrics, compared with closed forms."""
 
 import math
 
@@ -13,7 +13,7 @@ def random_images(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_psnr_of_each_image_and_of_all_are_the_formula():
+def test_psnr_of_each_image_and_of_all_follow_the_formula():
     images, reference = random_images(5, 3, 8, 9), random_images(5, 3, 8, 9, seed=1)
     images[1] = 0.9 * reference[1] + 0.1 * images[1]
 
@@ -48,7 +48,7 @@ def test_ssim_of_equal_images_is_one(shape):
 
 
 def ssim_by_hand(a, b):
-    """Over every 7x7 window of one channel; sample variances, as scikit-image has them."""
+    """The mean over all 7x7 windows of one channel, with sample variances as in scikit-image."""
     values, c1, c2 = [], (0.01 * 2) ** 2, (0.03 * 2) ** 2
     for top in range(a.shape[0] - 6):
         for left in range(a.shape[1] - 6):
@@ -61,7 +61,7 @@ def ssim_by_hand(a, b):
     return np.mean(values)
 
 
-def test_ssim_is_the_formula_averaged_over_channels_and_images():
+def test_ssim_follows_the_formula_averaged_over_channels_and_images():
     images, reference = random_images(3, 2, 8, 9), random_images(3, 2, 8, 9, seed=1)
     images = 0.7 * reference + 0.3 * images
 
@@ -75,13 +75,13 @@ def test_ssim_is_the_formula_averaged_over_channels_and_images():
     assert ssim(images, reference) == pytest.approx(expected, rel=1e-9)
 
 
-def test_ssim_does_not_pair_different_numbers_of_images():
+def test_ssim_of_different_numbers_of_images_is_refused():
     with pytest.raises(ValueError, match="zip"):
         ssim(random_images(3, 1, 8, 8), random_images(2, 1, 8, 8))
 
 
 def features_with(mean, standard_deviation, count=64, seed=0):
-    """Features whose sample mean and sample covariance are exactly these: orthogonal columns of zero mean."""
+    """Features with exactly this sample mean and diagonal covariance, from orthogonal columns of zero mean."""
     channels = len(mean)
     noise = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     columns = torch.linalg.qr(noise - noise.mean(0)).Q * math.sqrt(count - 1)
@@ -115,7 +115,7 @@ def test_frechet_distance_does_not_depend_on_the_axes():
 
 
 @pytest.mark.filterwarnings("error")
-def test_frechet_distance_takes_features_that_never_fire():
+def test_frechet_distance_accepts_features_that_are_always_zero():
     features = features_with([0.0, 1.0, 2.0, 0.0], [1.0, 2.0, 3.0, 0.0])
     other = features_with([1.0, 1.0, 2.0, 0.0], [1.0, 2.0, 5.0, 0.0])
 

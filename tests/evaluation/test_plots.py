@@ -1,4 +1,4 @@
-"""What the plots show against the data that they were given: bars, curves, counts, pixels; and the report's files."""
+"""Bars, curves, counts and pixels of the plots, compared with the data that they show; and the report's files."""
 
 import copy
 import importlib
@@ -79,7 +79,7 @@ def bars(figure):
 
 
 def do_not_overlap(boxes):
-    """Whether no box, from the top down, reaches the next."""
+    """True if no box overlaps the next one, sorted from top to bottom."""
     return all(above.y0 >= below.y1 for above, below in pairwise(sorted(boxes, key=lambda box: -box.y0)))
 
 
@@ -90,7 +90,7 @@ def stable_diffusion_layers():
     return [name for name in layers if name not in ("conv_in", "conv_out")]
 
 
-def test_every_layer_has_its_bar_in_the_given_order_from_the_top():
+def test_every_layer_has_a_bar_in_the_given_order_from_the_top():
     figure = plot_layer_sqnr(SQNR)
 
     (patches,) = bars(figure)
@@ -109,7 +109,7 @@ def test_every_layer_has_its_bar_in_the_given_order_from_the_top():
     assert high > 40
 
 
-def test_the_lowest_five_are_marked_and_have_their_value_written():
+def test_the_lowest_five_bars_are_marked_and_labelled_with_their_value():
     sqnr = {f"layer{i}": 10.0 + (i * 7) % 12 for i in range(12)}
     figure = plot_layer_sqnr(sqnr)
 
@@ -124,7 +124,7 @@ def test_the_lowest_five_are_marked_and_have_their_value_written():
     assert "15.0" not in texts(figure)
 
 
-def test_bars_without_a_length_say_why():
+def test_bars_of_infinite_and_nan_values_are_labelled():
     figure = plot_layer_sqnr({"exact": math.inf, "a": 20.0, "none": -math.inf, "broken": math.nan, "b": 30.0})
 
     assert [patch.get_width() for patch in bars(figure)[0]] == [30, 20, 0, 0, 30]
@@ -146,7 +146,7 @@ def test_the_names_of_all_layers_of_stable_diffusion_are_readable():
 
     labels = figure.axes[0].get_yticklabels()
     assert len(sqnr) > 250
-    assert len({label.get_text() for label in labels}) == len(sqnr)  # still told apart
+    assert len({label.get_text() for label in labels}) == len(sqnr)  # short names stay unique
     assert max(len(label.get_text()) for label in labels) < 0.8 * max(map(len, sqnr))
     assert min(label.get_fontsize() for label in labels) >= 6
     assert do_not_overlap([label.get_window_extent() for label in labels])
@@ -236,7 +236,7 @@ def test_a_single_timestep_is_a_point(subject):
 
 
 def dilate(unet, factors):
-    """Gives the first channels these factors and all others 1."""
+    """Sets the dilation of the first channels to these factors, and of all others to 1."""
     remaining = list(factors)
     for layer in quantized_layers(unet).values():
         layer.weight_dilation.fill_(1)
@@ -267,7 +267,7 @@ def test_the_histogram_counts_every_channel_where_its_factor_is(subject, factors
     assert f"{100 * (1 - len(factors) / len(every)):.1f}%" in legend
 
 
-def test_the_histogram_of_a_calibrated_unet_is_its_factors(subject):
+def test_the_histogram_of_a_calibrated_unet_counts_its_factors(subject):
     every = torch.cat([layer.weight_dilation for layer in quantized_layers(subject.quantized).values()])
     figure = plot_dilation(subject.quantized)
 
@@ -279,7 +279,7 @@ def test_the_histogram_of_a_calibrated_unet_is_its_factors(subject):
 
 
 @pytest.mark.parametrize("plot", [plot_activation_scales, plot_dilation])
-def test_an_unquantized_unet_has_nothing_to_plot(subject, plot):
+def test_an_unquantized_unet_is_refused(subject, plot):
     with pytest.raises(ValueError, match="not quantized"):
         plot(subject.stock)
 
@@ -289,11 +289,11 @@ def random_images(*shape):
 
 
 def drawn(figure):
-    """The array that each image shows, row by row, and its place."""
+    """The array and the position of each image, row by row."""
     return [(axes.images[0].get_array(), axes.get_position()) for axes in figure.axes]
 
 
-def test_the_grid_has_a_row_a_model_and_the_first_images():
+def test_the_grid_has_one_row_per_model_with_its_first_images():
     images = {"fp32": random_images(5, 3, 8, 6), "INT4": -random_images(2, 3, 8, 6)}
     figure = plot_image_grid(images, columns=3)
 
@@ -326,7 +326,7 @@ def test_every_pixel_is_enlarged_to_a_square_of_its_shade(tmp_path, channels):
     expected = ((image[0].permute(1, 2, 0).numpy() + 1) * 127.5).repeat(zoom, 0).repeat(zoom, 1)
     assert np.abs(corner - expected).max() <= 2  # of 255: matplotlib has 256 greys
     assert (pixels[3 : 3 + 5 * zoom, : -(4 * zoom + 3)] < 128).any()  # the name
-    assert (pixels[:, -(4 * zoom + 15) : -(4 * zoom + 3)] == 255).all()  # which ends before the image
+    assert (pixels[:, -(4 * zoom + 15) : -(4 * zoom + 3)] == 255).all()  # the name ends before the image
 
 
 def test_values_out_of_range_and_half_precision_are_shown():
@@ -336,7 +336,7 @@ def test_values_out_of_range_and_half_precision_are_shown():
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 8, 8), (2, 8, 8), (0, 1, 8, 8), (2, 1, 8, 9)], ids=str)
-def test_images_of_other_shapes_are_named(shape):
+def test_images_of_other_shapes_are_refused_by_the_models_name(shape):
     with pytest.raises(ValueError, match="INT4: expected images"):
         plot_image_grid({"fp32": torch.zeros(2, 1, 8, 8), "INT4": torch.zeros(shape)})
 
@@ -347,7 +347,7 @@ def test_no_images_are_refused():
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_the_report_is_these_files(subject, tmp_path, with_images):
+def test_write_report_writes_these_files(subject, tmp_path, with_images):
     images = {"fp32": random_images(2, 1, 8, 8)} if with_images else None
     folder = tmp_path / "new" / "report"
     files = write_report(subject.quantized, subject.stock, subject.calibration_set, folder, images)
@@ -362,7 +362,7 @@ def test_the_report_is_these_files(subject, tmp_path, with_images):
             assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
 
-def test_the_report_has_every_layers_numbers(subject, tmp_path):
+def test_the_report_holds_the_numbers_of_every_layer(subject, tmp_path):
     unet, stock = subject.copy, copy.deepcopy(subject.stock)
     unet.unused = copy.deepcopy(unet.time_embedding.linear_1)
     stock.unused = nn.Linear(8, 32)

@@ -1,10 +1,8 @@
-"""The Stable Diffusion example on a pipeline that has every part of a real one, each tiny and random."""
+"""The Stable Diffusion example on a complete pipeline of tiny random models."""
 
-import importlib.util
 import json
 import string
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_unets
@@ -13,17 +11,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dq_runtime.layers import QuantizedLayer
+from examples import stable_diffusion as example
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "stable_diffusion.py"
 TOKENS = 16
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("stable_diffusion", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +44,7 @@ def pipeline_folder(tmp_path_factory):
     return folder / "pipeline"
 
 
-def test_a_pipeline_is_quantized_loaded_and_compared_and_goes_on_where_it_was(
-    example, pipeline_folder, tmp_path, monkeypatch
-):
+def test_a_pipeline_is_quantized_loaded_and_compared_and_a_second_run_resumes(pipeline_folder, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na dog\na fox\n")
     options = ["--steps", "3", "--samples", "16", "--prompts", str(prompts), "--output", str(tmp_path / "out")]
@@ -72,7 +60,7 @@ def test_a_pipeline_is_quantized_loaded_and_compared_and_goes_on_where_it_was(
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
     assert any(isinstance(module, QuantizedLayer) for module in unet.modules())
 
-    # Again: nothing is recorded or trained anew.
+    # The second run neither records nor trains.
     monkeypatch.setattr(example.dq_runtime, "collect_from_pipeline", None)
     monkeypatch.setattr("dq_runtime.calibration.distillation._Trainer._train", None)
     example.main()
@@ -80,5 +68,5 @@ def test_a_pipeline_is_quantized_loaded_and_compared_and_goes_on_where_it_was(
     assert json.loads((tmp_path / "out" / "report.json").read_text())["psnr_db"] == report["psnr_db"]
 
 
-def test_prompts_to_compare_by_are_not_calibrated_on(example):
+def test_prompts_of_the_comparison_are_not_used_for_calibration():
     assert not set(example.PROMPTS) & set(example.CALIBRATION_PROMPTS)

@@ -1,0 +1,1 @@
+"""Examples. Run them from the repository's root; they are not installed."""

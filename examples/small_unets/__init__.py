@@ -1,0 +1,1 @@
+"""Small trained UNets: ``train`` trains them, ``demo`` quantizes them."""
