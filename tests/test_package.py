@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -106,7 +105,7 @@ def test_the_runtime_reaches_kernels_through_ops_alone(module):
     assert all(is_in(name, "dq_kernels.ops") for name in kernels), kernels
 
 
-def test_the_door_to_the_kernels_is_used():
+def test_the_runtime_uses_the_kernels():
     everything = {name for module in sources("dq_runtime") for name in imports(MODULES[module].read_text())}
 
     assert "dq_kernels.ops" in everything
@@ -129,20 +128,60 @@ def test_inference_imports_no_evaluation(module):
     assert not {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_runtime.evaluation")}
 
 
-def test_arrows_go_down_only():
-    def targets(module):
-        for name in imports(MODULES[module].read_text(), lazy=False):
-            target = name if name in MODULES else name.rpartition(".")[0]
-            if target in MODULES and target not in PACKAGES:  # a package itself is its modules' front
-                yield target
+def map_of_the_house():
+    """The modules in the order of CONTRIBUTING's map, from its top to its bottom."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    block = text.split("## The house")[1].split("```")[1]
+    package, modules = None, []
+    for line in block.strip().splitlines():
+        path = line.split()[0]
+        if not line.startswith(" "):
+            package = {"dq_runtime/": "dq_runtime", "kernels/": "dq_kernels"}.get(path)
+        elif package is not None:
+            modules.append(".".join([package, *Path(path).with_suffix("").parts]))
+    return modules
 
-    graph = {module: set(targets(module)) for module in MODULES}
-    assert "dq_kernels.ops" in graph["dq_runtime.layers"]
-    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
 
-    assert order.index("dq_kernels.packing") < order.index("dq_kernels.ops") < order.index("dq_runtime.layers")
-    assert order.index("dq_runtime.layers") < order.index("dq_runtime.convert")
-    assert order.index("dq_runtime.convert") < order.index("dq_runtime.calibration.calibrate")
+def test_every_module_is_in_the_map_once():
+    files = [name for name, path in MODULES.items() if path.name != "__init__.py"]
+
+    assert sorted(map_of_the_house()) == sorted(files)
+
+
+def imported_modules(module):
+    """Modules of these packages that a module imports, in functions too; a folder's front stands for its modules."""
+    for name in imports(MODULES[module].read_text()):
+        target = name if name in MODULES else name.rpartition(".")[0]
+        if target in PACKAGES or target not in MODULES:
+            continue
+        if MODULES[target].name == "__init__.py":
+            yield from (other for other in MODULES if is_in(other, target) and other != target)
+        else:
+            yield target
+
+
+@pytest.mark.parametrize("module", map_of_the_house())
+def test_a_module_imports_only_what_stands_below_it_in_the_map(module):
+    order = map_of_the_house()
+    below = set(order[order.index(module) + 1 :])
+
+    assert set(imported_modules(module)) <= below
+
+
+def test_the_map_has_arrows_to_hold():
+    assert "dq_kernels.ops" in imported_modules("dq_runtime.layers")
+    assert "dq_kernels.triton.gemm" in imported_modules("dq_kernels.ops")
+
+
+BACKENDS = ("dq_kernels.triton", "dq_kernels.cpu", "dq_kernels.fake", "dq_kernels.reference")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_do_not_import_one_another(backend):
+    others = [other for other in BACKENDS if other != backend]
+    for module in (name for name in MODULES if is_in(name, backend)):
+        found = imports(MODULES[module].read_text())
+        assert not [name for name in found if any(is_in(name, other) for other in others)], module
 
 
 @pytest.fixture(scope="module")

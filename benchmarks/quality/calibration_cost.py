@@ -33,10 +33,11 @@ from benchmarks.quality import peak_memory
 from benchmarks.quality.study import FIRST_IMAGE_SEED, STEPS, collect, slug, task_parser, write_report
 from benchmarks.result_files import ROOT
 from dq_runtime import Distillation
+from dq_runtime.architectures.architecture import result_tensor
 from dq_runtime.calibration import calibrate as calibration
 from dq_runtime.calibration import distillation
 from dq_runtime.calibration.batches import MixedBatches
-from dq_runtime.calibration.replay import result_tensor, squared_error
+from dq_runtime.calibration.replay import squared_error
 from dq_runtime.calibration.simulated import simulated
 from dq_runtime.evaluation.metrics import psnr
 from dq_runtime.timesteps import TimestepGrid

@@ -1,10 +1,8 @@
 """Swapping a UNet's layers for quantized ones, which stay as they are and why, and the way back."""
 
-import ast
 import copy
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -455,24 +453,3 @@ def test_config_of_a_quantized_unet_still_makes_a_stock_one(subject):
 
     assert not quantized_layers(unet)
     assert stock_layers(unet).keys() == stock_layers(subject.stock).keys()
-
-
-# Each module may import those before it: at its beginning or inside of a function.
-HOUSE = [
-    "tables", "config", "architectures", "timesteps", "attention", "layers", "convert", "forward_state", "fused_blocks",
-    "fused", "graphs", "dequantization", "diffusers_quantizer", "calibration", "evaluation",
-]  # fmt: skip
-
-
-def test_no_module_imports_one_above_it_not_even_lazily():
-    root = Path(dq_runtime.__file__).parent
-    for path in root.rglob("*.py"):
-        part = path.relative_to(root).with_suffix("").parts[0]
-        if part == "__init__":
-            continue
-        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-        imported = {
-            (node.module or "").split(".")[1] for node in nodes if (node.module or "").startswith("dq_runtime.")
-        }
-        above = {name for name in imported if HOUSE.index(name) > HOUSE.index(part)}
-        assert not above, f"{path.name} imports {above}"
