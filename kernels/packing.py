@@ -1,8 +1,8 @@
 """The INT4 storage format: two signed 4-bit values a byte, half-split along the input channels.
 
-Byte ``j`` of a row holds channel ``j`` in its low nibble and channel ``j + K/2`` in its high nibble. A kernel that
-loads one block of bytes therefore needs two contiguous blocks of activations, and no interleave, whatever its block
-size. An odd K is padded with one zero channel.
+Byte ``j`` of a row holds channel ``j`` in its low nibble and channel ``j + K/2`` in its high nibble. So a kernel that
+loads one block of bytes needs two contiguous blocks of activations, without interleaving, for any block size. An odd K
+is padded with one zero channel.
 """
 
 from __future__ import annotations

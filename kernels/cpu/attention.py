@@ -10,7 +10,7 @@ from dq_kernels.cpu.quantization import quantize
 from dq_kernels.records import Quantizer
 from dq_kernels.shapes import BLOCK_KEYS
 
-ATTENTION_SCORES = 2**24  # in memory at a time, 64 MB; those of one head, if it has more
+ATTENTION_SCORES = 2**24  # in memory at a time: 64 MB, or one head
 
 
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -1,9 +1,9 @@
 """INT4 layers on CPUs: exact integers through oneDNN's int8 linear and convolution (VNNI, AMX where there is).
 
 oneDNN multiplies uint8 by int8, so activations are shifted by 128 together with their zero point. It takes one
-activation scale a call: samples are grouped by timestep index, of which a batch usually has one. It also wants int8
-weights in a layout of its own: that copy is made at a layer's first call, kept for as long as its packed weight lives,
-and counted by ``prepacked_bytes``.
+activation scale per call, so samples are grouped by timestep index; most batches have one. It needs int8 weights in a
+layout of its own: this copy is made at a layer's first call, lives as long as the packed weight, and is counted by
+``prepacked_bytes``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def prepacked_bytes(weights: Iterable[Tensor] | None = None) -> int:
 
 
 def _prepack(values: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
-    # Inference tensors count no versions, and torch forbids to change them in place outside of inference mode.
+    # Inference tensors have no version counter; torch forbids in-place changes outside of inference mode.
     made_from = (values.data_ptr(), 0 if values.is_inference() else values._version)
     entry = _prepacked_weights.get(values)
     if entry is None or entry.made_from != made_from:

@@ -1,18 +1,18 @@
-"""Attention in int8 on the GPU: both products on the matrix units' int8 path, and no probability in memory.
+"""Attention in int8 on GPUs: both products use int8 matrix instructions, and no probability is stored in memory.
 
     s_mn = (q8_m . k8_n) scale_m scale_b / sqrt(D)                  p_mn = exp(s_mn - max_n s_mn)
     y_m = sum_n p8_mn v8_n scale_b / sum_n p_mn + mean of v         p8 = floor(255 p + 0.5) / 255
 
-Nothing has to be calibrated: a query has a scale of its own, and so has each block b of ``BLOCK_KEYS`` keys or values,
-the largest magnitude / 127. Keys and values are quantized less their means over all tokens. For keys that shifts all
-scores of a query alike and so leaves its probabilities as they are (the smoothing of SageAttention, arXiv 2410.02367);
-values get theirs back at the end, as probabilities add up to 1. What all tokens have in common so takes no range, and
-what is lost of many small probabilities, which rounding makes 0, is the values' mean and not nothing.
+No calibration is needed. Each query has a scale of its own, and so has each block b of ``BLOCK_KEYS`` keys or values:
+the largest magnitude / 127. The means over all tokens are subtracted from keys and values before quantization. The mean
+of the keys shifts all scores of a query equally, which softmax ignores (the smoothing of SageAttention, arXiv
+2410.02367); the mean of the values is added to the result, since probabilities add up to 1. The common part of all
+tokens so uses no range, and probabilities that round to 0 contribute the values' mean instead of nothing.
 
-Probabilities are rounded to 8 bits against the largest that their query has met so far (online softmax, in Flash
-Attention 2's order); int8 holds them less 128, and the sums of v8 make up for it.
+Probabilities are rounded to 8 bits relative to the largest one of their query so far (online softmax, in the order of
+FlashAttention-2). int8 stores p8 - 128, and the sums of v8 correct for it.
 
-What is not finite in the input makes NaN of every result that it has a part in.
+Non-finite inputs make every result NaN that depends on them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dq_kernels.triton.intrinsics import floor_to_int, follow_previous_kernel, r
 from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
 from dq_kernels.triton.quantization import quantize_tile, select_timestep
 
-SMALLEST = tl.constexpr(1e-30)  # magnitudes that count as 0: the inverse of a smaller one's scale would be infinite
+SMALLEST = tl.constexpr(1e-30)  # smaller magnitudes count as 0: the inverse of their scale would be infinite
 LOG2_E = 1.4426950408889634
 LOG2_255 = tl.constexpr(7.994353436858858)
 
@@ -69,8 +69,8 @@ def quantize_keys_values_kernel(
 ):
     """One block of one head: key, value [B, S, H D] (strided), their means [B, H D] -> int8, padded with zeros.
 
-    key8 [B, H, blocks, BLOCK_N, BLOCK_D]; value8 [B, H, blocks, BLOCK_D, BLOCK_N], since matrix units want the
-    channel that is summed over to be contiguous; scales [B, H, blocks, 2] fp32; value_sums [B, H, blocks, BLOCK_D].
+    key8 [B, H, blocks, BLOCK_N, BLOCK_D]; value8 [B, H, blocks, BLOCK_D, BLOCK_N], since int8 matrix instructions need
+    a contiguous reduction dimension; scales [B, H, blocks, 2] fp32; value_sums [B, H, blocks, BLOCK_D].
     """
     follow_previous_kernel(PDL)
     block, head, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -130,7 +130,7 @@ def int8_attention_kernel(
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Some queries of one head: query [B, L, H D] (strided) and what the kernel above made -> out [B, L, H D].
+    """Some queries of one head: query [B, L, H D] (strided) and quantized keys and values -> out [B, L, H D].
 
     ``score_scale`` is log2(e) / sqrt(D). With ``next_*`` the result is the next layer's int8. EVEN_KEYS: the last
     block is full.
@@ -159,16 +159,16 @@ def int8_attention_kernel(
     total = tl.zeros((BLOCK_M, 1), dtype=tl.float32)
     result = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for block in range(num_blocks):
-        scale = query_scale * tl.load(scales_ptr + 2 * block) + SMALLEST  # not 0, or a key beyond the end would count
+        scale = query_scale * tl.load(scales_ptr + 2 * block) + SMALLEST  # with 0, keys beyond the end would count
         score = tl.dot(query8, tl.load(key_ptrs), out_dtype=tl.int32).to(tl.float32)
         if not EVEN_KEYS:
-            # Far below all others, by arithmetic: AMD's compiler keeps the bits of a comparison in too few registers.
+            # Scores beyond the end become very small by arithmetic: AMD's compiler spills the masks of comparisons.
             beyond = (block * BLOCK_N + n - (key_length - 1)).to(tl.float32)
             score -= tl.maximum(beyond, 0.0)[None, :] * 1e36
         highest = tl.max(score, 1)[:, None]
         so_far = tl.maximum(largest, highest * scale)
         fade = tl.exp2(largest - so_far)
-        # No more than 255, however it is rounded: a sum of two numbers that are not above 0, and the logarithm of 255.
+        # At most 255 however it is rounded: the logarithm of 255 plus two numbers that are not positive.
         p = tl.exp2((score - highest) * scale + (tl.minimum(highest * scale - so_far, 0.0) + LOG2_255))
         total = total * fade + tl.sum(p, 1)[:, None]
         p8 = (round_to_int(p, PTX) - 128).to(tl.int8)
@@ -270,15 +270,15 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, heads: int, out: Tensor, 
 
 
 def padded_head_channels(head_channels: int) -> int:
-    """The head's size in memory: a power of two, and at least what one int8 matrix instruction sums over."""
+    """The channels of a head in memory: a power of two, and at least the reduction of one int8 matrix instruction."""
     return max(32, next_power_of_2(head_channels))
 
 
 def tile_of(block_d: int) -> tuple[int, int, int]:
-    """Queries, warps and pipeline stages of a program, chosen from the compiler's report: not one of them spills."""
+    """Queries, warps and pipeline stages of a program, chosen from the compiler's report: none spills registers."""
     return (64, 4, 3) if block_d <= 64 else (128, 8, 3)
 
 
 def quantizer_warps(block_d: int) -> int:
-    """Warps of a program that quantizes a block of keys and values: such that a thread has 32 elements."""
+    """Warps of a program that quantizes a block of keys and values: each thread has 32 elements."""
     return block_d * BLOCK_KEYS // (32 * 32)

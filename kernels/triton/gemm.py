@@ -1,17 +1,17 @@
-"""The one GEMM behind every INT4 layer on the GPU: int8 activations x packed INT4 weights, summed in int32.
+"""The GEMM of every INT4 layer on GPUs: int8 activations x packed INT4 weights, summed in int32.
 
     y_mn = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w)
 
-A linear layer is the GEMM itself; a convolution is the same loop over taps x channel blocks of an image that is already
-padded, so that no tap needs a test (an implicit GEMM, NHWC). What makes it fast:
+A linear layer is the GEMM itself. A convolution is the same loop over taps x channel blocks (an implicit GEMM, NHWC);
+its image is padded already, so no tap needs a bounds check. The kernel is fast for four reasons:
 
-- The weight is operand A, that is, the kernel computes Y^T = W X^T: ``wgmma`` takes A from registers, so the unpacked
-  nibbles never travel through shared memory. One packed block meets two activation blocks, the two halves of K.
-- The unpacked values are 16 q_w (see ``packing``); the scale divides by 16, exactly, at the end.
-- The epilogue adds what the layer's neighbour would otherwise read and write again: bias, time embedding, residual,
-  GEGLU with the quantization of the next layer's input, and the statistics of the next group norm.
-- Where there are few tiles, several programs share one (split-K); the last to arrive adds up their integers, in any
-  order to the same sum, and finishes the tile.
+- The weight is operand A: the kernel computes Y^T = W X^T. ``wgmma`` takes A from registers, so the unpacked nibbles
+  never pass through shared memory. One packed block is multiplied with two activation blocks, the two halves of K.
+- The unpacked values are 16 q_w (see ``intrinsics``); the scale divides the sum by 16, exactly, at the end.
+- The epilogue adds bias, time embedding and residual, applies GEGLU and quantizes the next layer's input, and sums the
+  statistics of the next group norm. A separate kernel would read and write the tensor again.
+- If there are few tiles, several programs share one (split-K). The last program adds the integers of all, whose sum
+  does not depend on their order, and finishes the tile.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dq_kernels.triton.quantization import quantize_tile, select_timestep
 from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, launch_config
 
 
-# Sizes that no address is a multiple of: a kernel for each of their alignments would be compiled for nothing.
+# Sizes that enter no address: specializing on their alignment would compile kernels that are equal.
 @triton.jit(
     do_not_specialize=["num_rows", "rows_per_sample", "height", "width", "out_width", "num_timesteps", "group_m"]
 )
@@ -98,7 +98,7 @@ def int4_gemm_kernel(
     n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     m = (first_row + tl.arange(0, BLOCK_M))[None, :]
     n_inside = n < out_channels
-    # Rows and channels beyond the edge repeat one inside; they are never stored.
+    # Rows and channels beyond the edge read a valid one instead; their results are never stored.
     pixel = tl.minimum(m, num_rows - 1)
     channel = tl.where(n_inside, n, 0)
     gate_rows = out_channels if GEGLU else 0
@@ -115,7 +115,7 @@ def int4_gemm_kernel(
     weight_scale = tl.load(weight_scale_ptr + channel)
 
     if IS_SPLIT:
-        # Whoever comes last owns the tile; the others are done.
+        # The last program to arrive finishes the tile; the others return.
         tile = tl.program_id(0)
         within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         mine = (tl.program_id(1) * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
@@ -154,7 +154,7 @@ def int4_gemm_kernel(
     tl.store(out_ptr + offsets, y, mask=inside)
 
     if statistics_ptr is not None:
-        # Sum and centred sum of squares of every STATISTICS_ROWS pixels, of what was stored.
+        # Sum and centred sum of squares of every STATISTICS_ROWS pixels, as they are stored.
         runs = tl.reshape(y.to(tl.float32), (BLOCK_N, BLOCK_M // STATISTICS_ROWS, STATISTICS_ROWS))
         total = tl.sum(runs, 2)
         centred = runs - (total / STATISTICS_ROWS)[:, :, None]
@@ -173,7 +173,7 @@ def _multiply(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """16 sum q_x q_w [BLOCK_N, BLOCK_M] over this program's share of taps x channels; for GEGLU the gates' as well."""
+    """16 sum q_x q_w [BLOCK_N, BLOCK_M] over this program's share of taps x channels, and the same of GEGLU's gates."""
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     k = tl.arange(0, BLOCK_K)
     weight_rows = weight_ptr + channel * (TAPS * half_channels) + k[None, :]
@@ -194,7 +194,7 @@ def _multiply(
         share = tl.cdiv(TAPS * blocks, tl.num_programs(1))
         first = tl.program_id(1) * share
         last = tl.minimum(first + share, TAPS * blocks)
-    # tap and start are counted: dividing a step by the number of blocks is slow.
+    # tap and start are counted, since dividing the step by the number of blocks is slow.
     tap = first // blocks if IS_SPLIT else 0
     start = first % blocks * BLOCK_K if IS_SPLIT else 0
     for _ in range(first, last):
@@ -212,7 +212,7 @@ def _multiply(
             x_low = tl.load(low_ptrs)
             x_high = tl.load(high_ptrs)
         else:
-            # Where the weight reads as 0, the activation does not count, but it must not be read from elsewhere.
+            # The weight is 0 beyond K; the activation is masked too, so that no address is out of bounds.
             inside = start + k < half_channels
             packed = tl.load(weight_ptrs, mask=inside[None, :], other=0)
             x_low = tl.load(low_ptrs, mask=inside[:, None], other=0)
@@ -243,7 +243,7 @@ def _dequantize(accumulator, weight_sum_ptrs, weight_scale, act_scale_ptrs, act_
 
 @triton.jit
 def _gelu(x, PTX: tl.constexpr):
-    """x Phi(x); erf by formula 7.1.26 of Abramowitz and Stegun (error 1.5e-7), which costs less than the library's."""
+    """x Phi(x); erf by formula 7.1.26 of Abramowitz and Stegun (error 1.5e-7), which is cheaper than libdevice's."""
     z = tl.abs(x) * 0.7071067811865476
     t = reciprocal(1 + 0.3275911 * z, PTX)
     polynomial = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
@@ -268,13 +268,13 @@ LINEAR = Geometry()
 
 
 class Epilogue(NamedTuple):
-    """What is done to a product besides its scale, and added to it; the statistics are written."""
+    """The operations on a product after its scale: addends, statistics, and GEGLU with quantization."""
 
     bias: Tensor | None = None
     channel_add: Tensor | None = None
     residual: Tensor | None = None
     statistics: Tensor | None = None
-    next_quantizer: Quantizer | None = None  # after GEGLU
+    next_quantizer: Quantizer | None = None  # GEGLU is applied first
 
 
 def launch(

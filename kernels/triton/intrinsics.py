@@ -1,7 +1,7 @@
-"""Instructions of NVIDIA GPUs that Triton has no name for, and what stands for them elsewhere.
+"""PTX instructions that Triton does not expose, each with a plain form.
 
-With ``PTX`` the arithmetic is one instruction each; the plain form, for AMD GPUs and for Triton's interpreter, means
-the same, up to the last bits of a reciprocal or a power.
+With ``PTX`` each function is one instruction or two. The plain form, for AMD GPUs and Triton's interpreter, has the
+same results, up to the last bits of a reciprocal or a power.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def floor_to_int(x, PTX: tl.constexpr):
 
 @triton.jit
 def round_to_int(x, PTX: tl.constexpr):
-    """The whole number nearest to x as int32, for |x| < 2^22: one instruction less; halves go either way."""
+    """The integer nearest to x as int32, for |x| < 2^22; halves round either way. It saves one instruction."""
     if PTX:
         shifted = tl.inline_asm_elementwise(
             "add.rn.f32 $0, $1, 0f4B400000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -34,7 +34,7 @@ def round_to_int(x, PTX: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, PTX: tl.constexpr):
-    """1 / x, for x that is no subnormal."""
+    """1 / x; x must not be subnormal."""
     if PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -44,7 +44,7 @@ def reciprocal(x, PTX: tl.constexpr):
 
 @triton.jit
 def exp(x, PTX: tl.constexpr):
-    """e^x, where results below the smallest normal number may be 0."""
+    """e^x; results below the smallest normal number may be 0."""
     if PTX:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
@@ -54,9 +54,10 @@ def exp(x, PTX: tl.constexpr):
 
 @triton.jit
 def follow_previous_kernel(PDL: tl.constexpr):
-    """With programmatic dependent launch: waits for the kernel before this one, and lets the next one be launched.
+    """With programmatic dependent launch: waits for the previous kernel, and allows the next one to launch.
 
-    Comes first in a kernel, before it touches memory. What overlaps is the launch alone: about a microsecond each.
+    It is the first statement of a kernel, before any memory access. So only the launches overlap, about a microsecond
+    each.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -71,7 +72,7 @@ def unpack_int4_x16(packed, PTX: tl.constexpr):
     their products is divided by 16, exactly. With ``PTX`` one instruction works on four bytes at once.
     """
     if PTX:
-        # A statement for each: of one with two results, Triton 3.8 takes the second through shared memory.
+        # One statement for each result: Triton 3.8 moves the second result of a single one through shared memory.
         low = tl.inline_asm_elementwise(
             "shl.b32 $0, $1, 4; and.b32 $0, $0, 0xF0F0F0F0;", "=r,r", [packed], tl.int8, is_pure=True, pack=4
         )

@@ -1,4 +1,4 @@
-"""What every launch needs to know: the current GPU, the options that it admits, and sizes of grids."""
+"""The current GPU, the launch options that it admits, and sizes of launch grids."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _launch_options(device: int | None, ptx: bool) -> dict[str, Any]:
 
 
 def cdiv(dividend: int, divisor: int) -> int:
-    """Rounded up. Triton's own takes as long as a tenth of a launch, since it serves kernels too."""
+    """The quotient, rounded up. ``triton.cdiv`` also works in kernels, and takes a tenth of a launch's time."""
     return -(-dividend // divisor)
 
 

@@ -1,12 +1,12 @@
-"""Normalization fused with quantization on the GPU: the int8 input of the next layer, in one pass over x.
+"""Normalization fused with quantization on GPUs: the int8 input of the next layer, in one pass over x.
 
     group norm:  q = quantize(silu((x - mean_bg) rstd_bg weight_k + bias_k))     mean, rstd over a group's pixels
     layer norm:  q = quantize((x - mean_m) rstd_m weight_k + bias_k)             over a token's channels
 
-Group norm needs its statistics first. They come as a sum and a centred sum of squares for every channel and every run
-of ``STATISTICS_ROWS`` pixels, from the epilogue of the convolution that made x or from a pass of their own, and are
-merged group by group with Chan's formula: no cancellation, and always in the same order. The group norm of a concat
-reads its two sources where they are.
+Group norm needs its statistics first: a sum and a centred sum of squares of every channel over every run of
+``STATISTICS_ROWS`` pixels. The epilogue of the convolution that made x writes them, or a pass of their own does. They
+are merged group by group with Chan's formula, without cancellation and always in the same order. The group norm of a
+concatenation reads its two sources in place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dq_kernels.triton.quantization import padded_position, quantize_tile, selec
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 STATISTICS_CHANNELS = 64
-LAYER_NORM_TILE, LAYER_NORM_WARPS = 8192, 4  # elements, and who shares them
+LAYER_NORM_TILE, LAYER_NORM_WARPS = 8192, 4  # elements of a program, and its warps
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def group_norm_quantize_kernel(
     if SILU:
         y *= reciprocal(1 + exp(-y, PTX), PTX)
     q = quantize_tile(y, inverse_dilation[None, :], inverse_scale, zero_point, BITS, PTX)
-    # Borders hold the quantized zero, whatever the norm makes of 0.
+    # Borders hold the quantized zero, not the norm of 0.
     quantized_zero = tl.minimum(tl.maximum(zero_point, -(2 ** (BITS - 1))), 2 ** (BITS - 1) - 1)
     q = tl.where(inside[:, None], q, quantized_zero)
     tl.store(

@@ -1,10 +1,10 @@
-"""Activation quantization on the GPU: float -> int8, one scale and zero point per sample, chosen on the device.
+"""Activation quantization on GPUs: float -> int8, one scale and zero point per sample, selected on the device.
 
     q_x = clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t, -2^(b-1), 2^(b-1) - 1)
 
-with s the weight dilation of input channel k and t the sample's timestep group. It is memory bound: one read of x,
-one write of a byte per element. x may have any strides, so an NCHW tensor becomes NHWC int8 in the same pass. An image
-is padded with the zero point on the way, so that convolutions need not test for borders.
+with s the weight dilation of input channel k and t the sample's timestep group. The kernel is memory bound: it reads x
+once and writes one byte per element. x may have any strides, so an NCHW tensor becomes NHWC int8 in the same pass. An
+image gets a border of the zero point, so that convolutions need no bounds checks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def select_timestep(timestep_index_ptrs, num_timesteps):
 def quantize_tile(x, inverse_dilation, inverse_scale, zero_point, BITS: tl.constexpr, PTX: tl.constexpr):
     """The formula above, on fp32; int32 in the range of BITS bits.
 
-    Clamped before it is rounded, to whole numbers, which gives the same and leaves nothing that could overflow.
+    Values are clamped to integers before they are rounded: the result is the same, and no conversion can overflow.
     """
     lowest = (-(2 ** (BITS - 1)) - zero_point).to(tl.float32)
     highest = (2 ** (BITS - 1) - 1 - zero_point).to(tl.float32)
@@ -42,7 +42,7 @@ def quantize_tile(x, inverse_dilation, inverse_scale, zero_point, BITS: tl.const
 
 @triton.jit
 def padded_position(position, height, width, pad_h, pad_w):
-    """Of a position in a padded image: where it is in the image, as a position there, and whether it is inside."""
+    """The position in the image of a position in the padded image, and whether it lies inside."""
     padded_width = width + 2 * pad_w
     row = position // padded_width - pad_h
     column = position % padded_width - pad_w
@@ -137,7 +137,7 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Te
             BLOCK_K=BLOCK_CHANNELS,
             **launch_options(),
             num_warps=4,
-            enable_fp_fusion=False,  # a fused multiply-add would round ties another way than the others do
+            enable_fp_fusion=False,  # a fused multiply-add would round some ties differently from the reference
         )
         if skip is not None:
             dilation, target = quantizer.dilation[channels:], out.view(-1)[channels:]

@@ -18,8 +18,8 @@ from dq_kernels.shapes import STATISTICS_ROWS
 from dq_kernels.triton.launch import current_device, target_of
 
 FOLDER = Path(__file__).parent / "tuning"
-# The file that serves a compute capability: its own, or that of a GPU with the same matrix instructions and no more
-# shared memory. sm_120 has Ada's 99 KB a block; what is newer than this list gets the newest that it can run.
+# Compute capability -> tuning file: its own, or that of a GPU with the same matrix instructions and no more shared
+# memory. sm_120 has 99 KB a block, as Ada. A newer GPU than the last takes the newest file that it can run.
 FILES = {80: "sm_80", 86: "sm_89", 89: "sm_89", 90: "sm_90", 100: "sm_90", 103: "sm_90", 120: "sm_89"}
 AMD_FILE = "gfx942"
 
@@ -45,7 +45,7 @@ class LaunchConfig:
         return self if self.block_m % rows == 0 else replace(self, block_m=rows)
 
     def with_fewer_registers(self) -> LaunchConfig:
-        """The same with tiles that leave a thread room for more than its accumulators: fewer than 64 of them."""
+        """The same with tiles of fewer than 64 accumulators a thread, which leaves registers for the epilogue."""
         if self.block_m * self.block_n < 64 * 32 * self.num_warps:
             return self
         return replace(self, block_m=min(self.block_m, 64), block_n=min(self.block_n, 64), num_warps=4)
@@ -66,7 +66,7 @@ class TunedShape:
     config: LaunchConfig
 
     def distance(self, rows: int, out_channels: int, reduction: int) -> float:
-        """How many doublings lie between this shape and another."""
+        """The number of doublings between this shape and another."""
         return (
             abs(math.log2(self.rows / rows))
             + abs(math.log2(self.out_channels / out_channels))
@@ -106,7 +106,7 @@ def _file_of(device: int | None) -> str:
 
 
 class Problem(NamedTuple):
-    """What decides how one GEMM is launched: [rows, reduction] x [reduction, out_channels], and what goes with it.
+    """The properties of a GEMM that decide its launch: [rows, reduction] x [reduction, out_channels], and the epilogue.
 
     Attributes:
         op: "linear", "linear_geglu" (two weight tiles a program) or "conv2d".
