@@ -1,6 +1,7 @@
-"""Measurements of speed, machine code and image quality. Each script runs as ``python -m benchmarks.<room>.<script>``.
+"""Measurements of speed, machine code and image quality.
 
-The rooms, whose imports point down without cycles; all of them use the modules of this folder, which import no room:
+Each script runs as ``python -m benchmarks.<package>.<script>``.
+Imports between the packages have no cycles. All packages use the modules of this folder, which import no package:
 
 - ``tuning``: the search for launch configurations;
 - ``speed``: operators, whole UNets and the GPU suite;
@@ -8,5 +9,5 @@ The rooms, whose imports point down without cycles; all of them use the modules 
 - ``quality``: the image quality of quantization methods, and studies of single questions;
 - ``peers``: other libraries, for comparison.
 
-What a script shares with other modules lives in a module without a command line. ``results/`` holds what they wrote.
+Shared code lives in modules without a command line; no module imports a script. ``results/`` holds the output files.
 """

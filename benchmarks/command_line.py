@@ -1,4 +1,4 @@
-"""The command line that all scripts share: their help is their module's docstring, as it is written."""
+"""The argument parser of all scripts: the help text is the module's docstring, with its line breaks."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import argparse
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
-    """An empty parser; ``description`` keeps its lines."""
+    """An empty parser; the help keeps the line breaks of ``description``."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

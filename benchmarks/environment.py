@@ -1,4 +1,4 @@
-"""Where a benchmark ran: the machine, its clocks and the versions, for every file under ``results/``."""
+"""The environment of a benchmark: machine, clocks and versions, for every file under ``results/``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "triton", "diffusers", "numpy")
-NVIDIA_SMI_FIELDS = {  # ours -> nvidia-smi's, which has MHz and W
+NVIDIA_SMI_FIELDS = {  # our name -> nvidia-smi's; units are MHz and W
     "driver": "driver_version",
     "sm_clock_mhz": "clocks.sm",
     "sm_clock_max_mhz": "clocks.max.sm",
@@ -25,7 +25,7 @@ NVIDIA_SMI_FIELDS = {  # ours -> nvidia-smi's, which has MHz and W
 def describe() -> dict[str, Any]:
     """Device, driver, clocks in MHz, power limit in W, CPU, threads, versions and date.
 
-    What only NVIDIA's driver knows is left out where there is none; clocks are those of the moment.
+    Fields of NVIDIA's driver are left out if there is none. Clocks are the current ones.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
 
 
 def slug(device: str) -> str:
-    """The name of a device as part of a file's name, such as "nvidia_h100_80gb_hbm3"."""
+    """The name of a device in a form for file names, such as "nvidia_h100_80gb_hbm3"."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
@@ -67,5 +67,5 @@ def _cpu_model() -> str:
 
 
 def _version(package: str) -> str:
-    """Of the imported torch its own, which names the CUDA version too."""
+    """A package's version; for torch ``torch.__version__``, which includes the CUDA version."""
     return torch.__version__ if package == "torch" else importlib.metadata.version(package)

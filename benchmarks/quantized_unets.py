@@ -1,6 +1,6 @@
-"""Quantized UNets with random packed weights: what a calibrated one costs, without calibrating it.
+"""Quantized UNets with random packed weights, to measure latency and memory without a calibration.
 
-Latency and memory depend on shapes and dtypes, not on values; scales are chosen so that activations stay finite.
+Both depend on shapes and dtypes, not on values. The scales keep activations finite.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIMESTEPS = tuple(range(19, 1000, 49))
 
 
 def build(name: str, device: torch.device | str, dtype: torch.dtype, int8_attention: Sequence[str] = ()) -> Any:
-    """A UNet of ``unets.CONFIGS``, quantized, in evaluation mode; drawn on the device."""
+    """A quantized UNet of ``unets.CONFIGS`` in evaluation mode; its values are drawn on the device."""
     unet = unets.build(name, "meta", dtype)
     insert_empty_layers(unet, DilateQuantConfig(timesteps=list(TIMESTEPS), int8_attention=list(int8_attention)))
     for layer in quantized_layers(unet).values():
@@ -39,7 +39,7 @@ def _fill(layer: QuantizedLayer, device: torch.device | str) -> None:
     reduction = 2 * weight[0].numel()
     tensors = {
         "weight": weight,
-        # Values of [-8, 7] have a mean square of 21.5; inputs of unit variance give outputs of about a half.
+        # Values of [-8, 7] have a mean square of 21.5; inputs of unit variance give outputs of about 0.5.
         "weight_scale": torch.full(layer.weight_scale.shape, 0.5 / (21.5 * reduction) ** 0.5, device=device),
         "weight_sum": ops.unpack_int4(weight).flatten(1).sum(1, dtype=torch.int32),
         "weight_dilation": torch.ones(layer.weight_dilation.shape, device=device),

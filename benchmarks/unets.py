@@ -1,7 +1,7 @@
-"""The UNets that the benchmarks speak of: published configurations, random weights, nothing to download.
+"""The UNets of the benchmarks: published configurations with random weights, without a download.
 
 ``sd15`` at 512x512, ``sdxl`` at 1024x1024, ``ldm4`` (the unconditional LDM-4 of CelebA-HQ) at 256x256 and
-``ddpm_cifar`` at 32x32. On the device "meta" they cost no memory, which is how ``layers`` finds their shapes.
+``ddpm_cifar`` at 32x32. On the device "meta" they need no memory; ``layers`` finds their shapes there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 TEXT_TOKENS = 77  # CLIP's context length, to which Stable Diffusion pads every prompt
 
-# What the config.json files of the named repositories on the Hugging Face hub say, where it is not diffusers' default.
+# Fields of config.json in the named repositories on the Hugging Face hub that differ from diffusers' defaults.
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sd15": (  # stable-diffusion-v1-5/stable-diffusion-v1-5
         UNet2DConditionModel,
@@ -79,10 +79,10 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What decides the cost of a linear or a convolution; ``names`` are the layers that share it.
+    """The shape of a linear or a convolution, which determines its cost; ``names`` are the layers with this shape.
 
-    ``height`` and ``width`` are those of the input. A linear is a 1x1 convolution over its tokens: height counts them,
-    and width is 1.
+    ``height`` and ``width`` are those of the input. A linear is a 1x1 convolution over its tokens: height is their
+    number, and width is 1.
     """
 
     kind: str  # "linear" or "conv2d"
@@ -125,7 +125,7 @@ class LayerShape:
 
     @property
     def label(self) -> str:
-        """For tables, such as "conv2d 3x3 320 -> 320, 64x64" or "linear 320 -> 2560, 4096 tokens"."""
+        """The label in tables, such as "conv2d 3x3 320 -> 320, 64x64" or "linear 320 -> 2560, 4096 tokens"."""
         channels = f"{self.in_channels} -> {self.out_channels}"
         if self.kind == "linear":
             return f"linear {channels}, {self.tokens} tokens"
@@ -134,7 +134,7 @@ class LayerShape:
 
 
 def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> Any:
-    """A UNet in evaluation mode, with PyTorch's default initialisation, drawn on the device in the dtype."""
+    """A UNet in evaluation mode; PyTorch's default initialisation draws it on the device in the dtype."""
     unet_class, config = CONFIGS[name]
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -148,7 +148,7 @@ def build(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
 def inputs(
     name: str, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16
 ) -> dict[str, Any]:
-    """Random keyword arguments for one forward: latents [batch, C, H, W], a timestep in the middle, conditioning."""
+    """Random keyword arguments for one forward pass: latents [batch, C, H, W], timestep and conditioning."""
     config = CONFIGS[name][1]
     size = config["sample_size"]
     options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -160,13 +160,13 @@ def inputs(
         arguments["encoder_hidden_states"] = torch.randn(batch, TEXT_TOKENS, config["cross_attention_dim"], **options)
     if "addition_embed_type" in config:
         sizes = torch.tensor([1024, 1024, 0, 0, 1024, 1024], **options)  # original size, crop, target size
-        text_embeds = torch.randn(batch, 1280, **options)  # of OpenCLIP ViT-bigG, pooled
+        text_embeds = torch.randn(batch, 1280, **options)  # pooled output of OpenCLIP ViT-bigG
         arguments["added_cond_kwargs"] = {"text_embeds": text_embeds, "time_ids": sizes.repeat(batch, 1)}
     return arguments
 
 
 def layer_shape(module: nn.Module, x: torch.Tensor) -> LayerShape:
-    """The shape of a layer called on x, [batch, ..., channels] for a linear and [batch, channels, H, W] otherwise."""
+    """The shape of a layer called on x: [batch, ..., channels] for a linear, else [batch, channels, H, W]."""
     if isinstance(module, nn.Linear):
         batch, tokens = x.shape[0], x.shape[1:-1].numel()
         return LayerShape("linear", batch, module.in_features, module.out_features, tokens, 1)
@@ -176,9 +176,9 @@ def layer_shape(module: nn.Module, x: torch.Tensor) -> LayerShape:
 
 
 def layers(name: str, batch: int) -> list[LayerShape]:
-    """The distinct shapes of a UNet's linears and convolutions, in the order in which they are first called.
+    """The distinct shapes of a UNet's linears and convolutions, in the order of their first calls.
 
-    Shapes are distinct by all fields but ``names``; a bias makes no difference.
+    Two shapes are equal if all fields except ``names`` are equal; a bias makes no difference.
     """
     unet = build(name, "meta")
     names: dict[LayerShape, list[str]] = {}

@@ -1,8 +1,8 @@
 """Linear layers of other libraries, for ``bench_kernels.py``. None of the libraries is a dependency.
 
-Each function takes the weight [N, K] of a bias-free linear on the GPU and returns what to call on x [B, ..., K]; it
-raises what the library raises. Activations are fp16, except where a library's kernel has bf16 alone. Written from
-the libraries' documentation (docs.pytorch.org/ao; the READMEs of gemlite and SDNQ), which says what each call takes.
+Each function takes the weight [N, K] of a bias-free linear on the GPU and returns a callable for x [B, ..., K]. Errors
+of the library pass through. Activations are fp16, or bf16 if a library's kernel supports nothing else. The calls follow
+the libraries' documentation (docs.pytorch.org/ao; the READMEs of gemlite and SDNQ).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def _module(weight: Tensor) -> nn.Sequential:
-    """A container, because the libraries replace the linears *inside* a module."""
+    """A container: the libraries replace the linears *inside* a module."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return nn.Sequential(linear).eval()
 
 
 def torchao_int4_weight_only(weight: Tensor) -> Linear:
-    """tinygemm's kernel, groups of 64; bf16, which is all it has."""
+    """tinygemm's kernel, groups of 64; it supports bf16 alone."""
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     module = _module(weight.to(torch.bfloat16))
@@ -34,7 +34,7 @@ def torchao_int4_weight_only(weight: Tensor) -> Linear:
 
 
 def torchao_int8_dynamic(weight: Tensor) -> Linear:
-    """int8 x int8, a scale for each row of x; compiled, as torchao's documentation asks for."""
+    """int8 x int8, one scale per row of x; compiled, as torchao's documentation recommends."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     module = _module(weight)
@@ -65,24 +65,24 @@ def gemlite_int4_weight_only(weight: Tensor) -> Linear:
 
 
 def gemlite_int8_dynamic(weight: Tensor) -> Linear:
-    """int8 x int8, a scale for each row of x."""
+    """int8 x int8, one scale per row of x."""
     from gemlite.helper import A8W8_INT8_dynamic
 
     return A8W8_INT8_dynamic(device=str(weight.device), dtype=weight.dtype).from_linear(_module(weight)[0])
 
 
 def sdnq_int4_weight_only(weight: Tensor) -> Linear:
-    """Unpacked to fp16, then an fp16 product."""
+    """Unpacks to fp16, then multiplies in fp16."""
     return _sdnq(weight, weights_dtype="int4", use_quantized_matmul=False)
 
 
 def sdnq_int4_int8_dynamic(weight: Tensor) -> Linear:
-    """4-bit storage, int8 x int8, a scale for each row of x: the nearest to what our kernels do."""
+    """4-bit storage, int8 x int8, one scale per row of x: the scheme closest to our kernels."""
     return _sdnq(weight, weights_dtype="int4", group_size=-1, use_quantized_matmul=True)
 
 
 def sdnq_int8_dynamic(weight: Tensor) -> Linear:
-    """int8 x int8, a scale for each row of x."""
+    """int8 x int8, one scale per row of x."""
     return _sdnq(weight, weights_dtype="int8", use_quantized_matmul=True)
 
 
@@ -104,17 +104,17 @@ PEERS: dict[str, Callable[[Tensor], Linear]] = {
 
 
 def activation_dtype(name: str) -> torch.dtype:
-    """What a peer takes for x."""
+    """The dtype of x that a peer takes."""
     return torch.bfloat16 if name == "torchao int4 weight-only" else torch.float16
 
 
 def weight_bits(name: str) -> int:
-    """Of the weights that a peer holds."""
+    """The number of bits of a peer's weights."""
     return 4 if "int4" in name else 8
 
 
 def missing(name: str) -> str | None:
-    """Why a peer cannot run here, if it cannot."""
+    """The reason why a peer cannot run here, or None."""
     package = name.split()[0]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"

@@ -1,22 +1,22 @@
-"""Post-training quantization of whole UNets by other libraries, on the CPU: what a quality table compares us with.
+"""Post-training quantization of whole UNets by other libraries, on the CPU, for the quality tables.
 
-Each peer takes a stock fp32 UNet and returns a quantized copy, made through the library's own public API as its
-documentation says (torchao's ``quantize_``; quanto's ``quantize``, ``Calibration`` and ``freeze``; SDNQ's
-``sdnq_post_load_quant``). Rules for all of them, so that they quantize the same layers as far as they can:
+Each peer takes a stock fp32 UNet and returns a quantized copy. It uses the library's public API as documented
+(torchao's ``quantize_``; quanto's ``quantize``, ``Calibration`` and ``freeze``; SDNQ's ``sdnq_post_load_quant``). The
+same rules hold for all peers, so that they quantize the same layers where possible:
 
-- ``conv_in`` and ``conv_out`` stay in floating point, as with our own method; every library has an option for it.
-- Every other linear and convolution is quantized where the library can do so, whatever its size: SDNQ's rules to skip
-  layers under 16,384 weights and by name, meant for big models, are off.
+- ``conv_in`` and ``conv_out`` stay in floating point, as in our own method; every library has an option for this.
+- Every other linear and convolution is quantized if the library supports it, at any size. SDNQ's rules for large
+  models, which skip layers by name or under 16,384 weights, are off.
 - Norms, embeddings and biases stay in floating point.
 
-What they cannot do is in each peer's ``limits``. Left out, because it does not run on an x86 CPU: torchao
-0.18's ``Int4WeightOnlyConfig``, whose formats need the package mslk, CUDA or XPU, and the packed formats of its
-``Int8DynamicActivationIntxWeightConfig``, whose kernels the x86 wheel lacks. So torchao's 4-bit values lie in int8
-here, one a byte.
+Each peer's ``limits`` list the exceptions. Two schemes of torchao 0.18 are left out, because they do not run on an x86
+CPU: ``Int4WeightOnlyConfig``, whose formats need the package mslk, CUDA or XPU, and the packed formats of
+``Int8DynamicActivationIntxWeightConfig``, whose kernels the x86 wheel lacks. torchao's 4-bit values are therefore
+stored as int8 here, one per byte.
 
 None of the libraries is a dependency; ``pip install torchao optimum-quanto sdnq ninja`` installs them. quanto's 4-bit
-weights compile a small C++ extension when they are first used, which takes a minute or two. Linear layers on a GPU are
-in ``linears.py`` (there, SDNQ's int4 has a scale for each output channel).
+weights compile a small C++ extension at their first use, which takes one or two minutes. ``linears.py`` has the linear
+layers on a GPU (there, SDNQ's int4 has one scale per output channel).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.utils import cpp_extension
 from dq_runtime import CalibrationSet
 
 KEPT = ("conv_in", "conv_out")
-GROUP_SIZE = 32  # of torchao's 4-bit weights, its default for dynamic activations; divides all channels of small UNets
+GROUP_SIZE = 32  # torchao's 4-bit weights: its default for dynamic activations; divides all channels of small UNets
 SDNQ_CONVOLUTION_GROUP_SIZE = 32  # SDNQ's choice for 4-bit weights
 INT4 = torch.int4  # type: ignore[attr-defined]
 LAYERS = (nn.Linear, nn.Conv2d)
@@ -50,11 +50,12 @@ class Peer:
 
     Attributes:
         package: the distribution that pip installs.
-        weight_bits: of the quantized layers' weights.
-        activation_bits: of the quantized layers' inputs; 32: they are not quantized.
-        quantize: a quantized copy of an fp32 UNet on the CPU; the UNet itself stays as it is. Who has static
-            activation scales finds them with the calibration set, in the order of its calls; the others ignore it.
-        limits: what stays in floating point beside ``KEPT``, and what is not as the name suggests.
+        weight_bits: bits of the quantized layers' weights.
+        activation_bits: bits of the quantized layers' inputs; 32 if they are not quantized.
+        quantize: returns a quantized copy of an fp32 UNet on the CPU; the UNet itself is unchanged. Libraries with
+            static activation scales calibrate them on the calibration set, in the order of its calls; the others
+            ignore it.
+        limits: layers that stay in floating point beside ``KEPT``, and deviations from the scheme's name.
     """
 
     name: str
@@ -70,9 +71,9 @@ class Coverage:
     """How much of a UNet is quantized.
 
     Attributes:
-        quantized: the number of linears and convolutions whose weights are.
-        kept: the names of those whose weights are not.
-        weight_share: of all weights of linears and convolutions, those that are quantized.
+        quantized: the number of linears and convolutions with quantized weights.
+        kept: the names of the linears and convolutions with floating-point weights.
+        weight_share: the quantized share of all weights of linears and convolutions.
     """
 
     quantized: int
@@ -92,7 +93,7 @@ def _torchao(unet: Any, config: Any, layers: Any = LAYERS) -> Any:
 
 
 def torchao_int8_dynamic(unet: Any, calibration_set: CalibrationSet) -> Any:
-    """int8 weights, a scale for each output channel; int8 activations, a scale for each token at run time."""
+    """int8 weights, one scale per output channel; int8 activations, one scale per token, computed at run time."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     # set_inductor_config would change the matmul precision of the whole process
@@ -100,7 +101,7 @@ def torchao_int8_dynamic(unet: Any, calibration_set: CalibrationSet) -> Any:
 
 
 def torchao_int4_int8_dynamic(unet: Any, calibration_set: CalibrationSet) -> Any:
-    """4-bit weights in groups; int8 activations, a scale and zero point for each token at run time."""
+    """4-bit weights in groups; int8 activations, one scale and zero point per token, computed at run time."""
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
 
     config = Int8DynamicActivationIntxWeightConfig(weight_dtype=INT4, weight_granularity=PerGroup(GROUP_SIZE))
@@ -108,14 +109,14 @@ def torchao_int4_int8_dynamic(unet: Any, calibration_set: CalibrationSet) -> Any
 
 
 def torchao_int4_weight_only(unet: Any, calibration_set: CalibrationSet) -> Any:
-    """4-bit weights in groups along the input channels, for each tap of a convolution."""
+    """4-bit weights in groups along the input channels, separately for each tap of a convolution."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
 
     return _torchao(unet, IntxWeightOnlyConfig(weight_dtype=INT4, granularity=PerGroup(GROUP_SIZE)))
 
 
 def _quanto(weights: str, activations: str | None = None) -> Quantize:
-    """quanto's qtypes by name. int8 weights have a scale for each output channel, 4-bit ones groups of up to 128."""
+    """quanto's qtypes by name. int8 weights have one scale per output channel, 4-bit weights groups of up to 128."""
 
     def quantize(unet: Any, calibration_set: CalibrationSet) -> Any:
         from optimum import quanto
@@ -133,14 +134,14 @@ def _quanto(weights: str, activations: str | None = None) -> Quantize:
 
 
 def _sdnq(weights_dtype: str, matmul: bool) -> Quantize:
-    """SDNQ's dtypes by name; ``matmul``: int8 x int8, with a scale for each row of activations at run time.
+    """SDNQ's dtypes by name; ``matmul``: int8 x int8, with one scale per row of activations, computed at run time.
 
-    Groups are SDNQ's choice: 64 4-bit weights in linears, 32 in convolutions, for each tap. Its int8 product takes
-    a scale for each output channel, so 4-bit weights in several groups are rounded once more, to int8, at each call.
+    SDNQ chooses the groups: 64 4-bit weights in linears, 32 in convolutions, separately for each tap. Its int8 product
+    takes one scale per output channel, so each call rounds 4-bit weights in several groups once more, to int8.
     """
 
     def quantize(unet: Any, calibration_set: CalibrationSet) -> Any:
-        os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # would compile for every shape, for the same values
+        os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # it would compile for every shape, with equal results
         from sdnq import sdnq_post_load_quant
 
         # SDNQ 0.2.8's int8 convolution fails on 4-bit weights that are a single group
@@ -189,7 +190,7 @@ PEERS: dict[str, Peer] = {
 
 
 def missing(peer: Peer) -> str | None:
-    """Why a peer cannot run here, if it cannot."""
+    """The reason why a peer cannot run here, or None."""
     try:
         version(peer.package)
     except PackageNotFoundError:
@@ -201,7 +202,7 @@ def missing(peer: Peer) -> str | None:
 
 
 def coverage(unet: nn.Module, stock: nn.Module) -> Coverage:
-    """Which linears and convolutions of the stock UNet hold integers in the quantized one."""
+    """The linears and convolutions of the stock UNet whose weights are integers in the quantized UNet."""
     weights = {name: module.weight.numel() for name, module in stock.named_modules() if isinstance(module, LAYERS)}
     kept = [name for name in weights if all(map(torch.is_floating_point, _stored(unet.get_submodule(name).weight)))]
     share = 1 - sum(weights[name] for name in kept) / sum(weights.values())
@@ -209,13 +210,13 @@ def coverage(unet: nn.Module, stock: nn.Module) -> Coverage:
 
 
 def size_mb(unet: nn.Module) -> float:
-    """What all parameters and buffers take as they are stored, scales included, in 10^6 bytes."""
+    """The storage of all parameters and buffers, scales included, in 10^6 bytes."""
     tensors = [*unet.parameters(), *unet.buffers()]
     return sum(stored.numel() * stored.element_size() for tensor in tensors for stored in _stored(tensor)) / 1e6
 
 
 def _stored(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors that a tensor consists of: itself, or those inside a subclass, however deep."""
+    """The plain tensors of a tensor: itself, or the tensors inside a subclass at any depth."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return

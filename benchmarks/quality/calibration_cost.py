@@ -1,14 +1,16 @@
-"""What block-wise distillation costs beside end-to-end training of the same quantized UNet.
+"""The cost of block-wise distillation compared with end-to-end training of the same quantized UNet.
 
     python -m benchmarks.quality.calibration_cost [--task photos] [--budgets 64 ... 1024] [--output FILE]
 
-Both start from the same post-training quantization (W4A4) and draw timesteps alike; each runs in a process of its own,
-on one thread. The baseline is that of DilateQuant's paper, quantization-aware training: all layers at once, from
-rounding to nearest, towards the floating-point UNet's prediction, with learning rates of its own and as many seconds as
-block-wise distillation took (its own targets are computed before its clock starts). A second one gets as many as
-block-wise distillation that ends in a polish, with activations computed twice. Reports seconds (of each block too),
-peak memory on top of what the process held before training, and PSNR to fp32 over the images of ``compare.py``'s first
-seed; then block-wise distillation with fewer and more samples.
+Both start from the same post-training quantization (W4A4) and sample timesteps in the same way. Each runs in a
+separate process, on one thread. The baseline is quantization-aware training, as in DilateQuant's paper: it trains all
+layers at once, from rounding to nearest, towards the floating-point UNet's prediction. It has its own learning rates,
+and the same training time as block-wise distillation; its targets are computed before its time starts. A second
+baseline has the same time as block-wise distillation with a polish, which recomputes activations (gradient
+checkpointing).
+
+The report has seconds (also of each block), peak memory above the level before training, and PSNR to fp32 over the
+images of ``compare.py``'s first seed. It also has block-wise distillation with fewer and more samples.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ QAT_SAMPLES, LEARNING_RATE, SCALE_LEARNING_RATE = 2048, 5e-3, 1e-3
 def train_end_to_end(
     unet: Any, layers: Any, tensors: Any, sharing: Any, calibration_set: Any, config: Any, seconds: float
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Trains all layers at once for some seconds: the baseline."""
+    """The baseline: trains all layers at once for the given time."""
     grid = TimestepGrid(config.timesteps)
     batches = MixedBatches(calibration_set, QAT_SAMPLES, 32, seed=0)
     weights = [batches.importance(i) / batches.share(i) for i in range(len(batches))]
@@ -94,7 +96,7 @@ def train_end_to_end(
 
 @contextmanager
 def training_by(train: Any, record: dict[str, float]) -> Iterator[None]:
-    """Has ``calibrate`` train in another way, and notes seconds and peak memory of that part alone."""
+    """Replaces the training in ``calibrate`` by ``train``, and records seconds and peak memory of the training."""
     original = calibration.distil
 
     def measured(*arguments: Any) -> Any:
@@ -110,7 +112,7 @@ def training_by(train: Any, record: dict[str, float]) -> Iterator[None]:
 
 @contextmanager
 def timing_blocks(seconds: dict[str, float]) -> Iterator[None]:
-    """Notes how long each block takes."""
+    """Records the seconds of each block."""
     original = distillation._Trainer.distil
 
     def timed(self: Any, name: str, *arguments: Any) -> None:
@@ -123,7 +125,7 @@ def timing_blocks(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(task_name: str, way: str, samples: int, seconds: float) -> dict[str, Any]:
-    """Trains in one way and draws images."""
+    """Trains by one method and samples images."""
     task = TASKS[task_name]
     unet, stock = task.unet(), task.unet()
     calibration_set = collect(task, unet, seed=0)
@@ -145,7 +147,7 @@ def measure(task_name: str, way: str, samples: int, seconds: float) -> dict[str,
 def main() -> None:
     parser = task_parser(__doc__)
     parser.add_argument("--budgets", type=int, nargs="*", default=[64, 256, 1024])
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # what a measurement's own process gets
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # arguments of a measurement's process
     arguments = parser.parse_args()
     if arguments.measure:
         way, samples, seconds = arguments.measure

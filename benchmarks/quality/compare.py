@@ -1,17 +1,24 @@
-"""What quantization costs in image quality: DilateQuant part by part, what came before it, and other libraries.
+"""Image quality of quantized UNets: DilateQuant part by part, earlier methods, and other libraries.
 
     python -m benchmarks.quality.compare [--task photos] [--quick] [--row NAME]... [--jobs 2] [--output FILE]
 
-Trained small UNets (``examples/small_unets``) draw the same noise in fp32 and quantized. Each row of each seed runs in
-a process of its own, on one thread, ``--jobs`` at a time; a seed decides about calibration data, training and the noise
-of the images. Writes every single number to ``benchmarks/results/quality_<task>.json`` and, beside it, a page with the
-means and standard deviations (``.md``, which it prints as well) and a plot (``.png``). Rows that are there already
-(from an interrupted run) are not measured again; delete the file to begin anew.
+Trained small UNets (``examples/small_unets``) sample from the same noise in fp32 and quantized. Each row of each seed
+runs in a separate process, on one thread, with ``--jobs`` processes at a time. A seed sets the calibration data, the
+training and the noise of the images.
 
-Columns: label accuracy; PSNR in dB against fp32 at equal noise, of each image (mean) and of all together (pooled: the
-few images that became others decide about it); SSIM; Fréchet distance to real images in the
-classifier's features, and what it is more than fp32's; MB (10^6 bytes) of the whole UNet; seconds of calibration, and
-the memory that it allocated at its peak on top of what the process held before.
+``benchmarks/results/quality_<task>.json`` has every number. A page beside it has the means and standard deviations
+(``.md``, also printed), and a plot is beside it, too (``.png``). Rows in the file, such as those of an interrupted run,
+are not measured again; delete the file to measure all rows.
+
+Columns:
+
+- label accuracy;
+- PSNR in dB against fp32 at equal noise: the mean over images, and pooled over all pixels (a few images with another
+  content determine the pooled value);
+- SSIM;
+- Fréchet distance to real images in the classifier's features, and its increase over fp32's;
+- MB (10^6 bytes) of the whole UNet;
+- seconds of calibration, and its peak allocated memory above the level before it.
 """
 
 from __future__ import annotations
@@ -40,16 +47,16 @@ IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
 
 
 def one_row_each(jobs: int) -> Executor:
-    """Processes that end with their row; they come from one that has imported everything."""
+    """A pool with one process per row; the processes are forked from one that has imported everything."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     context = multiprocessing.get_context("forkserver")
-    # The fork server looks for modules where a new interpreter does, and says nothing if it cannot find one.
+    # The fork server uses a new interpreter's search path, and reports no error if a module is missing.
     context.set_forkserver_preload(["benchmarks.quality.compare"])
     return ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,), max_tasks_per_child=1)
 
 
 def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any], save: Any) -> bool:
-    """Measures what is missing, each row of each seed in its own process, fp32 first; whether all of it succeeded."""
+    """Measures the missing rows, fp32 first, each row of each seed in its own process; True if all succeeded."""
     succeeded = True
 
     def has_images(name: str, seed: int) -> bool:
@@ -57,7 +64,7 @@ def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any
 
     for names in ([FP32], [name for name in arguments.row or rows_to_measure(arguments.quick) if name != FP32]):
         with one_row_each(arguments.jobs) as pool:
-            # Seed by seed: an interrupted run has whole tables of fewer seeds.
+            # Seed by seed, so that an interrupted run has complete tables of fewer seeds.
             rows = {
                 pool.submit(measure, arguments.task, name, seed, arguments.images, folder): (name, seed)
                 for seed, name in itertools.product(range(arguments.seeds), names)
@@ -79,9 +86,9 @@ def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any
 def main() -> None:
     parser = task_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, 100 images, five methods, no other libraries")
-    parser.add_argument("--images", type=int, default=IMAGES, help="that each row of each seed draws")
+    parser.add_argument("--images", type=int, default=IMAGES, help="images per row and seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--row", action="append", help="only this row; may be given several times")
+    parser.add_argument("--row", action="append", help="only this row; may be repeated")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1))
     arguments = parser.parse_args()
     if arguments.quick:

@@ -1,14 +1,14 @@
-"""What attention in int8, softmax included, costs in image quality, alone and on top of INT4 layers.
+"""Image quality with attention in int8, softmax included, alone and on top of INT4 layers.
 
     python -m benchmarks.quality.int8_attention [--task digits/cross_attention] [--seeds 3] [--output FILE]
     python -m benchmarks.quality.int8_attention --random
 
-Draws the same noise in fp32 and with the UNet's attentions in int8, all else in floating point; then with a UNet that
-was calibrated and trained block by block, W4A8 and W4A4, as it is and with its attentions in int8. The figures are PSNR
-to fp32 and label accuracy, for each seed of calibration data, training and images.
+Samples from the same noise with several UNets: fp32; fp32 with attentions in int8; W4A8 and W4A4, calibrated and
+trained block by block, without and with attentions in int8. The figures are PSNR to fp32 and label accuracy, for each
+seed of calibration data, training and images.
 
-These UNets attend to few tokens. ``--random`` writes the signal-to-noise ratio (dB) of one attention to as many as
-4096, all of them random, by the standard deviation of its scores.
+The attentions of these UNets have few tokens. ``--random`` writes the signal-to-noise ratio (dB) of one attention to up
+to 4096 random tokens, by the standard deviation of its scores.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ITERATIONS = dq_runtime.Distillation().iterations
 
 
 def with_int8_attention(unet: Any) -> Any:
-    """A copy whose attentions all run in int8."""
+    """A copy with all attentions in int8."""
     unet = deepcopy(unet)
     for module in unet.modules():
         if isinstance(module, Attention):
@@ -42,7 +42,7 @@ def with_int8_attention(unet: Any) -> Any:
 
 
 def measure(task_name: str, seed: int) -> dict[str, dict[str, float]]:
-    """By UNet: PSNR to fp32 in dB (mean over images) and label accuracy."""
+    """PSNR to fp32 in dB (mean over images) and label accuracy of each UNet."""
     task = TASKS[task_name]
     stock = task.unet()
     labels, classifier = task.labels(IMAGES), task.classifier()
@@ -65,7 +65,7 @@ def measure(task_name: str, seed: int) -> dict[str, dict[str, float]]:
 
 
 def sqnr_db(tokens: int, spread: float) -> float:
-    """Of int8 attention to normally distributed tokens, in heads of 64 channels, whose scores deviate by ``spread``."""
+    """SQNR of int8 attention to normal tokens, heads of 64 channels; scores have standard deviation ``spread``."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, length, 256, generator=generator) for length in (256, tokens, tokens))
     exact = float_attention(*(x.double() for x in (spread * query, key, value)), 4)
@@ -74,7 +74,7 @@ def sqnr_db(tokens: int, spread: float) -> float:
 
 
 def random_tokens() -> list[dict[str, float]]:
-    """Of attention to random tokens: how many, how far their scores deviate, and the signal-to-noise ratio."""
+    """Attention to random tokens: their number, the standard deviation of the scores, and the SQNR."""
     rows = []
     for spread in (1.0, 2.0, 4.0):
         for tokens in (64, 256, 1024, 4096):
@@ -84,7 +84,7 @@ def random_tokens() -> list[dict[str, float]]:
 
 
 def drawn(task_name: str, num_seeds: int) -> list[dict[str, Any]]:
-    """By UNet: the means over the seeds, and each seed's figures."""
+    """For each UNet: the means over the seeds, and each seed's figures."""
     seeds = [measure(task_name, seed) for seed in range(num_seeds)]
     rows = [
         {
@@ -102,7 +102,7 @@ def drawn(task_name: str, num_seeds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = task_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--random", action="store_true", help="attend to random tokens; no UNet draws")
+    parser.add_argument("--random", action="store_true", help="measure one attention to random tokens, without a UNet")
     arguments = parser.parse_args()
     if arguments.random:
         name, options = "random", "--random"

@@ -1,9 +1,9 @@
-"""Ways to quantize a whole UNet to W4A8 and W4A4, for ``compare.py``: DilateQuant part by part, and what was before it.
+"""Methods that quantize a whole UNet to W4A8 and W4A4, for ``compare.py``: DilateQuant's parts, and earlier methods.
 
-Every method quantizes the same layers (all but ``conv_in`` and ``conv_out``; one row leaves all convolutions alone, as
-some libraries do), to the same packed format, with one weight scale for each output channel, and runs on the same
-kernels; only how the numbers are found differs. Of W4A4 the inputs of ``conv_shortcut`` have 8 bits, as is the
-config's default; one row has 4 there too.
+Every method quantizes the same layers: all except ``conv_in`` and ``conv_out``. One row quantizes no convolution, as
+some libraries do. All methods use the same packed format, with one weight scale per output channel, and the same
+kernels. They differ only in the values of weights, scales and zero points. In W4A4 the inputs of ``conv_shortcut`` have
+8 bits, the config's default; one row has 4 bits there, too.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import grouped
 
-ACTIVATION_BITS = (8, 4)  # of the table's rows
-# From an fp32 UNet, its calibration set, the activation bits and a seed for what is random: a quantized copy
+ACTIVATION_BITS = (8, 4)  # the table's rows
+# (fp32 UNet, calibration set, activation bits, seed) -> quantized copy
 Quantize = Callable[[Any, CalibrationSet, int, int], Any]
 
 
 def dilatequant(
     dilation: str, groups: int | None, distillation: Distillation | None, linears_alone: bool = False, **others: Any
 ) -> Quantize:
-    """Our own calibration; ``groups`` of timesteps, one is a static scale. ``others`` of the config's fields."""
+    """Our own calibration. ``groups`` of timesteps: 1 is a static scale. ``others`` are more fields of the config."""
 
     def quantize(unet: Any, calibration_set: CalibrationSet, bits: int, seed: int) -> Any:
         config = DilateQuantConfig(activation_bits=bits, dilation=dilation, timestep_groups=groups, **others)
@@ -45,7 +45,7 @@ def dilatequant(
 
 
 def min_max(smoothing: float | None) -> Quantize:
-    """Ranges from the least to the largest of the sampled values, one for all timesteps; weights rounded to nearest.
+    """Min-max ranges of the sampled values, one for all timesteps; weights are rounded to nearest.
 
     ``smoothing``: SmoothQuant's exponent (arXiv 2211.10438): s_k = max|x_k|^a / max|w_k|^(1 - a).
     """
@@ -79,7 +79,7 @@ def min_max(smoothing: float | None) -> Quantize:
 BLOCKWISE = Distillation()
 POLISHED = Distillation(polish_iterations=200)
 
-METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activation bits but where it says so below
+METHODS: dict[str, Quantize] = {  # the table's rows, for each number of activation bits (exceptions: ONLY_AT)
     "round to nearest, min-max": min_max(None),
     "SmoothQuant": min_max(0.5),
     "one static scale": dilatequant("none", 1, None),
@@ -93,7 +93,7 @@ METHODS: dict[str, Quantize] = {  # rows of the table, for each number of activa
     "WD + TPQ + BKD, linears alone": dilatequant("joint", None, BLOCKWISE, linears_alone=True),
     "WD + TPQ + BKD, shortcuts alike": dilatequant("joint", None, BLOCKWISE, layer_activation_bits={}),
 }
-ONLY_AT = {  # activation bits: as the libraries that the first stands beside; where the second makes a difference
+ONLY_AT = {  # activation bits: 8 as in the libraries with quantized linears alone; 4, as 8 is the default
     "WD + TPQ + BKD, linears alone": 8,
     "WD + TPQ + BKD, shortcuts alike": 4,
 }

@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes, on top of what the process holds when it begins."""
+"""Peak memory of a ``with`` block, above the level at its start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERVAL = 0.005  # seconds
 
 
 class _Mallinfo2(ctypes.Structure):
-    """What glibc's allocator (2.33 and newer) tells about itself, in bytes."""
+    """The statistics of glibc's allocator (2.33 and newer), in bytes."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -27,11 +27,11 @@ class _Mallinfo2(ctypes.Structure):
 
 @contextmanager
 def above_now() -> Iterator[dict[str, float]]:
-    """Watches the ``with`` block; the dict then holds two peaks in 10^6 bytes.
+    """Measures the ``with`` block; at its end the dict holds two peaks in 10^6 bytes.
 
-    ``allocated_mb``: what is in use at a time. On a GPU as torch counts it, on a CPU as glibc does, looked at every
-    5 ms. ``resident_mb``: what the process holds of the machine, memory included that its allocator keeps after it was
-    freed. On a GPU what torch reserves there, on a CPU anonymous pages (Linux). NaN where the system does not tell.
+    ``allocated_mb``: memory in use, as counted by torch on a GPU, and by glibc on a CPU, sampled every 5 ms.
+    ``resident_mb``: memory that the process holds, which includes freed memory that its allocator keeps: the memory
+    reserved by torch on a GPU, anonymous pages on a CPU (Linux). A peak is NaN if the system does not report it.
     """
     readers = {"allocated_mb": _allocated_bytes(), "resident_mb": _anonymous_bytes}
     peak = dict.fromkeys(readers, float("nan"))
@@ -67,14 +67,14 @@ def above_now() -> Iterator[dict[str, float]]:
 
 
 def _return_free_memory() -> None:
-    """Gives the system what the C library keeps of freed memory: the work would fill that first, unseen."""
+    """Returns freed memory of the C library to the system: its reuse would not show in the resident memory."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
 
 
 def _allocated_bytes() -> Callable[[], float]:
-    """A reader of what has been allocated and not freed, in all arenas and in mappings of its own."""
+    """A function that returns the bytes in use, in all arenas and in separate mappings."""
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:
         return lambda: float("nan")

@@ -1,4 +1,4 @@
-"""What ``compare.py`` has measured, as means over the seeds, a page and a plot."""
+"""The results of ``compare.py`` as means over the seeds, a page and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from benchmarks.peers.unets import PEERS
 from benchmarks.quality.methods import ACTIVATION_BITS, METHODS
 
-PAIRS = (  # a part, a method without it and the same with it
+PAIRS = (  # part, method without it, method with it
     ("WD, untrained", "one static scale", "WD"),
     ("TPQ, untrained", "WD", "WD + TPQ"),
     ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
@@ -35,14 +35,14 @@ COLUMNS = {
     "calibration_seconds": ("s", "{:.0f}"),
     "calibration_peak_mb": ("peak MB", "{:.0f}"),
 }
-COLOURS = {8: "#0072b2", 4: "#d55e00"}  # of W4A8 and W4A4
+COLOURS = {8: "#0072b2", 4: "#d55e00"}  # W4A8 and W4A4
 WEIGHT_ONLY, EIGHT_BIT_WEIGHTS = "#009e73", "#999999"
 MARKERS = {"dq_runtime": "o", "sdnq": "D", "quanto": "s", "torchao": "^"}
 BEST, LINEARS_ALONE = "WD + TPQ + BKD, polished", "WD + TPQ + BKD, linears alone"
 
 
 def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds, a row for each method."""
+    """Mean and standard deviation over the seeds, one row per method."""
     rows = []
     for name, by_seed in results.items():
         row: dict[str, Any] = {"name": name, "seeds": len(by_seed)}
@@ -57,7 +57,7 @@ def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def contributions(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each part adds to the PSNR in dB, seed by seed: rows with it against rows without."""
+    """The gain in PSNR (dB) of each part, seed by seed: rows with it minus rows without it."""
     found = []
     for (part, without, with_it), bits in itertools.product(PAIRS, ACTIVATION_BITS):
         before, after = (results.get(f"{name}, W4A{bits}", {}) for name in (without, with_it))
@@ -70,7 +70,7 @@ def contributions(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def page(report: Mapping[str, Any], plot: str) -> str:
-    """A report in Markdown, with its table, what each part adds, and the plot from a file of that name."""
+    """The report in Markdown: the table, the gain of each part, and the plot, a file of that name."""
     rows, environment = report["summary"], report["environment"]
     versions = [f"{name} {version}" for name, version in environment["versions"].items()]
     versions += sorted({row["library"] for row in rows if row["library"]})
@@ -110,7 +110,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """PSNR of our own methods, which are all of one size, and beside it PSNR against the size of the UNet."""
+    """Plots PSNR of our own methods, which have equal sizes, and PSNR of all against the size of the UNet."""
     by_name = {row["name"]: row for row in rows if row["psnr_db"] is not None}
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     methods, sizes = figure.subplots(1, 2, width_ratios=(1, 1.2))

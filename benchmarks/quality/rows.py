@@ -1,4 +1,4 @@
-"""The rows of the comparison: which there are, and the measurement of one of them."""
+"""The rows of the comparison: their names, and the measurement of one row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FP32 = "fp32"
 
 
 def row_names(quick: bool) -> list[str]:
-    """fp32; every method at each number of activation bits; the other libraries."""
+    """fp32, every method at each number of activation bits, and the other libraries."""
     methods = [
         (name, bits)
         for bits in ACTIVATION_BITS
@@ -33,7 +33,7 @@ def row_names(quick: bool) -> list[str]:
 
 
 def rows_to_measure(quick: bool) -> list[str]:
-    """Without the libraries that are not installed."""
+    """All rows, except the libraries that are not installed."""
     peers = unets.PEERS
     return [name for name in row_names(quick) if name not in peers or not unets.missing(peers[name])]
 
@@ -50,7 +50,7 @@ def quantized(name: str, unet: Any, calibration_set: Any, seed: int) -> tuple[An
 
 
 def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> dict[str, Any]:
-    """Quantizes and samples; the fp32 row of a seed, which the others' data comes from, has to have been measured."""
+    """Quantizes and samples. A seed's fp32 row has to be measured first: it makes the data of the other rows."""
     task = TASKS[task_name]
     unet = task.unet()
     calibration_file = folder / f"calibration_{seed}.pt"

@@ -1,10 +1,11 @@
-"""The skip concat of an up block: is one quantizer enough for its two sources?
+"""The skip concatenation of an up block: one quantizer for both sources against one for each.
 
     python -m benchmarks.quality.skip_ranges [--task digits/cross_attention] [--output FILE]
 
-A resnet's ``conv_shortcut`` reads what came up and what came across, whose ranges differ. For each of them: the
-signal-to-noise ratio (dB) of the output with one quantizer and no dilation, with each rule of dilation (which can fold
-the ratio of the ranges into its factors), and with a quantizer for each source. Weights are rounded to nearest.
+A resnet's ``conv_shortcut`` reads the concatenation of the previous layer's output and the skip connection, whose
+ranges differ. For each such layer, the script reports the signal-to-noise ratio (dB) of the output with one quantizer
+and no dilation, with each rule of dilation (its factors can include the ratio of the ranges), and with one quantizer
+per source. Weights are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MAX_DILATION = 8.0
 def output_sqnr(
     weight: torch.Tensor, per_timestep: list[torch.Tensor], dilation: torch.Tensor, bits: int, ends: list[int]
 ) -> float:
-    """Of a 1x1 convolution [N, K] with a quantizer for each part of its input channels, up to each of ``ends``."""
+    """Output SQNR (dB) of a 1x1 convolution [N, K], one quantizer per part of its inputs; ``ends`` of the parts."""
     values, weight_scale = quantize_weight(weight * dilation)
     restored = values * weight_scale[:, None]
     signal = noise = 0.0
@@ -47,7 +48,7 @@ def output_sqnr(
 
 
 def sources(unet: Any, name: str) -> int:
-    """How many of a ``conv_shortcut``'s input channels come from below; the others are the skip's."""
+    """The number of a ``conv_shortcut``'s input channels from the previous layer; the rest is the skip connection."""
     _, block, _, resnet, _ = name.split(".")
     if int(resnet) > 0:
         return int(unet.up_blocks[int(block)].resnets[int(resnet) - 1].out_channels)

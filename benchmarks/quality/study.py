@@ -1,4 +1,4 @@
-"""What the comparison of methods and the studies share: how they sample, their command lines and reports."""
+"""Shared by the comparison of methods and the studies: sampling settings, command lines and reports."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from examples.small_unets.tasks import TASKS
 
 STEPS, BATCH = 20, 100
 CALIBRATION_SAMPLES = 200
-FIRST_IMAGE_SEED = 1000  # calibration uses the seeds below
+FIRST_IMAGE_SEED = 1000  # calibration uses smaller seeds
 
 
 def collect(task: Task, unet: Any, seed: int) -> dq_runtime.CalibrationSet:
-    """A seed's calibration data: the UNet's calls while it samples."""
+    """A seed's calibration set: the UNet's calls during sampling."""
     return dq_runtime.collect_from_scheduler(
         unet, task.noise_scheduler(), task.noise(CALIBRATION_SAMPLES, seed), STEPS,
         task.condition(task.labels(CALIBRATION_SAMPLES)), BATCH,
@@ -29,7 +29,7 @@ def collect(task: Task, unet: Any, seed: int) -> dq_runtime.CalibrationSet:
 
 
 def task_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser of the options that all have: the task, and where the report goes."""
+    """A parser with the shared options: the task and the report's file."""
     parser = new_parser(description)
     parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
     parser.add_argument("--output", type=Path)
@@ -37,21 +37,21 @@ def task_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def slug(task: str) -> str:
-    """The name of a task as part of a file's name."""
+    """The name of a task in a form for file names."""
     return task.replace("/", "_")
 
 
 def command(script: str, options: str) -> str:
-    """The command line that a report names."""
+    """The command line for the report."""
     return f"python -m benchmarks.quality.{script} {options}"
 
 
 def write_report(
     script: str, options: str, name: str, results: Mapping[str, Any], output: Path | None, **about: Any
 ) -> None:
-    """JSON with the command and the environment before the results, by default ``results/<script>_<name>.json``.
+    """Writes JSON: the command, the environment, then the results; by default to ``results/<script>_<name>.json``.
 
-    ``about`` is what the environment says of the processes that measured, where it differs from this one.
+    ``about`` replaces entries of the environment, for measurements in other processes with other settings.
     """
     report = {"command": command(script, options), "environment": environment.describe() | about} | dict(results)
     path = output or RESULTS / f"{script}_{name}.json"

@@ -1,9 +1,9 @@
-"""Whether an error of the prediction at each timestep moves the image as ``timestep_importance`` says.
+"""Compares the effect of a prediction error at each timestep on the image with ``timestep_importance``.
 
     python -m benchmarks.quality.timestep_importance [--task digits/cross_attention] [--output FILE]
 
-Samples with the floating-point UNet, once as it is and once with a small random error added to its prediction at one
-timestep, and compares the squared error of the images, over that of the prediction, with the closed form.
+The floating-point UNet samples without an error, and with a small random error added to its prediction at one timestep.
+The squared error of the images, divided by that of the prediction, is compared with the closed form.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dq_runtime.calibration.importance import timestep_importance
 from examples.small_unets.tasks import TASKS
 
 IMAGES = 64
-ERROR = 0.02  # standard deviation, where a prediction has about 1
+ERROR = 0.02  # standard deviation; that of a prediction is about 1
 SEED = 55
 
 
 def measured_importance(task_name: str) -> dict[float, float]:
-    """By timestep."""
+    """The measured importance of each timestep."""
     task, generator = TASKS[task_name], torch.Generator().manual_seed(SEED + 1)
     unet, scheduler = task.unet(), task.noise_scheduler()
     scheduler.set_timesteps(STEPS)

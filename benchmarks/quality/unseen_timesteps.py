@@ -1,16 +1,16 @@
-"""Sampling at timesteps that no calibration has seen: DDIM-20's scales under other samplers.
+"""Sampling at timesteps outside the calibration: DDIM-20's scales with other samplers.
 
     python -m benchmarks.quality.unseen_timesteps [--task digits/cross_attention] [--bits 8] [--seeds 3] [--output FILE]
 
-For each sampler a UNet that was calibrated on DDIM with 20 steps draws the same noise as fp32 with
+A UNet is calibrated on DDIM with 20 steps. With each sampler it samples from the same noise as fp32, with
 
-- the scales of the nearest timestep, as it does by default;
+- the scales of the nearest timestep, the default;
 - scales and zero points interpolated between the two neighbours;
-- scales searched on the sampler's own steps: no rule that selects among DDIM-20's can be expected to do better;
-- weights that were calibrated on the sampler's own steps, too.
+- scales searched on the sampler's own steps, a bound for any rule that selects among DDIM-20's scales;
+- scales and weights calibrated on the sampler's own steps.
 
 The figures are PSNR to fp32 with the same sampler, for each seed of calibration data, training and images. Weights are
-rounded with error feedback, without training, so that nothing but the calibration data differs.
+rounded with error feedback, without training, so that only the calibration data differs.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ SAMPLERS: dict[str, tuple[Any, int]] = {
     "LCM, 4 steps": (LCMScheduler, 4),
 }
 
-Tables = dict[str, dict[str, torch.Tensor]]  # of each layer: act_scale and act_zero_point, [T]
+Tables = dict[str, dict[str, torch.Tensor]]  # layer -> act_scale and act_zero_point, [T]
 
 
 def interpolated(unet: Any, timesteps: list[float]) -> Tables:
-    """A quantized UNet's tables at other timesteps, between those of its own."""
+    """A quantized UNet's tables, interpolated at other timesteps."""
 
     def at(table: torch.Tensor) -> torch.Tensor:
         values = np.interp(timesteps, unet.config.quantization_config.timesteps, table.double().numpy())
@@ -58,7 +58,7 @@ def interpolated(unet: Any, timesteps: list[float]) -> Tables:
 
 
 def searched(unet: Any, stock: Any, calibration_set: dq_runtime.CalibrationSet) -> Tables:
-    """A quantized UNet's tables, searched anew on the timesteps of a calibration set; its dilation stays."""
+    """A quantized UNet's tables, searched on the timesteps of a calibration set with the same dilation."""
     config = unet.config.quantization_config
     tables = {}
     for name, rows in sample_inputs(stock, plan_conversion(stock, config).layers, calibration_set).items():
@@ -69,7 +69,7 @@ def searched(unet: Any, stock: Any, calibration_set: dq_runtime.CalibrationSet) 
 
 
 def with_tables(unet: Any, stock: Any, timesteps: list[float], tables: Tables) -> Any:
-    """A copy of a quantized UNet that has other tables, for other timesteps."""
+    """A copy of a quantized UNet with other tables for other timesteps."""
     tensors = {name: layer.state_dict() | tables[name] for name, layer in quantized_layers(unet).items()}
     copy = deepcopy(stock)
     convert(copy, replace(unet.config.quantization_config, timesteps=timesteps), tensors)
@@ -78,7 +78,7 @@ def with_tables(unet: Any, stock: Any, timesteps: list[float], tables: Tables) -
 
 def main() -> None:
     parser = task_parser(__doc__)
-    parser.add_argument("--bits", type=int, choices=(4, 6, 8), default=8, help="of activations")
+    parser.add_argument("--bits", type=int, choices=(4, 6, 8), default=8, help="activation bits (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
@@ -86,7 +86,7 @@ def main() -> None:
     labels, classifier = task.labels(IMAGES), task.classifier()
 
     def scheduler(name: str) -> Any:
-        # From timestep 999 on, nothing of the image is left to predict
+        # At timestep 999 the sample is pure noise: there is nothing to predict
         options = {} if name.startswith("DDIM") else {"timestep_spacing": "leading"}
         options |= {"original_inference_steps": 20} if name.startswith("LCM") else {}
         return SAMPLERS[name][0].from_config(task.noise_scheduler().config, **options)
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def summary(by_scales: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """From each seed's results with each kind of scales: the gain over those of the nearest timestep."""
+    """Accuracy, PSNR and the gain over the nearest timestep's scales, from the seeds' results by kind of scales."""
     psnr_db = {which: [result["psnr_db"] for result in seeds] for which, seeds in by_scales.items() if which != "fp32"}
     gains = {
         which: [there - nearest for there, nearest in zip(values, psnr_db["nearest"], strict=True)]

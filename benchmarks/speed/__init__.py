@@ -1,1 +1,1 @@
-"""Times on the device at hand: operators, whole UNets, and the suite that runs them all."""
+"""Timing of operators and whole UNets on the current device, and the GPU suite, which runs all of it."""

@@ -1,19 +1,19 @@
-"""The operators against PyTorch's own and other libraries', layer by layer, on the shapes of SD1.5 and SDXL.
+"""Times our operators, PyTorch's and other libraries', layer by layer, on the shapes of SD1.5 and SDXL.
 
     pytest benchmarks/speed/bench_kernels.py               # a dozen shapes of each UNet, batch 2, and the fused chains
     pytest benchmarks/speed/bench_kernels.py --full        # every shape, batch 2 and 8
-    pytest benchmarks/speed/bench_kernels.py --rows FILE   # the rows as they come, a line of JSON each
-    pytest benchmarks/speed/bench_kernels.py --tiny        # seconds, to try it out
+    pytest benchmarks/speed/bench_kernels.py --rows FILE   # writes each row at once, one line of JSON
+    pytest benchmarks/speed/bench_kernels.py --tiny        # a trial run of some seconds
     pytest benchmarks/speed/bench_kernels.py --benchmark-json benchmarks/results/bench_kernels_cpu.json
 
-Runs where it is: on a GPU ours against fp16 (cuBLAS, cuDNN in channels_last with its autotuner) and against the
-libraries of ``peers/linears.py`` that are installed; on a CPU against fp32 and bf16. Ours counts the quantization of
-the input. Before anything of ours is timed, its result is checked.
+The baselines depend on the current device: on a GPU fp16 (cuBLAS, cuDNN in channels_last with its autotuner) and the
+installed libraries of ``peers/linears.py``, on a CPU fp32 and bf16. Our times include the quantization of the input.
+Each of our results is checked before it is timed.
 
-How times are taken: on a GPU a round replays one CUDA graph of many calls, each on tensors of its own, so that what a
-call reads is not in the L2 cache; ``us`` in a row (pytest-benchmark's ``extra_info``) is the median over rounds of the
-time between two CUDA events around the replay, divided by the number of calls. pytest-benchmark's own columns are host
-times of whole rounds, that is of ``calls`` calls; on a CPU a round is one call.
+On a GPU a round replays one CUDA graph of many calls. Each call has separate tensors, so its operands are not in the L2
+cache. ``us`` in a row (pytest-benchmark's ``extra_info``) is the median over rounds of the time between two CUDA events
+around the replay, divided by the number of calls. pytest-benchmark's own columns are host times of whole rounds of
+``calls`` calls. On a CPU a round is one call.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from benchmarks.speed.timing import captured, copies_to_rotate
 
 ROUNDS, WARMUP = (9, 2) if CUDA else (3, 1)
 LAYER_TOLERANCE = 2e-3  # one rounding of the result to fp16
-CHAIN_TOLERANCE = 0.05  # 8-bit activations: a step of 0.03 to 0.1 against values of about 1, once or twice
+CHAIN_TOLERANCE = 0.05  # 8-bit activations, one or two roundings: steps of 0.03 to 0.1, values of about 1
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a row."""
+    """One test per row."""
     rows = cases(metafunc.config.getoption("--full"), metafunc.config.getoption("--tiny"))
     metafunc.parametrize("case", rows, ids=[f"{row.group}, {row.implementation}" for row in rows])
 
@@ -50,7 +50,7 @@ def test_time(benchmark: Any, record_row: Callable[[dict[str, Any]], None], case
         check(case)
     if CUDA:
         torch.backends.cudnn.benchmark = True
-        torch.compiler.reset()  # a library's compiled rows would reach the limit of recompilations together
+        torch.compiler.reset()  # or a library's compiled rows reach the limit of recompilations
     try:
         side = prepare(case)
         side.run()
@@ -71,7 +71,7 @@ def test_time(benchmark: Any, record_row: Callable[[dict[str, Any]], None], case
 
 
 def check(case: Case) -> None:
-    """Fails if ours is wrong, whose time would mean nothing: a layer exactly, a chain against the baseline's."""
+    """Fails if our result is wrong: a layer is compared with the exact result, a chain with the baseline's."""
     torch.manual_seed(0)
     if case.chain is None:
         assert layer_error(case.shapes[0]) < LAYER_TOLERANCE
@@ -81,7 +81,7 @@ def check(case: Case) -> None:
 
 
 def host_round(side: Side) -> Callable[[], float]:
-    """One call on the CPU, in us."""
+    """A function that times one call on the CPU, in us."""
 
     def call() -> float:
         start = time.perf_counter()

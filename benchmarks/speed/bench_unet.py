@@ -1,13 +1,13 @@
-"""The forward pass of whole UNets: INT4 against fp16, side by side in one run.
+"""Times the forward pass of whole UNets, INT4 and fp16, in one run.
 
     python -m benchmarks.speed.bench_unet [--unet sd15]... [--batch 2] [--row 'int4 CUDA graph']... [--output FILE]
     python -m benchmarks.speed.bench_unet --device cpu --unet ddpm_cifar
 
-SD1.5 at 512x512 and SDXL at 1024x1024 in their real configurations. Weights are random: latency does not depend on
-their values. Every round times one forward of each row in turn; the table shows medians. ``weights MB`` counts
-parameters and buffers, ``peak MB`` those and what one forward allocates on top, or capturing it (not known for rows
-whose memory belongs to a compiler's own graphs). All rows stay on the GPU to the end, with weights of 34 GB for both
-UNets: a small one takes one ``--unet`` and some ``--row`` at a time.
+SD1.5 at 512x512 and SDXL at 1024x1024 have their real configurations. Weights are random: latency does not depend on
+their values. Every round times one forward pass of each row in turn; the table shows medians. ``weights MB`` counts
+parameters and buffers. ``peak MB`` adds the memory that one forward pass, or its capture, allocates; it is unknown for
+rows whose memory belongs to a compiler's own graphs. All rows stay on the GPU to the end, with weights of 34 GB for
+both UNets. On a GPU with less memory, choose one ``--unet`` and some ``--row`` at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WARM_UP_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run a UNet: what it is called, how to make it, and whether a CUDA graph replays it."""
+    """One way to run a UNet; ``make`` builds it, and ``replays`` is True if a CUDA graph replays it."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass
 class Result:
-    """What was measured of a row."""
+    """The measurements of a row."""
 
     row: str
     median_ms: float
@@ -56,7 +56,7 @@ class Result:
 
 
 def rows(name: str, device: str, compile_mode: str) -> list[Row]:
-    """Baselines as a user of diffusers runs them, then ours."""
+    """The baselines, as diffusers runs them, then our rows."""
 
     def stock(dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
         return unets.build(name, device, dtype).to(memory_format=memory_format)
@@ -92,7 +92,7 @@ def rows(name: str, device: str, compile_mode: str) -> list[Row]:
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Time of one call, on a GPU by events around it."""
+    """The time of one call; on a GPU, between two CUDA events."""
     if device == "cpu":
         start = time.perf_counter()
         run()
@@ -107,21 +107,21 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 
 def tensor_megabytes(unet: nn.Module) -> float:
-    """Parameters and buffers, each storage once."""
+    """Megabytes of parameters and buffers; each storage counts once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in unet.state_dict().values()}
     return sum(storages.values()) / MEGABYTE
 
 
 @torch.no_grad()
 def prepare(row: Row, name: str, device: str, batch: int) -> tuple[Callable[[], torch.Tensor], Result]:
-    """Makes a row and calls it, which compiles and captures; fails if the result is not finite."""
+    """Builds a row's UNet and calls it, which compiles and captures; fails if the result is not finite."""
     torch.manual_seed(0)
     start = time.perf_counter()
     unet = row.make()
     dtype = torch.float32 if device == "cpu" else torch.float16
     arguments = unets.inputs(name, batch, device, torch.bfloat16 if row.name.startswith("bf16") else dtype)
     if not row.is_compiled:
-        unet(**arguments)  # cuDNN searches its plans, which takes memory that no later call does
+        unet(**arguments)  # cuDNN searches its plans; only the first call needs memory for this
     if row.replays:
         enable_cuda_graphs(unet)
     before = 0
@@ -146,10 +146,10 @@ def prepare(row: Row, name: str, device: str, batch: int) -> tuple[Callable[[], 
 
 @torch.no_grad()
 def measure(chosen: list[Row], name: str, device: str, batch: int, rounds: int) -> Iterator[list[Result]]:
-    """All rows of one UNet, interleaved: first those that need no compiler, then, with these again, all.
+    """Times all rows of one UNet in turn: first the rows without compilation, then all rows.
 
-    An interruption during the compilation, which can take minutes, so leaves the first list. A row that cannot be
-    compiled is left out, with a line that says why: the others' times are worth having.
+    Compilation can take minutes; after an interruption, the first list is there. A row that cannot be compiled is left
+    out, and one line gives the reason.
     """
     calls, results = [], []
     for is_compiled in sorted({row.is_compiled for row in chosen}):
@@ -175,12 +175,12 @@ def measure(chosen: list[Row], name: str, device: str, batch: int, rounds: int) 
 
 
 def keep(row: Row, names: list[str]) -> bool:
-    """Whether a row was asked for; all are if none is named."""
+    """True if the row is selected; without names, all rows are."""
     return not names or row.name in names
 
 
 def table(name: str, results: list[Result]) -> str:
-    """The rows, and for each baseline the speed-up of the fastest of ours."""
+    """The rows, and the speed-up of our fastest row over each baseline."""
     lines = [f"{name}: {'row':<31} {'ms':>9} {'weights MB':>11} {'peak MB':>9}"]
     for result in results:
         peak = "-" if result.peak_mb is None else f"{result.peak_mb:.0f}"
@@ -197,15 +197,15 @@ def table(name: str, results: list[Result]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated; sd15 and sdxl")
+    parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated (default: sd15, sdxl)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--row", action="append", default=[], help="only this row; may be repeated")
-    parser.add_argument("--compile-mode", default="reduce-overhead", help="of torch.compile (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="where the JSON goes; written whenever rows are done")
+    parser.add_argument("--compile-mode", default="reduce-overhead", help="torch.compile's mode (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="the JSON file; written after each group of rows")
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     document: dict[str, Any] = {**environment.describe(), "batch": arguments.batch, "unets": {}}
@@ -215,7 +215,7 @@ def main() -> None:
         chosen = [row for row in rows(name, arguments.device, arguments.compile_mode) if keep(row, arguments.row)]
         wanted |= {(name, row.name) for row in chosen}
         runs[name] = measure(chosen, name, arguments.device, arguments.batch, arguments.rounds)
-    # What needs no compiler is measured of every UNet before anything is compiled.
+    # The rows without compilation of all UNets come before any compiled row.
     while runs:
         for name in list(runs):
             results = next(runs[name], None)

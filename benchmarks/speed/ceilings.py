@@ -1,10 +1,10 @@
-"""What a GPU reaches at best: the ceilings under which measured times are read.
+"""Measures a GPU's peak arithmetic and memory throughput, the reference for other timings.
 
     python -m benchmarks.speed.ceilings [--output benchmarks/results/ceilings_<device>.json]
 
-Random data, medians over CUDA graphs: a product of 8192 x 8192 x 8192 in fp16 (cuBLAS) and int8 (cuBLASLt, through
-``torch._int_mm``), the same with our INT4 weights in the fastest of a few tiles, and a copy of 1 GiB, counting bytes
-read and written.
+Data is random, and times are medians over CUDA graphs. The measurements are a product of 8192 x 8192 x 8192 in fp16
+(cuBLAS) and int8 (cuBLASLt, through ``torch._int_mm``), the same product with our INT4 weights in the fastest of a few
+tiles, and a copy of 1 GiB, which counts bytes read and written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TILES = ((128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 16), (64, 128, 128, 4, 3,
 
 
 def measure() -> dict[str, float]:
-    """TFLOP/s, TOP/s and TB/s."""
+    """The measured TFLOP/s, TOP/s and TB/s."""
     operations = 2 * SIZE**3
     a, b = (torch.randn(SIZE, SIZE, device="cuda", dtype=torch.float16) for _ in range(2))
     q, w = (torch.randint(-128, 128, (SIZE, SIZE), device="cuda", dtype=torch.int8) for _ in range(2))
@@ -48,9 +48,9 @@ def measure() -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--output", type=Path, help="where the JSON goes (default: by the device's name)")
+    parser.add_argument("--output", type=Path, help="the JSON file (default: named after the device)")
     arguments = parser.parse_args()
     about = environment.describe()
     name = f"ceilings_{environment.slug(about['device'])}.json"

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, kernels compiled ahead, what pytest-benchmark writes, and the summary of a run."""
+"""Options of the benchmarks, compilation ahead of time, the output of pytest-benchmark, and the summary of a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROWS = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernel benchmarks")
     group.addoption("--full", action="store_true", help="every shape of the UNets, at batch 2 and 8")
-    group.addoption("--tiny", action="store_true", help="a few tiny shapes, to try the benchmarks out")
-    group.addoption("--rows", type=Path, help="where each result goes at once, a line of JSON each")
+    group.addoption("--tiny", action="store_true", help="a few tiny shapes, for a trial run")
+    group.addoption("--rows", type=Path, help="file that gets each result at once, one line of JSON each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels(request: pytest.FixtureRequest) -> None:
-    """On a GPU, compiles the kernels of the selected rows in parallel, instead of each at its first call."""
+    """On a GPU, compiles the kernels of the selected rows in parallel, before their first calls."""
     if torch.cuda.is_available():
         compile_kernels([item.callspec.params["case"] for item in request.session.items if hasattr(item, "callspec")])
 
@@ -58,7 +58,7 @@ def record_row(pytestconfig: pytest.Config) -> Callable[[dict[str, Any]], None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The speed-ups of what ran, and which libraries were not there to compare with."""
+    """Prints the speed-ups of the rows that ran, and the libraries that are missing."""
     rows = config.stash[ROWS]
     if rows:
         terminalreporter.section("kernels")
@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Adds versions and the device; drops what names one machine and the list of CPU flags."""
+    """Adds versions and the device; drops the machine's name and the list of CPU flags."""
     machine_info.update(environment.describe())
     machine_info["cpu"].pop("flags", None)
     for name in ("node", "release", "processor"):
@@ -78,7 +78,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Keeps the statistics, not every single round, nor what a row's name says already."""
+    """Keeps the statistics; drops the single rounds and the fields that a row's name contains."""
     output_json.pop("commit_info", None)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

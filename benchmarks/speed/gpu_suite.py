@@ -1,16 +1,16 @@
-"""All that a GPU is needed for, in one command and one results file: the tests, the kernels, whole UNets.
+"""Runs everything that needs a GPU with one command and one results file: tests, kernels and whole UNets.
 
     python -m benchmarks.speed.gpu_suite [--minutes 9] [--stage tests|kernels|unet]... [--full] [--output FILE]
     python -m benchmarks.speed.gpu_suite --dry-run           # on a CPU, tiny shapes, less than a minute
 
-Every stage is a process with a time limit: its share of what is left of the budget. What a stage did not use goes to
-the next ones. The results are written before the first stage and after each, and a stage's rows are kept as far as it
-came, so an interruption (Ctrl-C, SIGTERM) loses nothing that was finished. A failed stage does not stop the others;
-the exit code is 1 if any stage did not pass.
+Every stage is a process with a time limit: its share of the remaining budget. Unused time goes to the next stages. The
+results are written before the first stage and after each stage. The finished rows of a stage are kept, so an
+interruption (Ctrl-C, SIGTERM) loses no finished result. A failed stage does not stop the others; the exit code is 1 if
+any stage did not pass.
 
-  tests    the test suite on the GPU, without what needs none and takes minutes: tests/kernels/test_static.py (compiles
-           for other GPUs), tests/test_package.py (builds wheels), tests/examples (trains, samples on the CPU) and
-           tests/benchmarks (runs benchmarks on the CPU); side by side where pytest-xdist is installed
+  tests    the test suite on the GPU, without slow tests that need no GPU: tests/kernels/test_static.py (compiles for
+           other GPUs), tests/test_package.py (builds wheels), tests/examples (trains, samples on the CPU) and
+           tests/benchmarks (runs benchmarks on the CPU); in parallel if pytest-xdist is installed
   kernels  benchmarks/speed/bench_kernels.py; --full for every shape
   unet     benchmarks/speed/bench_unet.py for SD1.5 and SDXL
 """
@@ -36,25 +36,25 @@ from benchmarks.command_line import new_parser
 from benchmarks.result_files import ROOT, write_whole
 
 NOT_FOR_GPUS = ("tests/kernels/test_static.py", "tests/test_package.py", "tests/examples", "tests/benchmarks")
-TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # each compiles kernels, which is what takes the time
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for processes side by side
+TEST_PROCESSES = max(1, (os.cpu_count() or 1) - 2)  # each compiles kernels, which takes most of the time
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for parallel processes
 GRACE = 10.0  # seconds between interrupting a stage and killing it
-POLL = 0.1  # seconds between looks at a stage
+POLL = 0.1  # seconds between checks of a stage
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command, run in the repository's root; ``read`` finds its numbers, also after it was cut short."""
+    """A command, run in the repository's root; ``read`` returns its results, also after an early end."""
 
     name: str
     command: Sequence[str]
-    share: float  # of the time that this stage and those after it have
+    share: float  # of the time of this stage and all later ones
     read: Callable[[], Any] = lambda: None
-    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment, beside ours
+    variables: Mapping[str, str] = field(default_factory=dict)  # additional environment variables
 
 
 class Interruption:
-    """Notes SIGINT or SIGTERM; who waits looks here, so that no write is ever cut short."""
+    """Records SIGINT or SIGTERM. Waiting code reads ``requested``, so no write is interrupted."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -68,7 +68,7 @@ class Interruption:
 
 
 def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> list[Stage]:
-    """The stages by name; what they write goes to ``folder``."""
+    """The stages by name; their files are in ``folder``."""
     rows, unets = folder / "rows.jsonl", folder / "unets.json"
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     tests = [*pytest, "--maxfail=20", "tests", *(f"--ignore={path}" for path in NOT_FOR_GPUS)]
@@ -92,7 +92,7 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
 
 
 def read_rows(path: Path) -> dict[str, list[Any]] | None:
-    """bench_kernels.py's rows, the names of the columns once."""
+    """bench_kernels.py's rows; the names of the columns are stored once."""
     if not path.exists():
         return None
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
@@ -101,7 +101,7 @@ def read_rows(path: Path) -> dict[str, list[Any]] | None:
 
 
 def read_unets(path: Path) -> dict[str, Any] | None:
-    """bench_unet.py's results, without the environment, which is here already."""
+    """bench_unet.py's results, without the environment, which the suite records itself."""
     if not path.exists():
         return None
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -109,11 +109,11 @@ def read_unets(path: Path) -> dict[str, Any] | None:
 
 
 def run_stage(stage: Stage, seconds: float, interruption: Interruption) -> dict[str, Any]:
-    """Runs a stage to its end or its limit, its output going through; says how it ended, and its seconds."""
+    """Runs a stage to its end or its time limit, and passes its output on; returns the outcome and the seconds."""
     start = time.monotonic()
     process = subprocess.Popen(
         stage.command, cwd=ROOT, env={**os.environ, **stage.variables},
-        start_new_session=True,  # so that its children can be stopped with it
+        start_new_session=True,  # so that its children are stopped with it
         preexec_fn=heed_interruptions,
     )  # fmt: skip
     while process.poll() is None and time.monotonic() < start + seconds and not interruption.requested:
@@ -132,12 +132,12 @@ def run_stage(stage: Stage, seconds: float, interruption: Interruption) -> dict[
 
 
 def heed_interruptions() -> None:
-    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    """Restores SIGINT: a shell's background processes ignore it, and their children inherit this."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a stage that still runs, and its children: as Ctrl-C does, at which pytest reports, and then by force."""
+    """Stops a running stage and its children: first by SIGINT, so that pytest reports, then by SIGKILL."""
     os.killpg(process.pid, signal.SIGINT)
     try:
         process.wait(timeout=GRACE)
@@ -149,7 +149,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def run_suite(
     chosen: Sequence[Stage], seconds: float, output: Path, about: dict[str, Any], interruption: Interruption
 ) -> int:
-    """Runs the stages in turn within a budget, and keeps ``output`` up to date; returns the exit code."""
+    """Runs the stages in turn within a budget, updates ``output`` after each, and returns the exit code."""
     end = time.monotonic() + seconds
     outcomes: dict[str, dict[str, Any]] = {stage.name: {"outcome": "not run"} for stage in chosen}
     document = {**about, "stages": outcomes, "results": {}}
@@ -173,7 +173,7 @@ def run_suite(
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """JSON with each row of numbers on a line of its own; the file is always whole."""
+    """Writes JSON atomically, with each row of numbers on its own line."""
     results = dict(document["results"])
     rows = results.get("kernels", {}).get("rows")
     if rows is not None:
@@ -185,13 +185,13 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Command line."""
+    """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time budget of all stages (default: %(default)s)")
     parser.add_argument("--stage", action="append", default=[], choices=("tests", "kernels", "unet"))
     parser.add_argument("--full", action="store_true", help="every shape of the kernels; needs more minutes")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; results go to out/")
-    parser.add_argument("--output", type=Path, help="the results (default: benchmarks/results/gpu_<device>.json)")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; writes to out/")
+    parser.add_argument("--output", type=Path, help="the results file (default: benchmarks/results/gpu_<device>.json)")
     arguments = parser.parse_args()
     interruption = Interruption()
     interruption.install()

@@ -1,4 +1,4 @@
-"""The rows of ``bench_kernels.py``: which shapes, which implementations, and their kernels compiled ahead."""
+"""The rows of ``bench_kernels.py``: shapes, implementations, and compilation ahead of time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from benchmarks.speed.kernel_sides import BASELINE, BASELINES, CHAINS, OURS, Sid
 from benchmarks.unets import LayerShape
 
 UNETS = ("sd15", "sdxl")
-SUBSET = 12  # shapes of a UNet, unless all are wanted
-FEW_ROWS = 256  # below it a GEMM has less than two tiles of 128 rows
+SUBSET = 12  # shapes per UNet, unless all are selected
+FEW_ROWS = 256  # with fewer rows a GEMM has less than two tiles of 128 rows
 
-TINY = (  # layers that exist nowhere, for trying the benchmarks out
+TINY = (  # layers of no UNet, for trial runs
     LayerShape("conv2d", 2, 64, 64, 8, 8, (3, 3), (1, 1), (1, 1), ("conv",)),
     LayerShape("linear", 2, 64, 512, 64, 1, names=("gate",)),
     LayerShape("linear", 2, 64, 64, 1, 1, names=("a.time_emb_proj", "b.time_emb_proj")),
@@ -28,9 +28,9 @@ TINY = (  # layers that exist nowhere, for trying the benchmarks out
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a layer, or a chain if ``chain`` names one of ``CHAINS``, by one implementation.
+    """One row: one implementation of a layer, or of a chain if ``chain`` names one of ``CHAINS``.
 
-    ``shapes`` is the layer alone, or all layers of the UNet from which a chain takes its sizes.
+    ``shapes`` is the layer, or for a chain all layers of the UNet, which determine its sizes.
     """
 
     unet: str
@@ -44,15 +44,15 @@ class Case:
 
     @property
     def group(self) -> str:
-        """The rows to compare: equal for all implementations of one thing."""
+        """The name of the layer or chain, equal for all implementations that are compared."""
         what = self.chain or self.shapes[0].label
         return f"{self.unet}, batch {self.shapes[0].batch}: {what}"
 
 
 def representative(shapes: Sequence[LayerShape], count: int = SUBSET) -> list[LayerShape]:
-    """The shapes with few rows, one for each kind and number of tokens, and then those with most of the FLOPs.
+    """The shapes with few rows, one per kind and number of tokens, then the shapes with most of the FLOPs.
 
-    A shape's FLOPs are those of all the layers that share it; among shapes with few rows, too, the largest is taken.
+    A shape's FLOPs are the sum over all layers with it. Of several shapes with few rows, the largest is taken.
     """
     by_share = sorted(shapes, key=lambda shape: -shape.operations * len(shape.names))
     few_rows: dict[tuple[str, int], LayerShape] = {}
@@ -64,8 +64,10 @@ def representative(shapes: Sequence[LayerShape], count: int = SUBSET) -> list[La
 
 
 def cases(full: bool, tiny: bool) -> list[Case]:
-    """All rows: ours and the baselines' layers, then chains, then other libraries' linears, so that a run that is cut
-    short has what matters; with ``full`` every shape, at batch 2 and 8, otherwise the representative ones.
+    """All rows: layers of ours and of the baselines, then chains, then other libraries' linears.
+
+    An interrupted run so has the most important rows. ``full`` selects every shape, at batch 2 and 8, otherwise the
+    representative shapes are selected.
     """
     present = [name for name in linears.PEERS if linears.missing(name) is None]
     layers, chains, others = [], [], []
@@ -80,7 +82,7 @@ def cases(full: bool, tiny: bool) -> list[Case]:
 
 
 def prepare(case: Case) -> Side:
-    """The row's implementation, with tensors of its own; their values are the same at every call."""
+    """The row's implementation with new tensors, which have the same values at every call."""
     torch.manual_seed(0)
     if case.chain is None:
         return layer_side(case.shapes[0], case.implementation)
@@ -89,17 +91,17 @@ def prepare(case: Case) -> Side:
 
 
 def _compile(share: list[Case]) -> None:
-    """In a process of its own: calls each row once, for Triton's cache on disk."""
+    """Calls each row once, to fill Triton's cache on disk; runs in a separate process."""
     for case in share:
         try:
             prepare(case).run()
             torch.cuda.synchronize()
-        except Exception as error:  # the row itself will fail, and say so better
+        except Exception as error:  # the row itself will fail with a better report
             print(f"{case.group}: {error!r}"[:300], flush=True)
 
 
 def compile_kernels(rows: Sequence[Case], seconds: float = 60.0) -> None:
-    """Compiles what ours will need in parallel, for no longer than that; what is left compiles at its first call."""
+    """Compiles our kernels in parallel for at most ``seconds``; the others compile at their first call."""
     ours = [case for case in rows if case.implementation == OURS]
     processes = max(1, min(12, (os.cpu_count() or 1) - 1, len(ours)))
     context = multiprocessing.get_context("spawn")  # a fork would share the CUDA context

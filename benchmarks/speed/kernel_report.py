@@ -1,4 +1,4 @@
-"""The results of ``bench_kernels.py``: its rows, with the share of the roofline, and their summary."""
+"""The results of ``bench_kernels.py``: rows with their share of the roofline, and a summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.static_analysis.kernel_bounds import Kernel, layer_bound
 
 
 def report(case: Case, side: Side, us: float) -> dict[str, Any]:
-    """A row of the results: what ran, us per call, TFLOP/s and the share of what the device could do at best."""
+    """A row of the results: the case, us per call, TFLOP/s and the share of the device's roofline."""
     bound = bound_us(case, side)
     layer = None if case.chain else case.shapes[0]
     return {
@@ -33,7 +33,7 @@ def report(case: Case, side: Side, us: float) -> dict[str, Any]:
 
 
 def ceilings(device: str) -> Device | None:
-    """The published ceilings of a GPU by its name in PyTorch; of none that only resembles it."""
+    """The published ceilings of a GPU by its name in PyTorch; None for other variants of the model."""
     if any(word in device for word in ("PCIe", "NVL", "40GB", "Laptop", "MIG", " Ti", " D")):
         return None
     matches = (name for name in DEVICES if re.search(rf"\b{re.escape(name)}(?=[- ]|$)", device))
@@ -41,8 +41,9 @@ def ceilings(device: str) -> Device | None:
 
 
 def bound_us(case: Case, side: Side) -> float | None:
-    """The least time on this device, if it is a known one, for ours and for fp16: of a layer ``layer_bound``'s, of a
-    chain that of its operations or of reading its inputs, whichever is longer.
+    """The least time of our and the fp16 implementation on this device; None if the device is unknown.
+
+    A layer's bound is ``layer_bound``. A chain's bound is the larger of the times for its operations and its reads.
     """
     device = ceilings(torch.cuda.get_device_name()) if CUDA else None
     if device is None or case.implementation not in (OURS, BASELINE):
@@ -55,7 +56,7 @@ def bound_us(case: Case, side: Side) -> float | None:
 
 
 def speed_ups(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Ours relative to the baseline for each group that has both: the group, its speed-up and its FLOPs."""
+    """The speed-up over the baseline and the FLOPs of each group with both implementations."""
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["group"], {})[row["implementation"]] = row
@@ -71,13 +72,13 @@ def speed_ups(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def geometric_mean(ratios: Iterable[tuple[float, float]]) -> float:
-    """Of (ratio, weight): exp(sum w ln r / sum w)."""
+    """The weighted geometric mean of (ratio, weight) pairs: exp(sum w ln r / sum w)."""
     pairs = list(ratios)
     return math.exp(sum(weight * math.log(ratio) for ratio, weight in pairs) / sum(weight for _, weight in pairs))
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """Lines for the end of a run: mean speed-ups, chains one by one, and every row that is slower than the baseline."""
+    """The last lines of a run: mean speed-ups, each chain, and every row that is slower than the baseline."""
     compared = speed_ups(rows)
     lines = []
     for unet, kind in dict.fromkeys((row["unet"], row["kind"]) for row in compared if row["kind"] != "chain"):

@@ -1,7 +1,7 @@
-"""Implementations of what ``bench_kernels.py`` compares: layers, and chains of operators that the runtime fuses.
+"""The implementations in ``bench_kernels.py``: layers, and chains of operators that the runtime fuses.
 
-A ``Side`` is one implementation, ready to be called, with tensors of its own. Both sides of a comparison compute the
-same: the baseline's weights are the dequantized INT4 ones. All values are random; the caller sets the seed.
+A ``Side`` is one implementation with its own tensors. Both sides of a comparison compute the same function: the
+baseline's weights are the dequantized INT4 weights. All values are random; the caller sets the seed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DEVICE = "cuda" if CUDA else "cpu"
 COMPUTE_DTYPE = torch.float16 if CUDA else torch.float32
 OURS = "int4"
 BASELINES = {"fp16": torch.float16} if CUDA else {"fp32": torch.float32, "bf16": torch.bfloat16}
-BASELINE = next(iter(BASELINES))  # what speed-ups are relative to
+BASELINE = next(iter(BASELINES))  # the reference of speed-ups
 TIMESTEPS, BITS, GROUPS, EPS = 20, 8, 32, 1e-5
 HEAD_CHANNELS = 64
 
 
 @dataclass(frozen=True)
 class Side:
-    """A call, the tensors that it reads, its multiplications and additions, and what turns its result into floats."""
+    """A callable, the tensors that it reads, its multiplications and additions, and the conversion of its result."""
 
     run: Callable[[], Any]
     reads: tuple[Tensor, ...]
@@ -45,7 +45,7 @@ class Side:
 
 
 def random_quantizer(batch: int, channels: int) -> Quantizer:
-    """The quantizer of one input: per-timestep scales that hold normally distributed values."""
+    """The quantizer of one input, with scales per timestep for normally distributed values."""
     return Quantizer(
         torch.ones(channels, device=DEVICE),
         0.03 + 0.005 * torch.rand(TIMESTEPS, device=DEVICE),
@@ -56,7 +56,7 @@ def random_quantizer(batch: int, channels: int) -> Quantizer:
 
 
 def dequantizer(quantizer: Quantizer, border: int = 0) -> Callable[[Tensor], Tensor]:
-    """Turns an int8 activation into floats, without a border of so many pixels."""
+    """A function that converts an int8 activation to floats and removes a border of ``border`` pixels."""
 
     def to_floats(q: Tensor) -> Tensor:
         q = q[:, border:-border, border:-border] if border else q
@@ -67,7 +67,7 @@ def dequantizer(quantizer: Quantizer, border: int = 0) -> Callable[[Tensor], Ten
 
 @dataclass(frozen=True)
 class Weights:
-    """Random INT4 weights [N, ..., K] and the same ones dequantized, [N, K] or [N, K, KH, KW] channels_last."""
+    """Random INT4 weights [N, ..., K], packed and dequantized, the latter [N, K] or [N, K, KH, KW] channels_last."""
 
     packed: PackedWeight
     dense: Tensor
@@ -78,7 +78,7 @@ class Weights:
         values = torch.randint(
             ops.INT4_MIN, ops.INT4_MAX + 1, (out_channels, *reduction), dtype=torch.int8, device=DEVICE
         )
-        unit = (21.25 * values[0].numel()) ** -0.5  # 21.25: the variance of the values; results have one of about 1
+        unit = (21.25 * values[0].numel()) ** -0.5  # 21.25: the variance of the values; that of results is about 1
         scale = unit * (0.5 + torch.rand(out_channels, device=DEVICE))
         sums = values.flatten(1).sum(1, dtype=torch.int32)
         dense = (values.float() * scale.view(-1, *[1] * len(reduction))).to(COMPUTE_DTYPE)
@@ -101,19 +101,19 @@ def _tensors(*things: Any) -> tuple[Tensor, ...]:
 
 
 def layer_input(shape: LayerShape) -> Tensor:
-    """x of a layer: [B, tokens, K], or [B, H, W, K] for a convolution."""
+    """The input of a layer: [B, tokens, K], or [B, H, W, K] for a convolution."""
     size = (shape.tokens,) if shape.kind == "linear" else (shape.height, shape.width)
     return _randn(shape.batch, *size, shape.in_channels)
 
 
 def layer_weights(shape: LayerShape) -> Weights:
-    """Of a layer; an odd number of input channels is padded when packed."""
+    """The weights of a layer; packing pads an odd number of input channels."""
     taps = () if shape.kind == "linear" else shape.kernel_size
     return Weights.random(shape.out_channels, *taps, shape.in_channels)
 
 
 def int4_layer(shape: LayerShape, x: Tensor, quantizer: Quantizer, weights: Weights) -> Tensor:
-    """Ours: the quantization of x and the layer; a convolution's result is NHWC."""
+    """Our layer with the quantization of x; a convolution's result is NHWC."""
     q = ops.quantize(x, quantizer, shape.padding)
     arguments = (q, weights.packed, quantizer, weights.bias)
     if shape.kind == "linear":
@@ -122,7 +122,7 @@ def int4_layer(shape: LayerShape, x: Tensor, quantizer: Quantizer, weights: Weig
 
 
 def layer_side(shape: LayerShape, implementation: str) -> Side:
-    """A layer by itself."""
+    """One implementation of a single layer."""
     x, weights = layer_input(shape), layer_weights(shape)
     quantizer = random_quantizer(shape.batch, shape.in_channels)
     if implementation == OURS:
@@ -142,9 +142,9 @@ def layer_side(shape: LayerShape, implementation: str) -> Side:
 
 
 def layer_error(shape: LayerShape) -> float:
-    """Relative error of ours against the fp64 product of the dequantized operands, on a few rows or channels.
+    """Relative error of our layer against the fp64 product of the dequantized operands, on a few rows or channels.
 
-    They are the last ones, where a mask would be wrong first: 8 tokens, or 16 output channels, of the last sample.
+    The check covers the last 8 tokens, or 16 output channels, of the last sample, where a wrong mask shows first.
     """
     x, weights = layer_input(shape), layer_weights(shape)
     quantizer = random_quantizer(shape.batch, shape.in_channels)
@@ -193,7 +193,7 @@ def _group_norm_silu(x: Tensor, norm: Norm) -> Tensor:
 
 
 def group_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """Group norm + SiLU; ours writes the padded int8 image of the next convolution."""
+    """Group norm + SiLU; our kernel writes the padded int8 image of the next convolution."""
     shape = _main_convolution(shapes)
     x, norm = layer_input(shape), _norm_parameters(shape.in_channels)
     quantizer = random_quantizer(shape.batch, shape.in_channels)
@@ -208,7 +208,7 @@ def group_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
 
 def layer_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """Layer norm; ours writes int8."""
+    """Layer norm; our kernel writes int8."""
     shape = _main_gate(shapes)
     channels = shape.in_channels
     x, norm, quantizer = layer_input(shape), _norm_parameters(channels), random_quantizer(shape.batch, channels)
@@ -220,13 +220,13 @@ def layer_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
 
 def geglu_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """Linear and GEGLU; ours reads int8, as a norm has left it, and writes the next layer's int8."""
+    """Linear and GEGLU; our kernel reads the int8 output of a norm and writes the next layer's int8 input."""
     shape = _main_gate(shapes)
     x, weights = layer_input(shape), layer_weights(shape)
     quantizer, following = (
         random_quantizer(shape.batch, channels) for channels in (shape.in_channels, 4 * shape.in_channels)
     )
-    following = following._replace(scale=3 * following.scale)  # products have longer tails
+    following = following._replace(scale=3 * following.scale)  # the products have longer tails
     q = ops.quantize(x, quantizer)
 
     def unfused() -> Tensor:
@@ -243,7 +243,7 @@ def geglu_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
 
 def qkv_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """Layer norm and the projections to q, k and v; ours is two kernels."""
+    """Layer norm and the projections to q, k and v; our form is two kernels."""
     gate = _main_gate(shapes)
     channels = gate.in_channels
     x, norm, quantizer = layer_input(gate), _norm_parameters(channels), random_quantizer(gate.batch, channels)
@@ -266,7 +266,7 @@ def qkv_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
 
 def resnet_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """Norm + SiLU, convolution + time embedding + residual, norm + SiLU; ours passes statistics on, and int8."""
+    """Norm + SiLU, convolution + time embedding + residual, norm + SiLU; our kernels pass on int8 and statistics."""
     shape = _main_convolution(shapes)
     batch, channels = shape.batch, shape.in_channels
     x, residual, embedding, weights = (
@@ -302,9 +302,9 @@ def resnet_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
 
 def upsample_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """Nearest doubling and a convolution; ours doubles by addressing, and includes the quantization."""
+    """Nearest upsampling by 2 and a convolution; ours upsamples by addressing, and includes the quantization."""
     large = _main_convolution(shapes)
-    shape = replace(large, height=large.height // 2, width=large.width // 2)  # of what is doubled
+    shape = replace(large, height=large.height // 2, width=large.width // 2)  # before upsampling
     x, weights = layer_input(shape), layer_weights(shape)
     quantizer = random_quantizer(shape.batch, shape.in_channels)
 
@@ -324,7 +324,7 @@ def upsample_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
 
 def time_projections_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """SiLU and the linear of the time embedding in every resnet of the UNet; ours is one GEMM."""
+    """SiLU and the linear of the time embedding in every resnet of the UNet; our form is one GEMM."""
     layers = [(s, name) for s in shapes for name in s.names if name.endswith("time_emb_proj")]
     sizes, (batch, channels) = [s.out_channels for s, _ in layers], (layers[0][0].batch, layers[0][0].in_channels)
     x, quantizer = _randn(batch, channels), random_quantizer(batch, channels)
@@ -346,12 +346,12 @@ def time_projections_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
 
 
 def attention_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
-    """Self-attention behind the projection to q, k and v, with heads as wide as SDXL's; ours in int8, to int8."""
+    """Self-attention after the projection to q, k and v, with SDXL's head size; ours uses int8 and writes int8."""
     shape = _main_gate(shapes)
     channels, heads = shape.in_channels, shape.in_channels // HEAD_CHANNELS
     q, k, v = _randn(shape.batch, shape.tokens, 3 * channels).chunk(3, dim=-1)
     following = random_quantizer(shape.batch, channels)
-    following = following._replace(scale=following.scale * (math.e / shape.tokens) ** 0.5)  # it averages its values
+    following = following._replace(scale=following.scale * (math.e / shape.tokens) ** 0.5)  # attention averages values
 
     def unfused() -> Tensor:
         per_head = (x.unflatten(-1, (heads, HEAD_CHANNELS)).transpose(1, 2) for x in (q, k, v))
@@ -367,7 +367,7 @@ def attention_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     )  # fmt: skip
 
 
-# Layers of a UNet -> ours, baseline.
+# Layers of a UNet -> our side, the baseline's side.
 CHAINS: dict[str, Callable[[Sequence[LayerShape]], tuple[Side, Side]]] = {
     "group norm + SiLU": group_norm_chain,
     "layer norm": layer_norm_chain,

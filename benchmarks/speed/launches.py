@@ -1,4 +1,4 @@
-"""Every GEMM that a fused UNet launches, read off one forward pass on the meta device."""
+"""Every GEMM launch of a fused UNet, recorded in one forward pass on the meta device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dq_runtime.fused import fuse
 
 @dataclass(frozen=True)
 class Launch:
-    """One distinct launch: the key of the tuning table, and what it takes to repeat it.
+    """One distinct launch: the key of the tuning table, and the fields to repeat it.
 
-    ``x`` is the int8 input's shape (a padded image for convolutions), ``weight`` the packed weight's.
+    ``x`` is the int8 input's shape (a padded image for convolutions), ``weight`` the packed weight's shape.
     """
 
     op: str
@@ -34,7 +34,7 @@ class Launch:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions; GEGLU has two products for each result."""
+        """Multiplications and additions; GEGLU has two products per result."""
         return 2 * self.rows * self.out_channels * self.reduction * (2 if self.op == "linear_geglu" else 1)
 
 
@@ -70,7 +70,7 @@ def _launch(op: str, arguments: dict[str, Any], result: Any) -> Launch:
 
 @torch.inference_mode()
 def launches(name: str, batch: int) -> dict[Launch, int]:
-    """The distinct launches of one forward, and how often each occurs."""
+    """The distinct launches of one forward pass, and the number of each."""
     unet = quantized_unets.build(name, "meta", torch.float16)
     fuse(unet)
     with _Recorder() as recorder:

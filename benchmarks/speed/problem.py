@@ -1,4 +1,4 @@
-"""The GEMM of one launch with operands of its own, ready to be timed."""
+"""The GEMM of one launch with its operands, for timing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Problem:
 
     def __init__(self, shape: Launch, device: str, copies: int | None = None) -> None:
         self.launch = shape
-        # Weights come from memory in a real forward pass, activations from the layer before.
+        # In a real forward pass weights come from memory, and activations from the previous layer.
         self.copies = copies or copies_to_rotate(torch.Size(shape.weight).numel())
         rows, batch = shape.weight[0], shape.x[0]
         values = [torch.randint(0, 256, shape.weight, dtype=torch.uint8, device=device) for _ in range(self.copies)]
@@ -59,5 +59,5 @@ class Problem:
         )
 
     def run(self, config: LaunchConfig, copy: int = 0) -> Any:
-        """One launch, as the runtime would adjust the configuration; returns the compiled kernel."""
+        """Launches once, with the configuration as adjusted by the runtime; returns the compiled kernel."""
         return launch(self.x, self.weights[copy], self.quantizer, self.out, self.epilogue, self.geometry, config)

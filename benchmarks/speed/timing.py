@@ -1,4 +1,4 @@
-"""Timing on a GPU: many calls in one CUDA graph, so that neither Python nor launch gaps count."""
+"""Timing on a GPU: many calls in one CUDA graph, without Python's time and launch gaps."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-MIN_CALLS, MAX_CALLS = 8, 256  # of a graph
+MIN_CALLS, MAX_CALLS = 8, 256  # per graph
 
 
 def copies_to_rotate(tensor_bytes: int) -> int:
-    """How many copies of tensors, of so many bytes together, a graph reads to find none in the L2 cache again."""
+    """The number of copies that a graph rotates, so that none stays in the L2 cache; ``tensor_bytes`` of each copy."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return min(MAX_CALLS, max(MIN_CALLS, -(-2 * cache // max(tensor_bytes, 1))))
 
 
 def captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
-    """The calls as one CUDA graph: a function that replays it and gives the microseconds of one call."""
+    """Captures the calls as one CUDA graph; returns a function that replays it and returns microseconds per call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and autotunes before the capture
+    with torch.cuda.stream(stream):  # compilation and autotuning before the capture
         for call in calls:
             call()
     torch.cuda.synchronize()

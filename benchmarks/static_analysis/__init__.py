@@ -1,1 +1,1 @@
-"""Measurements that need no GPU: machine code of compiled kernels, rooflines, and what Python takes for launches."""
+"""Measurements without a GPU: machine code of compiled kernels, rooflines, and Python's time for launches."""

@@ -10,7 +10,7 @@ from benchmarks.result_files import RESULTS
 
 
 class Ceiling(NamedTuple):
-    """The most of something that a device does in a second, and who says so."""
+    """The peak rate of a device per second, and the source of the figure."""
 
     per_second: float
     source: str
@@ -26,7 +26,7 @@ class Device:
 
 
 def _measured(file: str) -> Device:
-    """What ``benchmarks.speed.ceilings`` measured; the int8 ceiling is the fastest of cuBLASLt's product and ours."""
+    """The results of ``benchmarks.speed.ceilings``; the int8 ceiling is the faster of cuBLASLt's product and ours."""
     path = RESULTS / file
     found = json.loads(path.read_text(encoding="utf-8"))
     source = f"{path.name}: {found['device']}, torch {found['versions']['torch']}, {found['date']}"

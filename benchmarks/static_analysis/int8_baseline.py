@@ -1,7 +1,7 @@
-"""The GEMM of ``dq_kernels.triton.gemm`` with weights of one byte each: what its main loop costs without the unpacking.
+"""The GEMM of ``dq_kernels.triton.gemm`` with int8 weights: the cost of its main loop without the unpacking.
 
-For counting instructions alone: no epilogue, and a step of as many input channels, in one matrix product or in two as
-ours (the compiler makes now the one, now the other better). It is compiled, never launched.
+It serves to count instructions: it is compiled, never launched. It has no epilogue. Its step has as many input channels
+as our kernel's, in one matrix product or in two (either form can compile to fewer instructions).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def int8_gemm_kernel(
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
     pixel = tl.minimum(m, num_rows - 1)
     channel = tl.where(n < out_channels, n, 0)
-    # Ours has 2 BLOCK_K channels in a step: BLOCK_K packed bytes, whose nibbles lie half of the channels apart.
+    # Our kernel's step has 2 BLOCK_K channels: BLOCK_K packed bytes, whose nibbles are half of the channels apart.
     BLOCK: tl.constexpr = 2 * BLOCK_K // PARTS
     part_channels = channels // PARTS
     k = tl.arange(0, BLOCK)

@@ -1,25 +1,26 @@
 """The kernels of a UNet's forward pass, unfused and fused, and the least time that each takes on a device.
 
-A kernel takes at least max(operations / peak, bytes / bandwidth), where a tensor that it reads or writes crosses the
-memory bus once. Left out are launches, the second pass of a norm over its input, biases, and copies that only change a
-layout (in channels_last there are none). So are caches that keep a tensor from one kernel to the next, by which a small
-model can be faster than its bound.
+A kernel takes at least max(operations / peak, bytes / bandwidth); each tensor that it reads or writes crosses the
+memory bus once. The model leaves out launches, the second pass of a norm over its input, biases, and copies that only
+change a layout (in channels_last there are none). It also leaves out caches that keep a tensor from one kernel to the
+next; with them a small model can be faster than its bound.
 
 **unfused**: every operator of diffusers' forward is a kernel; it reads its inputs and writes its output in 16 bit. A
-quantized layer is two: one reads x in 16 bit and writes it quantized, the other reads that and writes y in 16 bit.
+quantized layer is two kernels: the first reads x in 16 bit and writes it quantized, the second reads that and writes y
+in 16 bit.
 
-**fused**: the kernels are layers, norms and attention alone, each with what can be folded into it.
-  - Activations, GEGLU, additions of residuals and time embedding, and scalings belong to the kernel that makes their
-    largest input (of two equal ones, the later), as its epilogue: that input is neither written nor read.
-  - Upsampling, padding and the concatenation with skips belong to the kernels that read the result, as addressing.
-  - What layers read is written by whoever makes it in the layers' width; if norms, attention or residuals read it as
-    well, in 16 bit too. Statistics of a norm come with its input.
-  - Layers called one after the other on one tensor (q, k, v) are one kernel.
+**fused**: the kernels are layers, norms and attention; all other operators are fused into these.
+  - Activations, GEGLU, additions of residuals and time embedding, and scalings are an epilogue of the kernel that
+    writes their largest input (of two equal ones, the later): that input is neither written nor read.
+  - Upsampling, padding and the concatenation with skip connections are addressing in the kernels that read the result.
+  - The kernel before a layer writes the layer's input in the layer's width. If norms, attention or residuals read the
+    same tensor, it writes 16 bit, too. It also computes the statistics of a following norm.
+  - Consecutive layers on the same tensor (q, k, v) are one kernel.
 
-Precisions: fp16; W4A8, W4A4: layers have packed 4-bit weights with an fp32 scale and an int32 sum per output channel,
-compute in int8 (no 4-bit tensor cores since Hopper; Ampere's and Ada's are not used) and read 8-bit or packed 4-bit
-activations. Norms are done in 16 bit, and attention, too, but in the column that says otherwise: there its two products
-are int8, of q, k and v that are read in 16 bit.
+Precisions: in fp16 everything has 16 bits. In W4A8 and W4A4, layers have packed 4-bit weights with an fp32 scale and an
+int32 sum per output channel, and read 8-bit or packed 4-bit activations. They compute in int8: there are no 4-bit
+tensor cores since Hopper, and those of Ampere and Ada are not used. Norms and attention use 16 bit. In the int8
+attention column both products of attention are int8; q, k and v are read in 16 bit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from benchmarks.unets import LayerShape, build, inputs, layers
 
 @dataclass(frozen=True)
 class Precision:
-    """How layers store their operands, in bits, and the ``Device`` ceiling of their arithmetic and of attention's."""
+    """The bits of layers' operands, and the ``Device`` ceilings for the arithmetic of layers and of attention."""
 
     weight_bits: int
     activation_bits: int
@@ -55,7 +56,7 @@ PRECISIONS = {
     "w4a8, int8 attention": Precision(4, 8, "int8", "int8"),
     "w4a4": Precision(4, 4, "int8"),
 }
-# Precision, fused; the columns of the tables.
+# Column of the tables -> precision, fused.
 VARIANTS = {
     "fp16 unfused": ("fp16", False),
     "fp16 fused": ("fp16", True),
@@ -64,7 +65,7 @@ VARIANTS = {
     "w4a8 fused, int8 attention": ("w4a8, int8 attention", True),
     "w4a4 fused": ("w4a4", True),
 }
-# One layer by itself in fp16 has nothing to fuse, and no attention.
+# A single layer in fp16 has nothing to fuse, and no attention.
 LAYER_VARIANTS = {"fp16": ("fp16", False)} | {
     v: choice for v, choice in VARIANTS.items() if choice[0] in ("w4a8", "w4a4")
 }
@@ -72,7 +73,7 @@ LAYER_VARIANTS = {"fp16": ("fp16", False)} | {
 
 @dataclass
 class Kernel:
-    """What one launch computes and moves."""
+    """The operations and memory traffic of one launch."""
 
     kind: str
     arithmetic: str = "fp16"
@@ -81,20 +82,20 @@ class Kernel:
     activation_bytes: float = 0
 
     def seconds(self, device: Device) -> float:
-        """The least time on a device."""
+        """The least time on a device in seconds."""
         peak = getattr(device, self.arithmetic).per_second
         return max(self.operations / peak, (self.weight_bytes + self.activation_bytes) / device.memory.per_second)
 
 
 def weight_bytes(shape: LayerShape, precision: Precision) -> int:
-    """A layer's weights, as it reads them: 4-bit ones are packed by pairs of channels and have two tables."""
+    """The bytes of a layer's weights; 4-bit weights are packed in pairs of channels and have two tables."""
     if precision.weight_bits == 16:
         return 2 * shape.out_channels * shape.reduction
     return shape.out_channels * (math.ceil(shape.in_channels / 2) * shape.taps + 8)
 
 
 def layer_kernels(shape: LayerShape, precision: str, fused: bool) -> list[Kernel]:
-    """One layer by itself, from x to y in 16 bit; if fused, x is there in the layer's width already."""
+    """The kernels of a single layer, from x to y in 16 bit; if fused, x already has the layer's width."""
     chosen = PRECISIONS[precision]
     in_size = shape.batch * shape.tokens * shape.in_channels
     x_bytes, y_bytes = in_size * chosen.activation_bits / 8, 2 * shape.rows * shape.out_channels
@@ -105,25 +106,25 @@ def layer_kernels(shape: LayerShape, precision: str, fused: bool) -> list[Kernel
 
 
 def layer_bound(shape: LayerShape, device: Device, precision: str, fused: bool = True) -> float:
-    """The least time of one layer by itself in seconds; if not fused, with the quantization of its input."""
+    """The least time of a single layer in seconds; if not fused, it includes the quantization of the input."""
     return sum(kernel.seconds(device) for kernel in layer_kernels(shape, precision, fused))
 
 
 @dataclass(eq=False)
 class Tensor:
-    """A tensor of a traced forward; ``sources`` are what it is gathered from, where making it is only addressing."""
+    """A tensor of a traced forward pass; ``sources`` are the tensors that it gathers, if it needs only addressing."""
 
     size: int
     sources: tuple[Tensor, ...] = ()
 
     def resolve(self) -> list[Tensor]:
-        """The tensors that a kernel reads in its place."""
+        """The tensors that a kernel reads instead of this one."""
         return [tensor for source in self.sources for tensor in source.resolve()] or [self]
 
 
 @dataclass
 class Step:
-    """One operator of a forward; of an input it may read a part, so ``read_size`` counts the elements of all."""
+    """One operator of a forward pass; ``read_size`` counts all elements read, which can be parts of the inputs."""
 
     kind: str
     reads: list[Tensor]
@@ -143,13 +144,13 @@ KINDS = {
 
 
 class Tracer(TorchFunctionMode):
-    """Records the operators that make a new tensor out of others; what ``KINDS`` does not know is elementwise."""
+    """Records the operators that compute a new tensor from others; operators outside ``KINDS`` are elementwise."""
 
     def __init__(self, shapes: dict[torch.Tensor, LayerShape]) -> None:
         super().__init__()
         self.shapes = shapes  # by weight
         self.steps: list[Step] = []
-        self.tensors: dict[torch.UntypedStorage, Tensor] = {}  # a view is its base
+        self.tensors: dict[torch.UntypedStorage, Tensor] = {}  # a view shares its base's storage
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -172,7 +173,7 @@ class Tracer(TorchFunctionMode):
             return
         operations = shape.operations if shape else 0
         if kind == "attention":
-            query, key = inputs[:2]  # [batch, heads, tokens, channels]; a product with k and one with v
+            query, key = inputs[:2]  # [batch, heads, tokens, channels]; two products, with k and v
             operations = 4 * query.numel() * key.shape[-2]
         writes = Tensor(result.numel(), tuple(reads) if kind == "gather" else ())
         self.tensors[result.untyped_storage()] = writes
@@ -180,7 +181,7 @@ class Tracer(TorchFunctionMode):
 
 
 def trace(name: str, batch: int) -> list[Step]:
-    """The operators of one forward of a UNet, without computing it."""
+    """The operators of one forward pass of a UNet, on the meta device."""
     unet, arguments = build(name, "meta"), inputs(name, batch, "meta")
     shapes = {unet.get_submodule(layer).weight: shape for shape in layers(name, batch) for layer in shape.names}
     tracer = Tracer(shapes)
@@ -190,7 +191,7 @@ def trace(name: str, batch: int) -> list[Step]:
 
 
 def unfused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
-    """Every step a kernel; before a quantized layer, one that quantizes."""
+    """One kernel per step, and a quantizing kernel before each quantized layer."""
     kernels = []
     for step in steps:
         if step.shape is not None:
@@ -202,13 +203,13 @@ def unfused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
 
 
 def fused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
-    """Layers, norms and attention with all else folded into them; the rules are this module's first lines."""
+    """Layers, norms and attention with all other operators fused; the module's docstring has the rules."""
     chosen = PRECISIONS[precision]
     kernels: list[Kernel] = []
-    maker: dict[Tensor, int] = {}  # index of the kernel; none makes the forward's inputs
-    read: set[tuple[int, Tensor, int]] = set()  # by kernel, tensor, in bits
+    maker: dict[Tensor, int] = {}  # index of the kernel; inputs of the forward pass have none
+    read: set[tuple[int, Tensor, int]] = set()  # (kernel, tensor, bits)
     consumed: set[Tensor] = set()
-    shared: list[Tensor] | None = None  # what the step before read, if it was a layer
+    shared: list[Tensor] | None = None  # the inputs of the previous step, if it was a layer
     for step in steps:
         if step.kind == "gather":
             continue
@@ -217,7 +218,7 @@ def fused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
         is_layer = step.shape is not None
         if step.kind == "elementwise":
             index = maker.get(max(sources, key=lambda tensor: (tensor.size, maker.get(tensor, -1))))
-            if index is None:  # the embedding of the timestep, before any layer
+            if index is None:  # the timestep embedding, before the first layer
                 continue
         else:
             if not is_layer or sources != shared:
@@ -236,11 +237,11 @@ def fused_kernels(steps: list[Step], precision: str) -> list[Kernel]:
         kernels[index].activation_bytes += tensor.size * bits / 8
         widths[tensor].add(bits)
     for tensor, index in maker.items():
-        written = widths[tensor] if tensor in consumed else {16}  # the forward's result is read by nobody here
+        written = widths[tensor] if tensor in consumed else {16}  # no kernel reads the result of the forward pass
         kernels[index].activation_bytes += tensor.size * sum(written) / 8
     return kernels
 
 
 def forward_kernels(steps: list[Step], precision: str, fused: bool) -> list[Kernel]:
-    """The kernels of one forward."""
+    """The kernels of one forward pass."""
     return (fused_kernels if fused else unfused_kernels)(steps, precision)

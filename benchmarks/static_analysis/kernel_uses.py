@@ -1,6 +1,6 @@
-"""Every use that the operators make of a Triton kernel, in every configuration that is shipped, and how to compile it.
+"""The operators' uses of each Triton kernel, in every shipped configuration, and their compilation.
 
-A use is specialised as SD1.5's layers specialise it at its larger levels: pointers, channel counts and image sizes are
+A use has the specialisation of SD1.5's layers at the larger levels: pointers, channel counts and image sizes are
 multiples of 16, the sizes of padded images are not.
 """
 
@@ -45,7 +45,7 @@ TYPES = {
 }  # fmt: skip
 
 
-# The addresses that a use of the GEMM may do without.
+# The optional pointers of the GEMM.
 OPTIONAL = (
     *("bias_ptr", "channel_add_ptr", "residual_ptr", "statistics_ptr", "partial_ptr", "arrivals_ptr"),
     *("next_dilation_ptr", "next_scale_ptr", "next_zero_point_ptr"),
@@ -57,8 +57,8 @@ PARTIAL, NEXT = OPTIONAL[4:6], OPTIONAL[6:]
 class Use:
     """One specialisation of a kernel, apart from launch configuration and target.
 
-    ``op`` is the tuning files' name of it, None for a kernel that is not tuned; ``odd`` are integers that are no
-    multiples of 16, beside those that the kernel does not specialise; ``types`` are arguments that differ from
+    ``op`` is its name in the tuning files, None for a kernel without tuning. ``odd`` are integer arguments that are not
+    multiples of 16, beside those that the kernel does not specialise. ``types`` are argument types that differ from
     ``TYPES``.
     """
 
@@ -73,15 +73,15 @@ class Use:
     num_stages: int | None = None
 
     def configs(self, target: str) -> list[LaunchConfig | None]:
-        """The configurations that are shipped for the target, as far as the compiler can tell them apart."""
+        """The shipped configurations for the target that the compiler distinguishes."""
         if self.op is None:
             return [None]
         shapes = (shape for shape in tuned_shapes(tuning_file(target)) if shape.op == self.op)
         return list(dict.fromkeys(self._compiled(shape.config) for shape in shapes))
 
     def _compiled(self, config: LaunchConfig) -> LaunchConfig:
-        """As it is launched, with one number for all of ``group_m``, and of ``split_k`` beyond 1."""
-        rows_per_sample = 0 if self.constants["TILE_IN_SAMPLE"] else 1  # a multiple of every tile, or of none
+        """The adjusted configuration as launched; ``group_m`` is 1, and ``split_k`` above 1 is 2."""
+        rows_per_sample = 0 if self.constants["TILE_IN_SAMPLE"] else 1  # a multiple of every tile size, or of none
         with_statistics = "statistics_ptr" not in self.constants
         problem = Problem(self.op or "", 1, 1, 1, rows_per_sample, with_statistics)
         config = adjusted(config, problem)
@@ -89,14 +89,14 @@ class Use:
 
 
 def tuning_file(target: str) -> str:
-    """The tuning file that serves a target."""
+    """The tuning file for a target."""
     return AMD_FILE if TARGETS[target].backend == "hip" else FILES[TARGETS[target].arch]
 
 
 def _gemm(
     name: str, op: str, *present: str, size: int = 1, types: Mapping[str, str] | None = None, **other: Any
 ) -> Use:
-    """A use of the GEMM with some of its optional arguments, as a convolution of ``size`` x ``size`` taps."""
+    """A use of the GEMM with some optional arguments, as a convolution with ``size`` x ``size`` taps."""
     constants: dict[str, Any] = {"KERNEL_H": size, "KERNEL_W": size, "STRIDE_H": 1, "STRIDE_W": 1}
     constants |= {"DILATION_H": 1, "DILATION_W": 1, "UPSAMPLE": False, "GEGLU": False, "NEXT_BITS": 8}
     constants |= {"STATISTICS_ROWS": STATISTICS_ROWS, "EVEN_K": True, "TILE_IN_SAMPLE": True} | other
@@ -104,7 +104,7 @@ def _gemm(
     return Use(int4_gemm_kernel, name, constants, op, types=types or {})
 
 
-# Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels. Across samples: a tile has rows of two.
+# Even K: 640 or 1280 channels. Ragged K: 320 or 960 channels. Across samples: a tile has rows of two samples.
 RAGGED, ACROSS = {"EVEN_K": False}, {"TILE_IN_SAMPLE": False}
 TO_INT8 = {"out_ptr": INT8}
 GEMM_USES = (
@@ -148,7 +148,7 @@ _NEXT_TABLES = (*NEXT, "timestep_index_ptr")
 
 
 def _head_tile(head_channels: int) -> dict[str, Any]:
-    """Of heads that hold so many channels, channels last."""
+    """The attention constants for heads of ``head_channels`` channels, channels last."""
     block_d = attention.padded_head_channels(head_channels)
     tile = {"HEAD_CHANNELS": head_channels, "BLOCK_N": BLOCK_KEYS, "BLOCK_D": block_d}
     return tile | dict.fromkeys(("stride_k", "key_stride_k", "value_stride_k"), 1)
@@ -204,7 +204,7 @@ USES = {
 
 
 def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledKernel:
-    """Compiles as the JIT does at a launch."""
+    """Compiles a use like the JIT at a launch."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile kernels")
     is_nvidia = TARGETS[target].backend == "cuda"
@@ -223,7 +223,7 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
 
 
 def compile_int8(use: Use, target: str, config: LaunchConfig, parts: int) -> CompiledKernel:
-    """Compiles the baseline with weights of one byte, for a use of the GEMM."""
+    """Compiles the int8 baseline of a use of the GEMM."""
     constants = dict(use.constants)
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "PARTS": parts}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
@@ -257,7 +257,7 @@ def _compile(
 
 
 def shipped(target: str) -> Iterator[tuple[tuple[str, str], LaunchConfig | None]]:
-    """All that is shipped for a target: keys of ``USES``, each with each of its configurations."""
+    """Every key of ``USES`` with each of its shipped configurations for a target."""
     for key, use in USES.items():
         for config in use.configs(target):
             yield key, config

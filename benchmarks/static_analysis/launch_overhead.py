@@ -1,11 +1,11 @@
-"""What Python takes for one forward pass of a fused UNet, measured without a GPU.
+"""Measures Python's time for one forward pass of a fused UNet, without a GPU.
 
     python -m benchmarks.static_analysis.launch_overhead [--unet sd15]... [--rounds 30] [--profile] [--output FILE]
 
-Without a CUDA graph a fused UNet waits for Python, not for the GPU. Here a forward pass runs as it would on Hopper:
-modules, checks, dispatcher, allocations and Triton's own code for each launch. But tensors lie on the CPU, the launches
-themselves do nothing, and neither do attention and the few convolutions, norms and activations that stay PyTorch's. The
-result is what this machine's Python takes; a GPU's driver takes some microseconds more for each launch.
+Without a CUDA graph a fused UNet waits for Python, not for the GPU. Here a forward pass runs the same Python code as on
+Hopper: modules, checks, dispatcher, allocations and Triton's own code for each launch. But tensors are on the CPU, and
+launches do nothing. PyTorch's attention, and the few convolutions, norms and activations that stay in PyTorch, return
+at once. The result is Python's time on this machine; a GPU's driver adds some microseconds per launch.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from dq_runtime import fuse
 
 
 class NoGPU:
-    """In the place of Triton's driver: kernels are compiled for Hopper, loaded nowhere, and counted."""
+    """Replaces Triton's driver: kernels are compiled for Hopper and counted, but not loaded."""
 
     def __init__(self) -> None:
         self.launches = 0
         self.utils = self
-        self.operators = torch.library.Library("dq_kernels", "IMPL")  # what is registered lasts as long as this
+        self.operators = torch.library.Library("dq_kernels", "IMPL")  # registrations last as long as this object
 
     def get_current_target(self) -> Any:
         return TARGETS["sm_90"]
@@ -66,7 +66,7 @@ class NoGPU:
 
 
 def replace_the_gpu() -> NoGPU:
-    """Makes the operators launch into nothing, and PyTorch's expensive functions return at once."""
+    """Disables the operators' launches, and makes PyTorch's expensive functions return at once."""
     gpu = NoGPU()
     driver.set_active(gpu)
     for name in triton.__all__:
@@ -77,7 +77,7 @@ def replace_the_gpu() -> NoGPU:
         return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
 
     def attend(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        batch, heads, tokens, channels = query.shape  # the result's tokens lie as flash attention's do
+        batch, heads, tokens, channels = query.shape  # the result has flash attention's layout
         return query.new_empty(batch, tokens, heads, channels).transpose(1, 2)
 
     F.conv2d = convolve
@@ -87,7 +87,7 @@ def replace_the_gpu() -> NoGPU:
 
 
 def measure(name: str, batch: int, rounds: int, gpu: NoGPU) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """Launches and milliseconds of a forward pass, and the pass itself."""
+    """Launches and milliseconds of a forward pass, and a function that runs it."""
     unet = quantized_unets.build(name, "cpu", torch.float16)
     fuse(unet)
     arguments = unets.inputs(name, batch)
@@ -110,9 +110,9 @@ def measure(name: str, batch: int, rounds: int, gpu: NoGPU) -> tuple[dict[str, A
 
 @torch.no_grad()
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated; sd15")
+    parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated (default: sd15)")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="also list the functions that take longest")

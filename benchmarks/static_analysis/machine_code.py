@@ -1,7 +1,7 @@
-"""Reads machine code of GPU kernels: instructions, the main loop, what the compiler allocated, and occupancy.
+"""Reads machine code of GPU kernels: instructions, the main loop, allocated resources, and occupancy.
 
-NVIDIA's SASS comes from ``nvdisasm`` and ``cuobjdump``, which Triton ships; AMD's assembly from the compiler itself.
-Which kernels there are is none of this file's business.
+NVIDIA's SASS comes from ``nvdisasm`` and ``cuobjdump``, which Triton ships. AMD's assembly comes from the compiler. The
+list of kernels is in ``kernel_uses``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 MMA = r"I(G)?MMA|UTCIMMA|v_mfma_i32"
 LOCAL_MEMORY = r"(STL|LDL)\b|scratch_"
-# From registers to shared memory. Where there is an asynchronous copy, whatever does this in the loop took a detour.
+# Registers to shared memory. With asynchronous copies, such a store in the loop is an avoidable round trip.
 SHARED_STORE = r"(STS|STSM)\b|ds_write"
-# A warp waits here: for others, for copies, or for a matrix instruction.
+# A warp waits for other warps, for copies or for a matrix instruction.
 WAIT = r"BAR\b|DEPBAR|WARPGROUP\.DEPBAR|WARPSYNC|s_barrier|SYNCS\.PHASECHK"
 INTEGER = (
     r"(IADD|IMAD|IABS|IMNMX|ISETP|ISCADD|LOP|PLOP|SHF|LEA|PRMT|SEL|SGXT|VIADD|VIMNMX|BMSK|MOV)|"
@@ -42,7 +42,7 @@ NIBBLE_SHIFT = r"SHF\.L\S*\s+\S+\s+\S+\s+0x4\b|IMAD\.SHL\S*\s+\S+\s+\S+\s+0x10\b
 
 
 class Instruction(NamedTuple):
-    """One machine instruction; ``jump`` is the index of the instruction that a branch leads to."""
+    """One machine instruction; ``jump`` is the index of a branch's target instruction."""
 
     name: str
     operands: str
@@ -50,7 +50,7 @@ class Instruction(NamedTuple):
 
 
 def parse(text: str) -> list[Instruction]:
-    """Reads the output of nvdisasm, or AMD's assembly."""
+    """Parses the output of nvdisasm, or AMD's assembly."""
     labels: dict[str, int] = {}
     lines: list[tuple[str, str]] = []
     for line in text.splitlines():
@@ -66,19 +66,19 @@ def parse(text: str) -> list[Instruction]:
 
 
 def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The shortest jump backwards over a matrix instruction; everything, where there is none."""
+    """The shortest loop with a matrix instruction; all instructions if there is none."""
     jumps = ((line.jump, end + 1) for end, line in enumerate(instructions) if line.jump is not None)
     loops = (instructions[start:end] for start, end in jumps if start < end)
     return min((loop for loop in loops if count(loop, MMA)), key=len, default=instructions)
 
 
 def count(instructions: list[Instruction], pattern: str) -> int:
-    """How many instructions have a name that begins like ``pattern``."""
+    """The number of instructions whose name starts with ``pattern``."""
     return sum(re.match(pattern, instruction.name) is not None for instruction in instructions)
 
 
 def multiply_adds(instructions: list[Instruction]) -> int:
-    """int8 multiply-adds of the matrix instructions, each for one warp or warp group; 0 where the name has no shape."""
+    """int8 multiply-adds of the matrix instructions, per warp or warp group; 0 if the names have no shape."""
     shapes = (re.search(r"(\d+)x(\d+)x(\d+)|\.(16)(8)(\d\d)", line.name) for line in instructions)
     total = 0
     for line, shape in zip(instructions, shapes, strict=True):
@@ -89,18 +89,18 @@ def multiply_adds(instructions: list[Instruction]) -> int:
 
 
 def global_loads(instructions: list[Instruction]) -> dict[int, int]:
-    """Loads from global memory, into registers or into shared memory: bytes a thread -> how many."""
+    """Loads from global memory to registers or shared memory: bytes per thread -> number of loads."""
     names = (line.name for line in instructions if re.match(GLOBAL_LOAD, line.name))
     widths = (next((size for pattern, size in LOAD_BYTES if re.search(pattern, name)), 4) for name in names)
     return dict(sorted(Counter(widths).items(), reverse=True))
 
 
 def nibble_instructions(instructions: list[Instruction]) -> int:
-    """Instructions in SASS that unpack nibbles: masks with 0xf0f0f0f0, and shifts by 4 whose result such a mask takes.
+    """SASS instructions that unpack nibbles: masks with 0xf0f0f0f0, and shifts by 4 whose result such a mask reads.
 
-    These are what becomes of the three PTX instructions of ``packing.unpack_int4_x16`` (one shift, two masks, for four
-    packed bytes of a thread). The constant appears nowhere else in the kernels; a shift is told from one that computes
-    an address by its reader.
+    The three PTX instructions of ``packing.unpack_int4_x16`` (one shift, two masks, for four packed bytes of a thread)
+    compile to these. The constant appears nowhere else in the kernels. A shift counts only if a mask reads its result,
+    since shifts also compute addresses.
     """
     total, shifted = 0, set()
     for line in instructions:
@@ -116,7 +116,7 @@ def nibble_instructions(instructions: list[Instruction]) -> int:
 
 
 class Allocation(NamedTuple):
-    """What the compiler gave to one thread; ``spills`` are instructions that go to local memory."""
+    """The resources of one thread; ``spills`` are the instructions that access local memory."""
 
     registers: int
     spills: int
@@ -160,7 +160,7 @@ def _find(pattern: str, text: str) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one multiprocessor (AMD: compute unit) has, memory in bytes; ``registers`` are those of all its threads."""
+    """The limits of one multiprocessor (AMD: compute unit), memory in bytes; ``registers`` of all threads together."""
 
     warps: int
     blocks: int
@@ -168,9 +168,9 @@ class Limits:
     shared_per_block: int
     registers: int = 65536
     warp_size: int = 32
-    register_unit: int = 256  # a warp's registers are allocated in these
-    warp_unit: int = 4  # and its warps by this number, one for each scheduler
-    reserved: int = 1024  # shared memory that the system takes from each block
+    register_unit: int = 256  # allocation unit of a warp's registers
+    warp_unit: int = 4  # allocation unit of warps, one per scheduler
+    reserved: int = 1024  # shared memory that the system reserves per block
 
 
 KIB = 1024
@@ -184,11 +184,11 @@ LIMITS = {
     "sm_100": Limits(64, 32, 228 * KIB, 227 * KIB),
     "gfx942": Limits(32, 32, 64 * KIB, 64 * KIB, 4 * 512 * 64, warp_size=64, register_unit=512, reserved=0),
 }
-TENSOR_MEMORY_COLUMNS = 512  # of a multiprocessor of sm_100
+TENSOR_MEMORY_COLUMNS = 512  # per multiprocessor of sm_100
 
 
 def occupancy(target: str, registers: int, num_warps: int, shared: int, tensor_columns: int = 0) -> tuple[int, float]:
-    """Blocks that a multiprocessor holds at a time, and their share of the warps that it can hold."""
+    """The number of resident blocks per multiprocessor, and their share of the maximum number of warps."""
     limits = LIMITS[target]
     warp_registers = triton.cdiv(registers * limits.warp_size, limits.register_unit) * limits.register_unit
     warps = min(limits.warps, limits.registers // warp_registers // limits.warp_unit * limits.warp_unit)

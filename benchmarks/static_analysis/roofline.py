@@ -1,9 +1,9 @@
-"""The best possible speed of the benchmarks' UNets on GPUs that need not be present.
+"""Bounds on the speed of the benchmarks' UNets on GPUs, computed without a GPU.
 
     python -m benchmarks.static_analysis.roofline [--unet sd15]... [--batch 2] [--output FILE]
 
-A forward is a list of kernels, each with a least time on a device; the bound is the sum over the kernels.
-``kernel_bounds`` says which kernels there are, unfused and fused, and what counts; ``devices`` has the ceilings.
+A forward pass is a list of kernels, each with a least time on a device; the bound is the sum over the kernels.
+``kernel_bounds`` defines the kernels, unfused and fused, and their costs; ``devices`` has the ceilings.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OUTPUT = RESULTS / "roofline.json"
 
 
 def by_kind(costs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Sums of costs that come with the kind that they belong to."""
+    """The sum of the costs of each kind, from (kind, cost) pairs."""
     totals: dict[str, float] = {}
     for kind, cost in costs:
         totals[kind] = totals.get(kind, 0) + cost
@@ -45,7 +45,7 @@ def by_kind(costs: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def operations(steps: list[Step]) -> dict[str, float]:
-    """Multiplications and additions of one forward, by kind of layer."""
+    """Multiplications and additions of one forward pass, by kind of layer."""
 
     def kind(step: Step) -> str:
         if step.shape is None or step.shape.kind == "linear":
@@ -56,7 +56,7 @@ def operations(steps: list[Step]) -> dict[str, float]:
 
 
 def layer_row(shape: LayerShape) -> dict[str, Any]:
-    """One distinct shape: bytes and bounds of one layer by itself."""
+    """Bytes and bounds of a single layer of one distinct shape."""
     kernels = {variant: layer_kernels(shape, *choice) for variant, choice in LAYER_VARIANTS.items()}
     return {
         "layer": shape.label,
@@ -72,7 +72,7 @@ def layer_row(shape: LayerShape) -> dict[str, Any]:
 
 
 def unet_report(name: str, batch: int) -> dict[str, Any]:
-    """One UNet: operations, bytes and bounds of a forward by kind of kernel, and its distinct layers."""
+    """Operations, bytes and bounds of one UNet's forward pass by kind of kernel, and its distinct layers."""
     steps = trace(name, batch)
     kernels = {variant: forward_kernels(steps, *choice) for variant, choice in VARIANTS.items()}
     return {
@@ -88,7 +88,7 @@ def unet_report(name: str, batch: int) -> dict[str, Any]:
 
 
 def rounded(report: Any) -> Any:
-    """The same with floating-point numbers to six significant digits."""
+    """The report with floating-point numbers rounded to six significant digits."""
     if isinstance(report, dict):
         return {key: rounded(value) for key, value in report.items()}
     if isinstance(report, list):
@@ -97,7 +97,7 @@ def rounded(report: Any) -> Any:
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
-    """Milliseconds of a forward, and how many times faster than fp16 W4A8 can be at best."""
+    """Milliseconds of a forward pass, and the bound on W4A8's speed-up over fp16."""
     lines = [["UNet", "device", *VARIANTS, "fp16/w4a8, both fused", "fp16 unfused/w4a8 fused"]]
     for name, report in reports.items():
         for device, variants in report["milliseconds"].items():
@@ -109,11 +109,11 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--unet", action="append", choices=CONFIGS, help="may be repeated; all of them by default")
-    parser.add_argument("--batch", type=int, default=2, help="samples in a forward (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes (default: %(default)s)")
+    parser.add_argument("--unet", action="append", choices=CONFIGS, help="may be repeated (default: all)")
+    parser.add_argument("--batch", type=int, default=2, help="batch size (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file (default: %(default)s)")
     arguments = parser.parse_args()
     reports = {name: rounded(unet_report(name, arguments.batch)) for name in arguments.unet or CONFIGS}
     print(table(reports))

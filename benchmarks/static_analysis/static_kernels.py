@@ -1,20 +1,21 @@
-"""Compiles every Triton kernel for GPUs that need not be present, and reports what the machine code looks like.
+"""Compiles every Triton kernel without a GPU, and reports properties of the machine code.
 
     python -m benchmarks.static_analysis.static_kernels [--target sm_90]... [--sample] [--jobs 2] [--output FILE]
 
 Each use of each kernel is compiled in each launch configuration that ``kernels/triton/tuning`` lists for the
-architecture (or for the one whose file serves it). Instructions are counted here, not timed. The JSON has the names of
-its columns, then rows:
+architecture, in its own file or in that of another architecture. Instructions are counted here, not timed. The JSON has
+the names of its columns, then rows:
 
-- ``registers`` of a thread, ``spills`` (instructions that go to local memory), ``stack_bytes``, ``shared_bytes``;
-  ``blocks`` of a multiprocessor at a time and ``occupancy``, their share of its warps, as those three permit;
+- ``registers`` of a thread, ``spills`` (instructions that access local memory), ``stack_bytes``, ``shared_bytes``;
+  ``blocks``, the resident blocks per multiprocessor, and ``occupancy``, their share of its warps, as limited by these;
 - ``mma``: matrix instructions by name, in PTX for NVIDIA, in the machine code for AMD;
-- ``loop_*``: instructions of the main loop, the innermost one around a matrix instruction, or of the whole kernel where
-  there is none. ``loop_loads`` are those from global memory by bytes a thread; ``loop_integer`` is integer, logic and
-  move instructions, without the scalar ones; ``loop_unpack`` those that unpack nibbles (NVIDIA; how they are
-  recognised: ``machine_code.nibble_instructions``); ``loop_waits`` barriers and waits.
-- ``int8_*``: the same of ``int8_baseline``, the same loop with weights of one byte; ``ratio`` is loop instructions for
-  a multiply-add, over int8's. Where a matrix instruction's name does not tell its size (sm_100), for each of those.
+- ``loop_*``: instructions of the main loop, which is the innermost loop with a matrix instruction, or the whole kernel
+  if there is none. ``loop_loads`` are loads from global memory by bytes per thread. ``loop_integer`` are integer, logic
+  and move instructions, except scalar ones. ``loop_unpack`` are instructions that unpack nibbles (NVIDIA; see
+  ``machine_code.nibble_instructions``). ``loop_waits`` are barriers and waits.
+- ``int8_*``: the same for ``int8_baseline``, the loop with int8 weights. ``ratio`` is the number of loop instructions
+  per multiply-add, relative to int8; if the names of matrix instructions do not have their size (sm_100), it is per
+  matrix instruction.
 
 ``--sample`` compiles every use in one configuration, and for sm_90 every configuration in one use, without ``int8_*``.
 """
@@ -49,12 +50,12 @@ Row = dict[str, Any]
 
 
 def all_jobs(targets: Sequence[str]) -> list[Job]:
-    """Everything shipped, once."""
+    """Every shipped kernel, use and configuration, once."""
     return [(target, key, config) for target in targets for key, config in shipped(target)]
 
 
 def sample_jobs(targets: Sequence[str]) -> list[Job]:
-    """Of ``all_jobs``, the first of each use for each target; for ``SAMPLED_WHOLE`` also of each configuration."""
+    """The first of ``all_jobs`` for each use and target; for ``SAMPLED_WHOLE`` also for each configuration."""
     return [job for target in targets for job in _sample(all_jobs([target]))]
 
 
@@ -71,12 +72,12 @@ def _sample(jobs: list[Job]) -> Iterator[Job]:
 
 
 def read(kernel: CompiledKernel) -> tuple[list[Instruction], machine_code.Allocation]:
-    """Instructions and allocation, whosever GPU it is for."""
+    """Instructions and allocation of a kernel for NVIDIA or AMD."""
     return (machine_code.read_amd if "amdgcn" in kernel.asm else machine_code.read_nvidia)(kernel.asm)
 
 
 def describe(target: str, kernel: CompiledKernel) -> tuple[Row, list[Instruction]]:
-    """What can be said of any kernel, and its main loop."""
+    """The columns that all kernels have, and the main loop."""
     instructions, allocation = read(kernel)
     shared, columns = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
     blocks, share = machine_code.occupancy(
@@ -101,18 +102,18 @@ def describe(target: str, kernel: CompiledKernel) -> tuple[Row, list[Instruction
 
 @cache
 def int8_loop(target: str, key: tuple[str, str], config: LaunchConfig) -> list[Instruction]:
-    """The main loop of the baseline, in the form that takes fewer instructions."""
+    """The main loop of the baseline, in the form with fewer instructions."""
     loops = (main_loop(read(compile_int8(USES[key], target, config, parts))[0]) for parts in (1, 2))
     return min(loops, key=instructions_per_work)
 
 
 def instructions_per_work(loop: list[Instruction]) -> float:
-    """Instructions for a multiply-add; for a matrix instruction, where its name does not tell its size."""
+    """Instructions per multiply-add, or per matrix instruction if its name does not have its size."""
     return len(loop) / (machine_code.multiply_adds(loop) or count(loop, MMA) or 1)
 
 
 def against_int8(loop: list[Instruction], int8: list[Instruction]) -> Row:
-    """The main loop beside the baseline's."""
+    """The columns that compare the main loop with the baseline's."""
     return {
         "int8_loop_instructions": len(int8),
         "int8_loop_mma": count(int8, MMA),
@@ -123,7 +124,7 @@ def against_int8(loop: list[Instruction], int8: list[Instruction]) -> Row:
 
 
 def compile_row(job: Job, beside_int8: bool = True) -> Row:
-    """Compiles, and describes the machine code, beside the baseline's if wanted."""
+    """Compiles a job and describes the machine code; ``beside_int8`` adds the comparison with the baseline."""
     target, key, config = job
     row, loop = describe(target, compile_use(USES[key], target, config))
     if config is not None:
@@ -135,13 +136,13 @@ def compile_row(job: Job, beside_int8: bool = True) -> Row:
 
 
 def name_of(job: Job) -> Row:
-    """The part of a row that says what was compiled."""
+    """The columns of a row that identify the job."""
     target, key, config = job
     return {"target": target, "kernel": key[0], "use": key[1], **_fields(config)}
 
 
 def _fields(config: LaunchConfig | None) -> Row:
-    """A configuration without ``group_m``, which the compiler does not see; of ``split_k`` it sees whether it is 1."""
+    """A configuration as the compiler sees it: without ``group_m``, and with ``is_split`` for ``split_k`` above 1."""
     if config is None:
         return {}
     fields = asdict(config)
@@ -150,7 +151,7 @@ def _fields(config: LaunchConfig | None) -> Row:
 
 
 def compile_rows(jobs: Sequence[Job], processes: int, beside_int8: bool = True) -> list[Row]:
-    """Compiles all jobs in some processes."""
+    """Compiles all jobs in ``processes`` processes."""
     compile_one = partial(compile_row, beside_int8=beside_int8)
     if processes == 1:
         return list(map(compile_one, jobs))
@@ -159,7 +160,7 @@ def compile_rows(jobs: Sequence[Job], processes: int, beside_int8: bool = True) 
 
 
 def config_of(row: Row) -> str:
-    """A row's launch configuration in words; of a kernel that has none, nothing."""
+    """A row's launch configuration in words; empty for a kernel without one."""
     if "block_m" not in row:
         return ""
     words = "{block_m}x{block_n}x{block_k}, {num_warps} warps, {num_stages} stages".format(**row)
@@ -167,7 +168,7 @@ def config_of(row: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Rows for the reader of a terminal: a launch configuration in one column."""
+    """The rows as a table for a terminal, with the launch configuration in one column."""
     names = ("target", "kernel", "use", "registers", "spills", "stack_bytes", "shared_bytes", "blocks", "occupancy")
     loop = ("loop_instructions", "loop_mma", "loop_unpack", "loop_integer", "loop_waits", "loop_shared_stores")
     lines = []
@@ -183,7 +184,7 @@ def table(rows: list[Row]) -> str:
 
 
 def write(rows: list[Row], output: Path) -> None:
-    """The JSON: names of columns, then one row a line, null where a row has no such column."""
+    """Writes the JSON: names of columns, then one row per line, null where a row has no such column."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     about = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "columns": columns}
     lines = ",\n  ".join(json.dumps([row.get(name) for name in columns]) for row in rows)
@@ -192,7 +193,7 @@ def write(rows: list[Row], output: Path) -> None:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """What ``write`` wrote, with each row as it was before."""
+    """Reads a file of ``write`` and restores the rows."""
     report = json.loads(path.read_text(encoding="utf-8"))
     columns = report.pop("columns")
     report["rows"] = [
@@ -202,14 +203,14 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; all of them by default")
-    parser.add_argument("--sample", action="store_true", help="compile a part, as the tests do")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated (default: all)")
+    parser.add_argument("--sample", action="store_true", help="compile a sample, like the tests")
     parser.add_argument(
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="where the JSON goes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file (default: %(default)s)")
     arguments = parser.parse_args()
     jobs = (sample_jobs if arguments.sample else all_jobs)(arguments.target or list(TARGETS))
     rows = compile_rows(jobs, arguments.jobs, beside_int8=not arguments.sample)

@@ -2,12 +2,14 @@
 
     python -m benchmarks.tuning.tune [--unet sd15]... [--batch 2]... [--minutes 8] [--output FILE]
 
-For each launch of a fused UNet (``speed/launches.py``): every tile that fits, then split-K and the order of the tiles
-for the best ones. Times are medians over CUDA graphs with rotated weights. ``<output>.progress`` keeps every finished
-shape, so an interrupted search goes on where it stopped. Once there is a shape of every operator the tuning file is
-written after each: what was measured there before stays until its shape is tuned again. With it comes
-``benchmarks/results/tuning_<architecture>.json``, the best configuration's time for each launch. Candidates that spill
-registers are left out. ``--dry-run`` tries tiny shapes in Triton's interpreter, without timing them.
+For each launch of a fused UNet (``speed/launches.py``), the search times every tile that fits, then split-K and the
+order of the tiles for the best ones. Times are medians over CUDA graphs with rotated weights. Candidates that spill
+registers are left out. ``<output>.progress`` keeps every finished shape, so a second run continues an interrupted
+search.
+
+The tuning file is written after each shape, as soon as every operator has a shape. Its earlier entries stay until
+their shapes are tuned again. ``benchmarks/results/tuning_<architecture>.json`` has the time of the best configuration
+for each launch. ``--dry-run`` runs tiny shapes in Triton's interpreter, without timing them.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ TILES = (
 OPERATORS = {"linear", "linear_geglu", "conv2d"}
 SPLITS = (2, 4, 8)
 GROUPS = (4, 16)
-REFINED = 3  # tiles that go on to the second round
+REFINED = 3  # the number of tiles in the second round
 TINY = (
     Launch("linear", 24, 32, 32, (2, 12, 32), (32, 16)),
     Launch("linear_geglu", 24, 32, 32, (2, 12, 32), (64, 16)),
@@ -80,7 +82,7 @@ def key(launch: Launch) -> str:
 
 
 def tiles(launch: Launch, candidates: tuple[tuple[int, ...], ...] = TILES) -> list[LaunchConfig]:
-    """Tiles that are not mostly padding, and whose accumulators fit in registers."""
+    """Tiles that are not mostly padding and whose accumulators fit in registers."""
     chosen = []
     for block_m, block_n, *rest in candidates:
         accumulators = block_m * block_n * (2 if launch.op == "linear_geglu" else 1)
@@ -89,14 +91,14 @@ def tiles(launch: Launch, candidates: tuple[tuple[int, ...], ...] = TILES) -> li
         if launch.op == "linear_geglu" and rest[1] == 8 and block_n < 128:
             continue  # two groups of four warps would exchange their halves through shared memory
         if launch.op == "linear_geglu" and rest[0] > 64 and accumulators > 64 * 32 * rest[1]:
-            continue  # spills with some versions of Triton
+            continue  # it spills with some versions of Triton
         if accumulators <= 64 * 32 * rest[1] * 2 and not too_large and not too_small:
             chosen.append(LaunchConfig(block_m, block_n, *rest))
     return chosen
 
 
 def refinements(launch: Launch, config: LaunchConfig, multiprocessors: int) -> Iterator[LaunchConfig]:
-    """Split-K where there are few tiles, other orders where there are many."""
+    """Split-K for few tiles, other tile orders for many."""
     num_tiles = -(-launch.rows // config.block_m) * -(-launch.out_channels // config.block_n)
     steps = launch.reduction // (2 * config.block_k)
     if launch.op != "linear_geglu":
@@ -109,7 +111,7 @@ def refinements(launch: Launch, config: LaunchConfig, multiprocessors: int) -> I
 
 
 def measure(problem: Problem, config: LaunchConfig) -> float | None:
-    """Microseconds, or None where the configuration does not fit the device or spills."""
+    """Microseconds, or None if the configuration does not fit the device or spills."""
     try:
         if problem.run(config).n_spills:
             return None
@@ -133,7 +135,7 @@ def search(launch: Launch) -> list[tuple[float, list[int]]]:
 
 
 def compile_share(shapes: list[Launch], candidates: tuple[tuple[int, ...], ...]) -> None:
-    """Fills Triton's cache on disk, in a process of its own."""
+    """Compiles a share of the kernels into Triton's cache on disk; runs in a separate process."""
     for launch in shapes:
         problem = Problem(launch, "cuda", copies=1)
         for config in tiles(launch, candidates):
@@ -141,11 +143,11 @@ def compile_share(shapes: list[Launch], candidates: tuple[tuple[int, ...], ...])
                 try:
                     problem.run(replace(config, split_k=split))
                 except Exception:
-                    continue  # the search meets it again and judges
+                    continue  # the search handles this error
 
 
 def compile_all(shapes: list[Launch], deadline: float) -> None:
-    """Compiles in parallel what the search will ask for, as far as time allows; a tile belongs to one process."""
+    """Compiles the search's kernels in parallel until the deadline; each tile belongs to one process."""
     context = multiprocessing.get_context("spawn")
     workers = max(1, (os.cpu_count() or 2) - 1)
     processes = [context.Process(target=compile_share, args=(shapes, TILES[i::workers])) for i in range(workers)]
@@ -157,14 +159,14 @@ def compile_all(shapes: list[Launch], deadline: float) -> None:
 
 
 def write_lines(path: Path, header: dict[str, Any], name: str, rows: list[Any]) -> None:
-    """JSON with one row a line."""
+    """Writes JSON with one row per line."""
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     text = json.dumps(header, indent=1)[:-2] + f',\n "{name}": [\n' + lines + "\n ]\n}\n"
     write_whole(path, text)
 
 
 def write_timings(path: Path, progress: dict[str, Any]) -> None:
-    """Every launch with its best configuration, microseconds and TOP/s."""
+    """Writes every launch with its best configuration, microseconds and TOP/s."""
     rows = []
     for name, results in progress["shapes"].items():
         if results:
@@ -177,7 +179,7 @@ def write_timings(path: Path, progress: dict[str, Any]) -> None:
 
 
 def measured_before(path: Path) -> dict[tuple[Any, ...], list[int]]:
-    """The configurations of a tuning file by shape, if there is one that was measured."""
+    """The configurations of an existing tuning file by shape; empty if they were not measured."""
     if not path.exists():
         return {}
     document, shapes = read_tuning(path)
@@ -185,9 +187,9 @@ def measured_before(path: Path) -> dict[tuple[Any, ...], list[int]]:
 
 
 def write_tuning(path: Path, progress: dict[str, Any]) -> None:
-    """The shipped form: the best configuration of every shape, one a line, a shape that occurs twice once.
+    """Writes the shipped form: the best configuration of every distinct shape, one per line.
 
-    A launch needs a shape of its operator, so that no file is written without one of each.
+    Every operator needs at least one shape at run time, so no file is written before each has one.
     """
     best: dict[tuple[Any, ...], tuple[float, list[int]]] = {}
     for name, results in progress["shapes"].items():
@@ -202,14 +204,14 @@ def write_tuning(path: Path, progress: dict[str, Any]) -> None:
 
 
 def by_cost(counted: Mapping[Launch, int]) -> list[Launch]:
-    """The dearest launch of each operator, then all others, the dearest first: an interruption costs the least."""
+    """The most expensive launch of each operator, then all others by cost, so that an interruption loses the least."""
     dearest = sorted(counted, key=lambda launch: -counted[launch] * launch.operations)
     firsts = {launch.op: launch for launch in reversed(dearest)}
     return sorted(dearest, key=lambda launch: launch not in firsts.values())
 
 
 def dry_run() -> None:
-    """Every operator once in the interpreter, on shapes that take no time."""
+    """Runs every operator once in the interpreter, on tiny shapes."""
     for launch in TINY:
         problem = Problem(launch, "cpu", copies=1)
         for config in tiles(launch, DRY_TILES):
@@ -219,13 +221,13 @@ def dry_run() -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--unet", action="append", help="may be repeated; sd15 and sdxl")
-    parser.add_argument("--batch", action="append", type=int, help="may be repeated; 2")
+    parser.add_argument("--unet", action="append", help="may be repeated (default: sd15 and sdxl)")
+    parser.add_argument("--batch", action="append", type=int, help="may be repeated (default: 2)")
     parser.add_argument("--minutes", type=float, default=8, help="time budget (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="the tuning file (default: the package's, for this device)")
-    parser.add_argument("--timings", type=Path, help="where the times go (default: benchmarks/results)")
+    parser.add_argument("--timings", type=Path, help="the file of the times (default: in benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     if arguments.dry_run:
