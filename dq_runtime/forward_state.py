@@ -156,6 +156,8 @@ class ForwardState:
         change an image: no hook, and no T2I-Adapter, whose features are added in place.
         """
         self.forget()
+        if torch.compiler.is_compiling():
+            return  # no statistics are kept
         self._images_are_final = kwargs.get("down_intrablock_additional_residuals") is None and (
             not torch.is_inference_mode_enabled()
             or run_as_made(module for module in unet.modules() if module is not unet)
