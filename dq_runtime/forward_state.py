@@ -37,7 +37,10 @@ def run_as_made(modules: Iterable[nn.Module]) -> bool:
 class LinearGroup:
     """Quantized linears that read one tensor, as one GEMM.
 
-    The members' weights and tables become views of the group's, so nothing is held twice.
+    The members' weights and tables become views of the group's, so nothing is held twice. The group cannot own them:
+    offloaders and ``load_state_dict(assign=True)`` replace a member's tensors or their ``data`` without a call into the
+    member, one member at a time, so addresses are compared before use. A parameter stays the same object, since group
+    offloading keeps it; a view that is set as its ``data`` has its own version, so ``count_new_weights`` is needed.
 
     Args:
         layers: linears whose quantizers are equal (see ``same_quantizer``).
@@ -80,15 +83,11 @@ class LinearGroup:
         self._addresses = self._members_addresses()
 
     def follow(self) -> None:
-        """Merges again as soon as all members were moved or cast, and lets go of what they have left behind."""
-        if self._addresses != self._members_addresses():
-            biases = [layer.bias.dtype for layer in self.layers if layer.bias is not None]
-            if len({layer.weight.device for layer in self.layers}) == 1 and len(set(biases)) <= 1:
-                self._merge()
-            else:
-                self._addresses = []
-                for name in MERGED:
-                    setattr(self, name, None)
+        """Merges again once the last member was moved or cast: compiled code does not compare addresses."""
+        devices = {layer.weight.device for layer in self.layers}
+        dtypes = {layer.bias.dtype for layer in self.layers if layer.bias is not None}
+        if len(devices) == 1 and len(dtypes) <= 1 and self._addresses != self._members_addresses():
+            self._merge()
 
     def _members_addresses(self) -> list[int]:
         tensors = (getattr(layer, name) for layer in self.layers for name in MERGED)
@@ -113,8 +112,7 @@ class LinearGroup:
 
     def count_new_weights(self, *_: Any) -> None:
         """Counts a version of the merged weight, after its members, which are views of it, were loaded in place."""
-        if self.weight is not None:
-            self.weight.add_(0)
+        self.weight.add_(0)
 
     def forget(self) -> None:
         """Drops the results, at the end of a forward pass."""
@@ -156,6 +154,8 @@ class ForwardState:
         change an image: no hook, and no T2I-Adapter, whose features are added in place.
         """
         self.forget()
+        if torch.compiler.is_compiling():
+            return  # no statistics are kept
         self._images_are_final = kwargs.get("down_intrablock_additional_residuals") is None and (
             not torch.is_inference_mode_enabled()
             or run_as_made(module for module in unet.modules() if module is not unet)
