@@ -14,7 +14,7 @@ from dq_runtime.calibration.collect import CalibrationSet, RecordedCall
 from dq_runtime.calibration.importance import timestep_importance
 
 HELD_OUT = 8  # one sample in eight is held out of training
-MAX_JUDGING = 8  # validation batches
+MAX_VALIDATION_BATCHES = 8
 LEAST = 4  # samples per timestep
 
 
@@ -39,7 +39,7 @@ class MixedBatches:
 
     Attributes:
         training: numbers of the training batches.
-        judging: numbers of the validation batches; the training batches if there are too few samples to hold some out.
+        validation: numbers of the validation batches; equal to ``training`` if there are too few samples for both.
         fewest: the least number of different training samples of any timestep.
     """
 
@@ -48,18 +48,18 @@ class MixedBatches:
         timesteps = calibration_set.timesteps
         importance = timestep_importance(calibration_set.scheduler, timesteps)
         self._importance = dict(zip(timesteps, importance, strict=True))
-        for_training, for_judging = _split(_rows_by_timestep(calibration_set), generator)
+        for_training, for_validation = _split(_rows_by_timestep(calibration_set), generator)
 
         counts = self._counts(samples)
         self.fewest = min(min(counts[timestep], len(rows)) for timestep, rows in for_training.items())
         self._batches = _draw(for_training, counts, batch_size, generator)
-        self._training_share = self._judging_share = _shares(counts)
-        self.training = self.judging = range(len(self._batches))
-        if for_judging:
-            counts = self._counts(min(-(-samples // HELD_OUT), MAX_JUDGING * batch_size))
-            self._batches += _draw(for_judging, counts, batch_size, generator)
-            self._judging_share = _shares(counts)
-            self.judging = range(len(self.training), len(self._batches))
+        self._training_share = self._validation_share = _shares(counts)
+        self.training = self.validation = range(len(self._batches))
+        if for_validation:
+            counts = self._counts(min(-(-samples // HELD_OUT), MAX_VALIDATION_BATCHES * batch_size))
+            self._batches += _draw(for_validation, counts, batch_size, generator)
+            self._validation_share = _shares(counts)
+            self.validation = range(len(self.training), len(self._batches))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -76,7 +76,7 @@ class MixedBatches:
 
     def share(self, i: int) -> torch.Tensor:
         """The share of each sample's timestep among all training, or all validation, samples, [B] fp32."""
-        shares = self._training_share if i in self.training else self._judging_share
+        shares = self._training_share if i in self.training else self._validation_share
         return torch.tensor([shares[row.timestep] for row in self._batches[i]])
 
     def _counts(self, samples: int) -> dict[float, int]:
@@ -96,7 +96,7 @@ def _draw(
     """Batches with the given number of rows of each timestep, in random order."""
     drawn: list[Row] = []
     for timestep, count in counts.items():
-        drawn += islice(_again_and_again(rows[timestep], generator), count)
+        drawn += islice(_repeated(rows[timestep], generator), count)
     by_shape: dict[str, list[Row]] = {}
     for row in _shuffled(drawn, generator):
         by_shape.setdefault(_shape(row), []).append(row)
@@ -124,9 +124,9 @@ def _split(
     held_out = {timestep: of_timestep[: len(of_timestep) // HELD_OUT] for timestep, of_timestep in shuffled.items()}
     if min(map(len, held_out.values())) < LEAST:
         return shuffled, {}
-    judged = {timestep: {_latent(row) for row in some} for timestep, some in held_out.items()}
+    latents = {timestep: {_latent(row) for row in some} for timestep, some in held_out.items()}
     for_training = {
-        timestep: [row for row in of_timestep[len(held_out[timestep]) :] if _latent(row) not in judged[timestep]]
+        timestep: [row for row in of_timestep[len(held_out[timestep]) :] if _latent(row) not in latents[timestep]]
         for timestep, of_timestep in shuffled.items()
     }
     return (for_training, held_out) if all(for_training.values()) else (shuffled, {})
@@ -142,7 +142,7 @@ def _shuffled(rows: Sequence[Row], generator: torch.Generator) -> list[Row]:
     return [rows[i] for i in torch.randperm(len(rows), generator=generator)]
 
 
-def _again_and_again(rows: Sequence[Row], generator: torch.Generator) -> Iterator[Row]:
+def _repeated(rows: Sequence[Row], generator: torch.Generator) -> Iterator[Row]:
     while True:
         yield from rows
         rows = _shuffled(rows, generator)

@@ -34,9 +34,9 @@ from dq_runtime.calibration.finished_blocks import FinishedBlocks, fingerprint
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
+    cached_outputs,
     inputs_of,
     outputs_of,
-    remembered,
     squared_error,
 )
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
@@ -45,12 +45,12 @@ from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
 
-WEIGHING = 512  # samples that measure each timestep's error
+ERROR_SAMPLES = 512  # samples that measure each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam is invariant to it
 FEW_SAMPLES = 4  # of one timestep
 STORED_BYTES = 2**32  # on disk, for targets and for finished blocks' outputs each; the rest is recomputed per block
 
-Lesson = Callable[[int], torch.Tensor]
+SampleLosses = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def distil(
     grid = TimestepGrid(config.timesteps).to(unet.device)
     samples = min(settings.samples, calibration_set.num_samples)
     batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed)
-    if batches.judging == batches.training:
+    if batches.validation == batches.training:
         logger.warning(
             "Too few samples of some timesteps to hold any out: validation uses the training samples. Record more runs"
         )
@@ -136,19 +136,19 @@ def distil(
             "raise Distillation(samples=...)",
             batches.fewest, samples, len(calibration_set.timesteps),
         )  # fmt: skip
-    decisive = fingerprint(unet, batches, _decisive(config, settings))
+    digest = fingerprint(unet, batches, _fingerprinted(config, settings))
     with (
         _work_folder(settings.folder) as folder,
         _checkpointing(unet, settings.gradient_checkpointing),
-        simulated(unet, layers, tensors, sharing, config, grid) as stand_ins,
+        simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers,
     ):
-        finished = FinishedBlocks(folder, decisive)
-        trainer = _Trainer(unet, stand_ins, batches, TensorStore(folder / "activations"), grid, settings)
-        blocks = blocks_in_order(unet, stand_ins.values(), batches[0])
+        finished = FinishedBlocks(folder, digest)
+        trainer = _Trainer(unet, simulated_layers, batches, TensorStore(folder / "activations"), grid, settings)
+        blocks = blocks_in_order(unet, simulated_layers.values(), batches[0])
         try:
             for name, block in list(blocks.items()):
                 inside = set(block.modules())
-                block_layers = {n: layer for n, layer in stand_ins.items() if layer in inside}
+                block_layers = {n: layer for n, layer in simulated_layers.items() if layer in inside}
                 if not finished.restore(name, block_layers):
                     trainer.distil(name, blocks, block_layers)
                     finished.save(name, block_layers)
@@ -161,37 +161,37 @@ def distil(
         if settings.polish_iterations:
             wanted = settings.polish_iterations * settings.batch_size
             batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed)
-            _Trainer(unet, stand_ins, batches, trainer.store, grid, settings).polish()
-        return {name: layer.tensors() for name, layer in stand_ins.items()}
+            _Trainer(unet, simulated_layers, batches, trainer.store, grid, settings).polish()
+        return {name: layer.tensors() for name, layer in simulated_layers.items()}
 
 
 class _Trainer:
     """A UNet with simulated layers, and the batches that they are trained on.
 
-    A lesson is a function from a batch's number to the weighted squared error of each of its samples, [B].
+    ``SampleLosses`` is a function from a batch's number to the weighted squared error of each of its samples, [B].
     """
 
     def __init__(
         self,
         unet: Any,
-        stand_ins: Mapping[str, SimulatedLayer],
+        simulated_layers: Mapping[str, SimulatedLayer],
         batches: MixedBatches,
         store: TensorStore,
         grid: TimestepGrid,
         settings: Distillation,
     ) -> None:
-        self.unet, self.stand_ins, self.batches, self.store, self.grid = unet, stand_ins, batches, store, grid
+        self.unet, self.layers, self.batches, self.store, self.grid = unet, simulated_layers, batches, store, grid
         self.settings = settings
         self.result = architecture_of(unet).result
         self.device = unet.device  # read once: diffusers visits every module for it
         self.indices = [grid.nearest(b.timestep, b.sample.shape[0], self.device) for b in batches]
         self.shares = [batches.share(i).to(self.device) for i in range(len(batches))]
-        self.training, self.judging = batches.training, batches.judging
-        weighing = -(-WEIGHING // settings.batch_size)
-        self.weighing = range(max(0, len(batches) - weighing), len(batches))
+        self.training, self.validation = batches.training, batches.validation
+        count = -(-ERROR_SAMPLES // settings.batch_size)
+        self.error_batches = range(max(0, len(batches) - count), len(batches))
         self.finished: dict[str, nn.Module] = {}  # blocks by name
         # An input quantizer that is shared with an earlier block is fixed.
-        self.free_quantizers = {layer.input_quantizer for layer in stand_ins.values()}
+        self.free_quantizers = {layer.input_quantizer for layer in simulated_layers.values()}
 
     def distil(self, name: str, blocks: Mapping[str, nn.Module], layers: Mapping[str, SimulatedLayer]) -> None:
         """Trains a block's layers. ``blocks`` are this one and those after it; those before it are quantized."""
@@ -218,7 +218,7 @@ class _Trainer:
         # A GPU recomputes their outputs faster than most disks read them.
         finished = self.finished if self.device.type == "cpu" else {}
         for i, batch in enumerate(self.batches):
-            with remembered(finished, self.store, i, STORED_BYTES):
+            with cached_outputs(finished, self.store, i, STORED_BYTES):
                 self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
 
     def _store_targets(self, blocks: Mapping[str, nn.Module]) -> None:
@@ -238,19 +238,19 @@ class _Trainer:
     def polish(self) -> None:
         """Trains all layers together on the UNet's prediction."""
 
-        def lesson(i: int) -> torch.Tensor:
+        def losses_of(i: int) -> torch.Tensor:
             with self._in_floating_point(), torch.autocast(self.device.type, enabled=False):
                 target = self.result(self.batches[i].run(self.unet))
             error = squared_error(self.result(self.batches[i].run_with_gradients(self.unet)), target)
             return error * self.batches.importance(i).to(error.device) / self.shares[i]
 
         settings = self.settings
-        self._train("whole UNet", lesson, self.stand_ins, {}, settings.polish_iterations, settings.polish_learning_rate)
+        self._train("whole UNet", losses_of, self.layers, {}, settings.polish_iterations, settings.polish_learning_rate)
 
     def _train(
         self,
         name: str,
-        lesson: Lesson,
+        losses_of: SampleLosses,
         layers: Mapping[str, SimulatedLayer],
         start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
@@ -262,19 +262,19 @@ class _Trainer:
             start: weights after error feedback, where training starts. If empty, it starts from the present weights.
         """
         states = [states_of(layers)]
-        errors = [self._judge(lesson)]
+        errors = [self._validate(losses_of)]
         with tqdm(total=iterations, desc=name) as progress:
             if start:
                 for layer_name, layer in layers.items():
-                    layer.thaw(start[layer_name])
+                    layer.unfreeze(start[layer_name])
                     layer.freeze()
                 states.append(states_of(layers))
-                errors.append(self._judge(lesson))
+                errors.append(self._validate(losses_of))
             if iterations:
                 scale = LOSS_SCALE / self.settings.batch_size / max(errors[0], torch.finfo(torch.float32).tiny)
-                self._descend(lambda i: scale * lesson(i).sum(), layers, start, iterations, learning_rate, progress)
+                self._descend(lambda i: scale * losses_of(i).sum(), layers, start, iterations, learning_rate, progress)
                 states.append(states_of(layers))
-                errors.append(self._judge(lesson))
+                errors.append(self._validate(losses_of))
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
             set_states(layers, states[best])
             progress.set_postfix_str(f"squared error {errors[0]:.2g} -> {errors[best]:.2g}")
@@ -300,7 +300,7 @@ class _Trainer:
         in_steps: list[torch.Tensor] = [quantizer.zero_point for quantizer in quantizers]
         logarithms: list[torch.Tensor] = [quantizer.log_ratio for quantizer in quantizers]
         for name, layer in layers.items():
-            layer_in_steps, layer_logarithms = layer.thaw(start.get(name))
+            layer_in_steps, layer_logarithms = layer.unfreeze(start.get(name))
             in_steps += layer_in_steps
             logarithms += layer_logarithms
         groups = [
@@ -328,11 +328,11 @@ class _Trainer:
             layer.freeze()
 
     @torch.no_grad()
-    def _error_of_timesteps(self, error: Lesson) -> torch.Tensor:
+    def _error_of_timesteps(self, error: SampleLosses) -> torch.Tensor:
         """The present mean error of each timestep, [T]. Timesteps without samples get the mean of all."""
         # On the CPU, where the order of summation is fixed.
         total, count = (torch.zeros(self.grid.num_timesteps) for _ in range(2))
-        for i in self.weighing:
+        for i in self.error_batches:
             errors, index = error(i).cpu(), self.indices[i].cpu()
             total.index_add_(0, index, errors)
             count.index_add_(0, index, torch.ones_like(errors))
@@ -340,9 +340,9 @@ class _Trainer:
         return mean.clamp(min=torch.finfo(torch.float32).tiny).to(self.device)
 
     @torch.no_grad()
-    def _judge(self, lesson: Lesson) -> float:
+    def _validate(self, losses_of: SampleLosses) -> float:
         """The mean over the validation samples."""
-        return torch.cat([lesson(i) for i in self.judging]).mean().item()
+        return torch.cat([losses_of(i) for i in self.validation]).mean().item()
 
     @torch.no_grad()
     def _feedback(
@@ -370,7 +370,7 @@ class _Trainer:
 
     @contextmanager
     def _in_floating_point(self) -> Iterator[None]:
-        quantized = [layer for layer in self.stand_ins.values() if layer.quantized]
+        quantized = [layer for layer in self.layers.values() if layer.quantized]
         for layer in quantized:
             layer.quantized = False
         try:
@@ -416,7 +416,7 @@ def _checkpointing(unet: Any, wanted: bool) -> Iterator[None]:
         unet.disable_gradient_checkpointing()
 
 
-def _decisive(config: DilateQuantConfig, settings: Distillation) -> dict[str, Any]:
+def _fingerprinted(config: DilateQuantConfig, settings: Distillation) -> dict[str, Any]:
     """The settings that determine a block's result."""
     others = ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate")
     return {

@@ -48,7 +48,7 @@ class SecondMoments:
             yield patches.transpose(1, 2).flatten(0, 1)
 
     def rounded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's weights after error feedback, where training starts (see ``SimulatedLayer.thaw``).
+        """The layer's weights after error feedback, where training starts (see ``SimulatedLayer.unfreeze``).
 
         Each output channel's scale is then the one of least squared error for the rounded weights.
 

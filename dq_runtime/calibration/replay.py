@@ -18,7 +18,7 @@ from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.collect import RecordedCall
 
 
-class _Reached(Exception):
+class _StopReplay(Exception):
     """Raised by a hook to stop a replay. Its argument is the result."""
 
 
@@ -60,7 +60,7 @@ def inputs_of(model: nn.Module, block: nn.Module, call: RecordedCall) -> tuple[t
     """The args and kwargs of a block's first call within a call of the model. The replay stops there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached((args, kwargs))
+        raise _StopReplay((args, kwargs))
 
     return _run_until(model, call, block.register_forward_pre_hook(stop, with_kwargs=True))
 
@@ -77,17 +77,17 @@ def outputs_of(
     """
     missing, result = set(blocks), architecture_of(model).result
 
-    def hand_over(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if name in missing:
             missing.remove(name)
             if not keep(name, result(output)) or not missing:
-                raise _Reached(None)
+                raise _StopReplay(None)
 
-    _run_until(model, call, *(block.register_forward_hook(partial(hand_over, name)) for name, block in blocks.items()))
+    _run_until(model, call, *(block.register_forward_hook(partial(hook, name)) for name, block in blocks.items()))
 
 
 @contextmanager
-def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
+def cached_outputs(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
     """Caches the result of each block's first call within a call of the model, in a store.
 
     Args:
@@ -129,8 +129,8 @@ def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, m
 def _run_until(model: nn.Module, call: RecordedCall, *handles: Any) -> Any:
     try:
         call.run(model)
-    except _Reached as reached:
-        return reached.args[0]
+    except _StopReplay as stop:
+        return stop.args[0]
     finally:
         for handle in handles:
             handle.remove()

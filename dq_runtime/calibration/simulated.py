@@ -134,7 +134,7 @@ class InputQuantizer(nn.Module):
 class SimulatedLayer(nn.Module):
     """A linear layer or convolution that computes in floating point or, if ``quantized`` is set, like its INT4 form.
 
-    Its weights are constant except between ``thaw`` and ``freeze``, when ``steps`` is trained. Constant weights are
+    Its weights are constant except between ``unfreeze`` and ``freeze``, when ``steps`` is trained. Constant weights are
     ``values``, int8, and ``unrounded``, fp16, where training resumes: weights close to the midpoint between two values
     are the first to move.
     """
@@ -174,7 +174,7 @@ class SimulatedLayer(nn.Module):
         weight = self.layer.weight.detach().float()
         return weight * self.input_quantizer.weight_dilation.view(1, -1, *[1] * (weight.ndim - 2))
 
-    def thaw(
+    def unfreeze(
         self, start: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Makes weights and bias trainable.
@@ -301,22 +301,22 @@ def simulated(
         tensors: each layer's state dict (see ``QuantizedLayer``), where training starts.
         sharing: groups of layer names. The layers of a group share one input quantizer.
     """
-    stand_ins: dict[str, SimulatedLayer] = {}
+    simulated_layers: dict[str, SimulatedLayer] = {}
     for names in sharing:
         quantizer = InputQuantizer(tensors[names[0]], config.activation_bits_of(names[0]), grid)
         for name in names:
-            stand_ins[name] = SimulatedLayer(layers[name], tensors[name], quantizer)
+            simulated_layers[name] = SimulatedLayer(layers[name], tensors[name], quantizer)
     required = {parameter: parameter.requires_grad for parameter in unet.parameters()}
     training = {module: module.training for module in unet.modules()}
     unet.requires_grad_(False).eval()  # no dropout
-    replace_layers(unet, {layers[name]: stand_in.eval() for name, stand_in in stand_ins.items()})
+    replace_layers(unet, {layers[name]: layer.eval() for name, layer in simulated_layers.items()})
     hook = grid.follow(unet)
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield stand_ins
+            yield simulated_layers
     finally:
         hook.remove()
-        replace_layers(unet, {stand_in: stand_in.layer for stand_in in stand_ins.values()})
+        replace_layers(unet, {layer: layer.layer for layer in simulated_layers.values()})
         for parameter, wanted in required.items():
             parameter.requires_grad_(wanted)
         for module, mode in training.items():

@@ -51,8 +51,8 @@ def prediction_errors(
     batches = MixedBatches(calibration_set, samples, batch_size, seed=0)
 
     def predictions(tensors: Mapping[str, Mapping[str, torch.Tensor]], quantized: bool) -> list[torch.Tensor]:
-        with simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
-            for layer in stand_ins.values():
+        with simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers:
+            for layer in simulated_layers.values():
                 layer.quantized = quantized
             return [result(batches[i].run(unet)).cpu() for i in batches.training]
 
