@@ -63,15 +63,15 @@ def train_end_to_end(
     batches = MixedBatches(calibration_set, QAT_SAMPLES, 32, seed=0)
     weights = [batches.importance(i) / batches.share(i) for i in range(len(batches))]
     teacher = [result_tensor(batch.run(unet)) for batch in batches]
-    with simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
+    with simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers:
         in_steps: list[nn.Parameter] = []
         logarithms: list[nn.Parameter] = []
-        for layer in stand_ins.values():
+        for layer in simulated_layers.values():
             layer.quantized = True
-            first, second = layer.thaw()
+            first, second = layer.unfreeze()
             in_steps += first
             logarithms += second
-        for quantizer in {layer.input_quantizer: None for layer in stand_ins.values()}:
+        for quantizer in {layer.input_quantizer: None for layer in simulated_layers.values()}:
             in_steps.append(quantizer.zero_point.requires_grad_(True))
             logarithms.append(quantizer.log_ratio.requires_grad_(True))
         optimizer = torch.optim.Adam(
@@ -89,9 +89,9 @@ def train_end_to_end(
             ((error * weights[i]).mean() / first_error).backward()
             optimizer.step()
             done = (time.perf_counter() - start) / seconds
-        for layer in stand_ins.values():
+        for layer in simulated_layers.values():
             layer.freeze()
-        return {name: layer.tensors() for name, layer in stand_ins.items()}
+        return {name: layer.tensors() for name, layer in simulated_layers.items()}
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Calibration: from a floating-point UNet to the tensors of a quantized one. Inference never imports it."""
+"""Calibration: computes the tensors of a quantized UNet from a floating-point one. Inference never imports it."""

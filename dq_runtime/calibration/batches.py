@@ -1,4 +1,4 @@
-"""Training data: single samples of recorded calls, drawn by how much their timestep matters, in mixed batches."""
+"""Training batches of single samples from recorded calls, drawn by the importance of their timesteps."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 from dq_runtime.calibration.collect import CalibrationSet, RecordedCall
 from dq_runtime.calibration.importance import timestep_importance
 
-HELD_OUT = 8  # one sample in eight is not trained on
-MAX_JUDGING = 8  # batches
-LEAST = 4  # samples of a timestep
+HELD_OUT = 8  # one sample in eight is held out of training
+MAX_VALIDATION_BATCHES = 8
+LEAST = 4  # samples per timestep
 
 
 class Row(NamedTuple):
     """One sample of a recorded call."""
 
     call: RecordedCall
-    number: int  # in its batch
+    number: int  # index in the call's batch
     timestep: float
 
 
 class MixedBatches:
-    """Calls whose samples have a timestep each; one is put together when it is asked for.
+    """Batches of samples with mixed timesteps. A batch is assembled when it is accessed.
 
-    A timestep is drawn in proportion to the square root of its importance (see ``timestep_importance``), the least
-    important a few times: errors divided by its share have unbiased means, which vary less than if all timesteps were
-    drawn alike. Where a timestep has fewer samples than are drawn they come again.
+    The number of samples of a timestep is proportional to the square root of its importance (``timestep_importance``),
+    with a minimum of a few. A loss divided by each timestep's share has an unbiased mean. Its variance is lower than
+    with equal numbers for all timesteps. If a timestep has fewer samples than are drawn, they are repeated.
 
     Args:
-        samples: how many to draw for training, about; an eighth of that, of other samples, is to judge by.
-        batch_size: samples of a batch. Only those whose arguments have the same shapes share one.
+        samples: approximate number of training samples. An eighth of that, of other samples, is drawn for validation.
+        batch_size: samples per batch. Samples share a batch only if their arguments have equal shapes.
 
     Attributes:
-        training: numbers of the batches to train on.
-        judging: of those to judge by; the same ones where there are too few samples to hold some out.
-        fewest: different samples that one timestep is trained on, at least.
+        training: numbers of the training batches.
+        validation: numbers of the validation batches; equal to ``training`` if there are too few samples for both.
+        fewest: the least number of different training samples of any timestep.
     """
 
     def __init__(self, calibration_set: CalibrationSet, samples: int, batch_size: int, seed: int) -> None:
@@ -48,18 +48,18 @@ class MixedBatches:
         timesteps = calibration_set.timesteps
         importance = timestep_importance(calibration_set.scheduler, timesteps)
         self._importance = dict(zip(timesteps, importance, strict=True))
-        for_training, for_judging = _split(_rows_by_timestep(calibration_set), generator)
+        for_training, for_validation = _split(_rows_by_timestep(calibration_set), generator)
 
         counts = self._counts(samples)
         self.fewest = min(min(counts[timestep], len(rows)) for timestep, rows in for_training.items())
         self._batches = _draw(for_training, counts, batch_size, generator)
-        self._training_share = self._judging_share = _shares(counts)
-        self.training = self.judging = range(len(self._batches))
-        if for_judging:
-            counts = self._counts(min(-(-samples // HELD_OUT), MAX_JUDGING * batch_size))
-            self._batches += _draw(for_judging, counts, batch_size, generator)
-            self._judging_share = _shares(counts)
-            self.judging = range(len(self.training), len(self._batches))
+        self._training_share = self._validation_share = _shares(counts)
+        self.training = self.validation = range(len(self._batches))
+        if for_validation:
+            counts = self._counts(min(-(-samples // HELD_OUT), MAX_VALIDATION_BATCHES * batch_size))
+            self._batches += _draw(for_validation, counts, batch_size, generator)
+            self._validation_share = _shares(counts)
+            self.validation = range(len(self.training), len(self._batches))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -71,16 +71,16 @@ class MixedBatches:
         return map(_joined, self._batches)
 
     def importance(self, i: int) -> torch.Tensor:
-        """That of each sample's timestep in a batch, [B] fp32."""
+        """The importance of each sample's timestep in batch ``i``, [B] fp32."""
         return torch.tensor([self._importance[row.timestep] for row in self._batches[i]])
 
     def share(self, i: int) -> torch.Tensor:
-        """That which each sample's timestep has in all that is drawn to train on, or to judge by, [B] fp32."""
-        shares = self._training_share if i in self.training else self._judging_share
+        """The share of each sample's timestep among all training, or all validation, samples, [B] fp32."""
+        shares = self._training_share if i in self.training else self._validation_share
         return torch.tensor([shares[row.timestep] for row in self._batches[i]])
 
     def _counts(self, samples: int) -> dict[float, int]:
-        """How many to draw of each timestep."""
+        """The number of samples to draw of each timestep."""
         total = sum(importance**0.5 for importance in self._importance.values())
         least = max(1, min(LEAST, samples // len(self._importance)))
         return {t: max(least, round(samples * value**0.5 / total)) for t, value in self._importance.items()}
@@ -93,10 +93,10 @@ def _shares(counts: Mapping[float, int]) -> dict[float, float]:
 def _draw(
     rows: Mapping[float, Sequence[Row]], counts: Mapping[float, int], batch_size: int, generator: torch.Generator
 ) -> list[list[Row]]:
-    """Batches of so many rows of each timestep, in random order."""
+    """Batches with the given number of rows of each timestep, in random order."""
     drawn: list[Row] = []
     for timestep, count in counts.items():
-        drawn += islice(_again_and_again(rows[timestep], generator), count)
+        drawn += islice(_repeated(rows[timestep], generator), count)
     by_shape: dict[str, list[Row]] = {}
     for row in _shuffled(drawn, generator):
         by_shape.setdefault(_shape(row), []).append(row)
@@ -116,24 +116,24 @@ def _rows_by_timestep(calibration_set: CalibrationSet) -> dict[float, list[Row]]
 def _split(
     rows: Mapping[float, Sequence[Row]], generator: torch.Generator
 ) -> tuple[dict[float, list[Row]], dict[float, list[Row]]]:
-    """Rows to train on, and of each timestep an eighth to judge by; none where one timestep would have too few.
+    """Training rows, and an eighth of each timestep's rows for validation; none if any timestep had too few.
 
-    With guidance a latent comes twice, with and without its prompt: it is either trained on or judged by.
+    With guidance a latent occurs twice, with and without its prompt. It is used for training or validation, never both.
     """
     shuffled = {timestep: _shuffled(of_timestep, generator) for timestep, of_timestep in rows.items()}
     held_out = {timestep: of_timestep[: len(of_timestep) // HELD_OUT] for timestep, of_timestep in shuffled.items()}
     if min(map(len, held_out.values())) < LEAST:
         return shuffled, {}
-    judged = {timestep: {_latent(row) for row in some} for timestep, some in held_out.items()}
+    latents = {timestep: {_latent(row) for row in some} for timestep, some in held_out.items()}
     for_training = {
-        timestep: [row for row in of_timestep[len(held_out[timestep]) :] if _latent(row) not in judged[timestep]]
+        timestep: [row for row in of_timestep[len(held_out[timestep]) :] if _latent(row) not in latents[timestep]]
         for timestep, of_timestep in shuffled.items()
     }
     return (for_training, held_out) if all(for_training.values()) else (shuffled, {})
 
 
 def _latent(row: Row) -> bytes:
-    """Equal for rows that have the same ``sample``."""
+    """A digest of a row's ``sample``, equal for equal samples."""
     sample = row.call.sample[row.number].contiguous()
     return hashlib.sha256(sample.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
 
@@ -142,14 +142,14 @@ def _shuffled(rows: Sequence[Row], generator: torch.Generator) -> list[Row]:
     return [rows[i] for i in torch.randperm(len(rows), generator=generator)]
 
 
-def _again_and_again(rows: Sequence[Row], generator: torch.Generator) -> Iterator[Row]:
+def _repeated(rows: Sequence[Row], generator: torch.Generator) -> Iterator[Row]:
     while True:
         yield from rows
         rows = _shuffled(rows, generator)
 
 
 def _parts(row: Row) -> tuple[list[Any], Any]:
-    """One sample's part of each argument, and how they are nested; what has no row for each sample is everyone's."""
+    """One sample's part of each argument, and their tree structure. Arguments without a row per sample are shared."""
     call, i, _ = row
     leaves, structure = tree_flatten_with_path(call.arguments)
     batch = call.sample.shape[0]
@@ -162,7 +162,7 @@ def _parts(row: Row) -> tuple[list[Any], Any]:
 
 
 def _shape(row: Row) -> str:
-    """Samples for which it is the same can share a batch."""
+    """A key that is equal for samples that can share a batch."""
 
     def signature(part: Any) -> Any:
         if isinstance(part, torch.Tensor):

@@ -1,4 +1,4 @@
-"""From a floating-point model and its calibration set to a packed-INT4 one, in place."""
+"""Quantizes a floating-point model to packed INT4, in place, with a calibration set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dq_runtime.timesteps import TimestepGrid, grouped
 
 logger = logging.getLogger("dq_runtime")
 
-CLEARLY_LESS = 0.97  # of a squared error: what lies between is as likely chance
+CLEARLY_LESS = 0.97  # ratio of squared errors; a smaller difference may be chance
 
 
 def calibrate(
@@ -39,23 +39,23 @@ def calibrate(
 
     Args:
         model: a floating-point ``UNet2DModel``, ``UNet2DConditionModel``, ``ControlNetModel``,
-            ``FluxTransformer2DModel``, or ``AutoencoderKL``, of which the decoder is quantized; on any device.
-        calibration_set: calls recorded from its real sampling trajectory (``record``, ``collect_from_pipeline``,
+            ``FluxTransformer2DModel``, or ``AutoencoderKL`` (its decoder is quantized), on any device.
+        calibration_set: calls recorded over its real sampling trajectories (``record``, ``collect_from_pipeline``,
             ``collect_from_scheduler``). Its timesteps become the grid of the activation tables.
         config: W4A8 by default.
-        distillation: how to train the quantized model towards the floating-point one, block by block; None rounds
-            to nearest, which takes a few runs over the calibration set and a search in each layer.
+        distillation: settings for training the quantized model, block by block, towards the floating-point one. None
+            rounds to nearest, which takes a few passes over the calibration set and a search in each layer.
 
     Returns:
         the same model, quantized.
 
     Raises:
-        TypeError: for another model, or one whose forward lacks the sample or the timestep. The model is unchanged.
+        TypeError: if the model's class is not supported, or its forward lacks the sample or the timestep.
         ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
-            belongs to another calibration. The model is unchanged.
+            belongs to another calibration. After either error the model is unchanged.
     """
     config, architecture = config or DilateQuantConfig(), architecture_of(model)
-    architecture.signature(model)  # refuses a forward without sample or timestep
+    architecture.signature(model)  # raises if the forward lacks the sample or the timestep
     if config.modules_to_not_convert == list(NOT_CONVERTED):
         config = replace(config, modules_to_not_convert=list(architecture.modules_to_not_convert))
     config = replace(config, timesteps=grouped(calibration_set.timesteps, config.timestep_groups))
@@ -74,7 +74,7 @@ def calibrate(
     sharing = layers_by_input(samples)
     configs = [config]
     if config.dilation == "joint" and distillation is None:
-        # Chosen layer by layer. All of it together has to be clearly better than none, where no training follows.
+        # Dilation is chosen layer by layer. If no training follows, the whole model must be clearly better with it.
         configs.append(replace(config, dilation="none"))
     candidates = _quantize_layers(layers, samples, sharing, calibration_set, configs)
     tensors = candidates[0]
@@ -97,7 +97,7 @@ def _quantize_layers(
     calibration_set: CalibrationSet,
     configs: Sequence[DilateQuantConfig],
 ) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """The layers' state dicts with each of some configs that differ in ``dilation`` alone. Uses the samples up."""
+    """The layers' state dicts for each config. Configs differ in ``dilation`` alone. Empties ``samples``."""
     assert configs[0].timesteps is not None
     timesteps = calibration_set.timesteps
     importance = timestep_importance(calibration_set.scheduler, timesteps)
@@ -122,11 +122,11 @@ def _quantize_group(
     groups: Sequence[int],
     config: DilateQuantConfig,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The state dicts of layers that see one tensor: they share one dilation and one activation quantizer."""
+    """The state dicts of layers that share their input: they share one dilation and one activation quantizer."""
     bits_of = {name: config.activation_bits_of(name) for name in layers}
     if len(set(bits_of.values())) > 1:
         raise ValueError(
-            "These layers see one tensor, which is quantized once, but layer_activation_bits gives them different "
+            "These layers share their input, which is quantized once, but layer_activation_bits gives them different "
             f"numbers of bits: {bits_of}. Give them the same"
         )
     bits = next(iter(bits_of.values()))

@@ -1,6 +1,6 @@
-"""Collecting calibration data: every call that a sampling trajectory makes of the model, with its inputs.
+"""Collecting calibration data: records all calls of the model in a sampling trajectory, with their inputs.
 
-The inputs are recorded, not the activations: whoever needs activations (ranges, distillation) replays the calls.
+Only inputs are recorded. Activations (for ranges and distillation) are computed by replaying the calls.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tqdm import tqdm
 from dq_runtime.architectures.supported import architecture_of, is_supported
 from dq_runtime.timesteps import NO_TIMESTEP
 
-PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # what a file can hold
+PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # types that ``save`` can write
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of the model, or of that part of it which its architecture calls the entry, on the CPU.
+    """One call of the model, or of its architecture's entry module, with all tensors on the CPU.
 
     Attributes:
         sample: [B, ...].
         timestep: [1] or [B] fp32.
         arguments: the remaining keyword arguments (``encoder_hidden_states``, ``class_labels``, ...).
-        shared: names of those that hold no row for each sample, whatever their shape.
+        shared: names of arguments without a row per sample, whatever their shape.
     """
 
     sample: torch.Tensor
@@ -42,14 +42,14 @@ class RecordedCall:
     shared: tuple[str, ...] = ()
 
     def run(self, model: Any) -> Any:
-        """Makes the same call of a model, on its device and in its dtype, without gradients."""
+        """Repeats the call on a model, on its device and in its dtype, without gradients."""
         with torch.no_grad():
             return self.run_with_gradients(model)
 
     def run_with_gradients(self, model: Any) -> Any:
-        """The same, such that the model's parameters get gradients."""
+        """Like ``run``, with gradients for the model's parameters."""
         architecture = architecture_of(model)
-        device, dtype = model.device, model.dtype  # once: diffusers looks at every module to tell
+        device, dtype = model.device, model.dtype  # read once: diffusers visits every module for them
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -66,7 +66,7 @@ class CalibrationSet:
     """The recorded calls, in order.
 
     Attributes:
-        scheduler: diffusers' that sampled, which tells how much each timestep matters to the image; None: not known.
+        scheduler: the diffusers scheduler that sampled. It determines the timesteps' importance. None if unknown.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
@@ -81,14 +81,14 @@ class CalibrationSet:
 
     @property
     def num_samples(self) -> int:
-        """Of all calls together."""
+        """The number of samples in all calls together."""
         return sum(call.sample.shape[0] for call in self.calls)
 
     def save(self, file: str | Path) -> None:
-        """Writes everything to one file: an interrupted calibration goes on with the same data only.
+        """Writes the set to one file. An interrupted calibration can only be resumed with the same data.
 
         Raises:
-            ValueError: for an argument that is neither tensor, number, string nor None, or a container of such.
+            ValueError: if an argument is not a tensor, number, string, None, or a container of these.
         """
         for call in self.calls:
             for path, leaf in tree_flatten_with_path(call.arguments)[0]:
@@ -107,12 +107,12 @@ class CalibrationSet:
 
     @classmethod
     def load(cls, file: str | Path) -> CalibrationSet:
-        """What ``save`` has written. A scheduler that diffusers does not have is None.
+        """Reads a file written by ``save``. The scheduler is None if diffusers has no such class.
 
-        The tensors stay in the file and are read when they are used: do not change it meanwhile (``save`` replaces it).
+        The tensors stay in the file and are read on use: do not modify it meanwhile (``save`` replaces it).
 
         Raises:
-            ValueError: if the file is no calibration set, or was damaged.
+            ValueError: if the file is no calibration set, or is damaged.
         """
         try:
             content = torch.load(file, weights_only=True, mmap=True)
@@ -126,21 +126,21 @@ class CalibrationSet:
 
 @contextmanager
 def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
-    """Records every call of a floating-point model that is made inside the ``with`` block, whoever makes it.
+    """Records all calls of a floating-point model inside the ``with`` block, from any caller.
 
     >>> with dq_runtime.record(pipeline.unet, pipeline.scheduler) as calibration_set:
     ...     pipeline("a lighthouse at dusk")
 
-    All that the model is called with stays in the CPU's memory, a ControlNet's residuals too; what one call shares with
-    the call before it (a prompt's embedding) is held, and saved, once. A set that was saved and loaded stays on disk.
+    All inputs stay in CPU memory, including a ControlNet's residuals. An argument that equals the previous call's (a
+    prompt's embedding) is stored, in memory and in the file, once. A set that was saved and loaded stays on disk.
 
     Args:
         model: a ``UNet2DModel``, ``UNet2DConditionModel``, ``ControlNetModel``, ``FluxTransformer2DModel``, or
-            ``AutoencoderKL``, of which the calls of its decoder are recorded.
-        scheduler: the one that samples; from it calibration learns how much each timestep matters.
+            ``AutoencoderKL`` (its decoder's calls are recorded).
+        scheduler: the sampling scheduler. It determines the importance of each timestep in calibration.
 
     Raises:
-        TypeError: for another model, or one whose forward lacks the sample or the timestep.
+        TypeError: if the model's class is not supported, or its forward lacks the sample or the timestep.
     """
     architecture = architecture_of(model)
     signature = architecture.signature(model)
@@ -150,7 +150,7 @@ def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
         return tensor.detach().to("cpu", copy=True)
 
     def keep(argument: Any, name: str) -> Any:
-        """A copy, or that of the call before if it is the same."""
+        """A copy of the argument. Tensors equal to those of the previous call are reused."""
         leaves, structure = tree_flatten(tree_map_only(torch.Tensor, to_cpu, argument))
         before = tree_leaves(calibration_set.calls[-1].arguments.get(name)) if calibration_set.calls else []
         if len(before) == len(leaves):
@@ -179,7 +179,7 @@ def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether both are tensors with the same content."""
+    """True if both are tensors with the same dtype and content."""
     return (
         isinstance(old, torch.Tensor)
         and isinstance(new, torch.Tensor)
@@ -194,14 +194,14 @@ def collect_from_pipeline(
     """Runs a diffusers pipeline and records the calls of one of its components.
 
     Args:
-        pipeline: with a ``scheduler``.
+        pipeline: a pipeline with a ``scheduler``.
         calls: the keyword arguments of each run: ``[{"prompt": "a lighthouse", "num_inference_steps": 30}, ...]``.
-        component: which of the models that ``record`` takes: its name in the pipeline ("controlnet", "vae") or itself;
-            by default the ``unet``, or the ``transformer`` of a pipeline that has none.
+        component: a model that ``record`` supports, or its name in the pipeline ("controlnet", "vae"). Default: the
+            ``unet``, or the ``transformer`` of a pipeline without a UNet.
 
     Raises:
         ValueError: if the pipeline has no such component.
-        TypeError: if the component is no model that ``record`` takes.
+        TypeError: if ``record`` does not support the component.
     """
     model = component if isinstance(component, nn.Module) else _component(pipeline, component)
     with record(model, pipeline.scheduler) as calibration_set:
@@ -218,7 +218,7 @@ def _component(pipeline: Any, name: str | None) -> nn.Module:
     known = [name for name, module in pipeline.components.items() if is_supported(module)]
     raise ValueError(
         f"{type(pipeline).__name__} has no {name or 'unet and no transformer'}; its components that can be recorded "
-        f"are {known}: name one as `component`"
+        f"are {known}: pass one as `component`"
     )
 
 
@@ -236,19 +236,19 @@ def collect_from_scheduler(
     Args:
         model: a ``UNet2DModel``, ``UNet2DConditionModel`` or ``FluxTransformer2DModel`` in eval mode; dropout would
             change the trajectory.
-        noise: [B, C, H, W], of a transformer [B, tokens, C]; standard normal.
-        arguments: the model's further arguments, each a tensor with B rows (``class_labels``, ...), but for the
+        noise: [B, C, H, W], or [B, tokens, C] for a transformer; standard normal.
+        arguments: the model's further arguments, each a tensor with B rows (``class_labels``, ...). Exceptions are the
             positions that all samples of a transformer share (``img_ids``, ``txt_ids``).
         batch_size: rows of ``noise`` that run together.
 
     Raises:
-        TypeError: if the model's class is not known, or it does not predict what the scheduler takes.
+        TypeError: if the model's class is not supported, or the scheduler cannot use its prediction.
     """
     architecture = architecture_of(model)
     if not architecture.predicts:
         raise TypeError(
-            f"{type(model).__name__} does not predict a sampler's next step: run its pipeline inside of record(), or "
-            "give it to collect_from_pipeline as `component`"
+            f"{type(model).__name__} does not predict a sampler's next step: run its pipeline inside record(), or "
+            "pass it to collect_from_pipeline as `component`"
         )
     device, dtype = model.device, model.dtype
     with record(model, scheduler) as calibration_set:
@@ -263,7 +263,7 @@ def collect_from_scheduler(
                     for name, value in (arguments or {}).items()
                 }
                 scheduler.set_timesteps(num_inference_steps)
-                # Flow matching starts from the noise itself and scales nothing.
+                # Flow matching starts from unscaled noise and does not scale the model's input.
                 sample = noise[rows].to(device, dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
                 for timestep in scheduler.timesteps:
                     scales = hasattr(scheduler, "scale_model_input")

@@ -1,14 +1,14 @@
-"""Dilation: a factor for each input channel, by which weights are multiplied and activations divided.
+"""Dilation: a factor per input channel that multiplies the weights and divides the activations.
 
-The layer's result stays as it was; what changes is how much of their quantizers' ranges the channels use. Two rules:
+The layer's result is unchanged. The factors change how much of their quantizers' ranges the channels use. Two rules:
 
-- ``weight_dilation``, DilateQuant's (arXiv 2409.14307): stretch unsaturated input channels of the weights, those in
-  which no weight is the largest of its output channel. No weight range grows, and the activations' can only shrink.
-- ``joint_dilation``: among factors that follow the size of weights and activations, that rule and none at all, the one
-  with which the quantized layer errs least on calibration data, each timestep by what it does to the image. A weight
-  range may grow where activations gain more, and the other way round. Its candidates include the exponents of
-  SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978). What is best for each layer need not be for all of them:
-  see ``whole_unet``.
+- ``weight_dilation`` is DilateQuant's rule (arXiv 2409.14307). It stretches unsaturated input channels of the weights,
+  in which no weight is the largest of its output channel. No weight range grows, and activation ranges only shrink.
+- ``joint_dilation`` compares factors computed from the sizes of weights and activations, the rule above, and none.
+  It takes the candidate with the least output error of the quantized layer on calibration data, where each timestep is
+  weighted by its importance. A weight range may grow if activations gain more, and vice versa. The candidates include
+  the exponents of SmoothQuant (arXiv 2211.10438) and AWQ (2306.00978). The best choice for each layer may not be the
+  best for the whole model: see ``whole_unet``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dq_runtime.calibration.weights import quantize_weight
 # (a, b): s_k = (size of x_k)^a / (size of w_k)^b
 EXPONENTS = ((0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
 
-# How thoroughly a candidate is judged
+# For the comparison of candidates: samples, and scales tried for each quantizer
 VALUES_PER_TIMESTEP, LEAST_ROWS, SCALES = 2048, 8, 8
 
 
 def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
-    """The paper's rule: s_k = min over n and taps of max|w_n| / |w_nk|, at most ``max_dilation``.
+    """DilateQuant's rule: s_k = min over n and taps of max|w_n| / |w_nk|, at most ``max_dilation``.
 
     Args:
-        weight: [N, K, ...] float. Layers that share their input share the element-wise minimum of their dilations.
+        weight: [N, K, ...] float. Layers that share their input use the element-wise minimum of their dilations.
         max_dilation: the largest s.
 
     Returns:
@@ -45,7 +45,7 @@ def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
 
 
 def shared_weight_dilation(weights: Sequence[torch.Tensor], max_dilation: float) -> torch.Tensor:
-    """The paper's rule for layers that see one tensor."""
+    """DilateQuant's rule for layers that share their input."""
     return torch.stack([weight_dilation(weight, max_dilation) for weight in weights]).amin(0)
 
 
@@ -60,12 +60,12 @@ def joint_dilation(
     """The candidate with the least squared error of the layers' outputs, weights and activations quantized.
 
     Args:
-        weights: [N, K, ...] float, of layers that see one tensor.
-        per_timestep: T tensors [rows, K], samples of that tensor. For a convolution each tap is taken by itself.
+        weights: [N, K, ...] float, of layers that share their input.
+        per_timestep: T tensors [rows, K], samples of that input. Each tap of a convolution is treated separately.
         bits: of the activations.
-        max_dilation: s lies between its inverse and itself.
-        importance: T factors of the squared errors (see ``timestep_importance``); by default all alike.
-        groups: which of the activation quantizer's scales each timestep uses; by default it has its own.
+        max_dilation: upper bound of s; its inverse is the lower bound.
+        importance: T factors of the squared errors (see ``timestep_importance``); equal by default.
+        groups: index of the activation scale that each timestep uses; by default each has its own.
 
     Returns:
         [K] fp32.
@@ -81,13 +81,13 @@ def joint_dilation(
     candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
     errors = _output_errors(weights, some, factors, groups, bits, candidates, SCALES)
     best = candidates[int(errors.argmin())]
-    # The choice was made on a few samples: on all of them it must not lose to none.
+    # The best of a few samples is used only if it beats no dilation on all samples.
     with_none, with_best = _output_errors(weights, per_timestep, factors, groups, bits, [none, best], 2 * SCALES)
     return best if bool(with_best < with_none) else none
 
 
 def _from_sizes(size_x: torch.Tensor, size_w: torch.Tensor, a: float, b: float, max_dilation: float) -> torch.Tensor:
-    """Around 1: only how the channels compare matters."""
+    """Factors from the sizes of inputs and weights, with median 1: only ratios of channels matter."""
     usable = (size_x > 0) & (size_w > 0)
     logarithm = torch.where(usable, a * size_x.log() - b * size_w.log(), 0.0)
     if not bool(usable.any()):
@@ -105,9 +105,9 @@ def _output_errors(
     dilations: Sequence[torch.Tensor],
     scales: int,
 ) -> torch.Tensor:
-    """The squared error of the layers' outputs with each dilation, times its timestep's factor.
+    """The squared error of the layers' outputs with each dilation, weighted by the timesteps' factors.
 
-    ``scales`` are tried for every quantizer.
+    ``scales`` is the number of candidates in each quantizer's search.
     """
     x = torch.cat(per_timestep)
     rows = torch.tensor([len(part) for part in per_timestep], device=x.device)

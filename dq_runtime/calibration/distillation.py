@@ -1,12 +1,12 @@
 """Block-wise Knowledge Distillation (DilateQuant, arXiv 2409.14307): training a quantized UNet one block at a time.
 
-Blocks go in forward order. A block's inputs are those that the quantized blocks before it produce, its target is what
-the floating-point UNet computes in its place. First its weights are rounded anew with error feedback, then weights,
-scales and zero points learn together; a batch mixes timesteps, and each sample learns its own timestep's scale. In a
-block every timestep counts the same, measured by its error before, since errors inside the UNet do not compare between
-timesteps; in the polish, which sees the prediction itself, each counts by what it does to the image. Of all states that
-a block went through it keeps the one that does best on samples that it was not trained on (where there are enough to
-hold some out), so that no block ends up worse than rounded to nearest.
+Blocks are trained in forward order. A block's inputs come from the quantized blocks before it. Its target is its output
+in the floating-point UNet. First its weights are rounded with error feedback. Then weights, scales and zero points are
+trained together; a batch mixes timesteps, and each sample trains the scale of its own timestep. In a block each loss is
+relative to its timestep's error before training, since errors inside the UNet are not comparable between timesteps: all
+timesteps have equal weight. In the polish, whose loss is the prediction's error, a timestep's weight is its importance
+to the image. A block keeps the best of all its states, measured on samples held out of training (if there are enough to
+hold some out), so that no block becomes worse than rounded to nearest.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dq_runtime.calibration.finished_blocks import FinishedBlocks, fingerprint
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
+    cached_outputs,
     inputs_of,
     outputs_of,
-    remembered,
     squared_error,
 )
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
@@ -45,36 +45,36 @@ from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
 
-WEIGHING = 512  # samples that tell each timestep's error
-LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam does not notice
-FEW_SAMPLES = 4  # for one timestep
-STORED_BYTES = 2**32  # on disk, of targets and of finished blocks' results each; others are computed for each block
+ERROR_SAMPLES = 512  # samples that measure each timestep's error
+LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam is invariant to it
+FEW_SAMPLES = 4  # of one timestep
+STORED_BYTES = 2**32  # on disk, for targets and for finished blocks' outputs each; the rest is recomputed per block
 
-Lesson = Callable[[int], torch.Tensor]
+SampleLosses = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How to train a quantized UNet towards its floating-point self.
+    """Settings for training a quantized UNet towards its floating-point original.
 
     Args:
-        samples: drawn from the calibration set, more of those timesteps that matter more to the image.
-        batch_size: samples of a step.
-        iterations: steps of each block; 0 leaves it at error feedback.
-        error_feedback: whether to round weights anew, in closed form, before a block's first step.
-        learning_rate: of weights, biases and zero points, in steps of their quantizers; it falls along a cosine.
+        samples: drawn from the calibration set, more from timesteps that are more important to the image.
+        batch_size: samples per step.
+        iterations: steps per block; 0 stops after error feedback.
+        error_feedback: True rounds weights again, in closed form, before a block's first step.
+        learning_rate: of weights, biases and zero points, in steps of their quantizers, with cosine decay.
         scale_learning_rate: of the logarithms of scales.
         polish_iterations: steps of training the whole UNet on its predicted noise, after the last block.
-        polish_learning_rate: ``learning_rate`` of that.
-        gradient_checkpointing: whether the transformers of a block, and everything in the polish, compute activations
-            twice instead of keeping them.
-        autocast: whether training computes in bfloat16 where torch's autocast does.
-        folder: where finished blocks are written, so that an interrupted calibration goes on behind the last one; the
-            activations that blocks are trained on lie there too. By default a temporary folder.
+        polish_learning_rate: ``learning_rate`` of the polish.
+        gradient_checkpointing: True recomputes activations in the backward pass instead of keeping them, in a block's
+            transformers and, in the polish, everywhere.
+        autocast: True trains in bfloat16 where torch's autocast does.
+        folder: where finished blocks are written, so that an interrupted calibration resumes after the last one. The
+            activations that blocks are trained on are stored there, too. By default a temporary folder.
         seed: of the samples drawn and their order.
 
     Raises:
-        ValueError: for a number that cannot be.
+        ValueError: if a number is out of range.
     """
 
     samples: int = 512
@@ -108,12 +108,12 @@ def distil(
     config: DilateQuantConfig,
     settings: Distillation,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Trains the quantized form of a floating-point UNet's layers; the UNet itself stays as it is.
+    """Trains the quantized form of a floating-point UNet's layers; the UNet itself is unchanged.
 
     Args:
-        layers: those to be quantized.
-        tensors: for each its state dict after post-training quantization (see ``QuantizedLayer``).
-        sharing: names of layers, each group seeing one tensor and sharing one input quantizer.
+        layers: the layers to quantize.
+        tensors: each layer's state dict after post-training quantization (see ``QuantizedLayer``).
+        sharing: groups of layer names. The layers of a group share their input and one input quantizer.
         config: with ``timesteps``.
 
     Returns:
@@ -126,29 +126,29 @@ def distil(
     grid = TimestepGrid(config.timesteps).to(unet.device)
     samples = min(settings.samples, calibration_set.num_samples)
     batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed)
-    if batches.judging == batches.training:
+    if batches.validation == batches.training:
         logger.warning(
-            "Too few samples of some timesteps to hold any out: training is judged by the samples it sees. Record more"
+            "Too few samples of some timesteps to hold any out: validation uses the training samples. Record more runs"
         )
     if batches.fewest < FEW_SAMPLES:
         logger.warning(
-            "Only %d samples of some timesteps are there to distil on (%d of all %d timesteps): record more runs, or "
+            "Only %d samples of some timesteps are used for training (%d of all %d timesteps): record more runs, or "
             "raise Distillation(samples=...)",
             batches.fewest, samples, len(calibration_set.timesteps),
         )  # fmt: skip
-    decisive = fingerprint(unet, batches, _decisive(config, settings))
+    digest = fingerprint(unet, batches, _fingerprinted(config, settings))
     with (
         _work_folder(settings.folder) as folder,
         _checkpointing(unet, settings.gradient_checkpointing),
-        simulated(unet, layers, tensors, sharing, config, grid) as stand_ins,
+        simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers,
     ):
-        finished = FinishedBlocks(folder, decisive)
-        trainer = _Trainer(unet, stand_ins, batches, TensorStore(folder / "activations"), grid, settings)
-        blocks = blocks_in_order(unet, stand_ins.values(), batches[0])
+        finished = FinishedBlocks(folder, digest)
+        trainer = _Trainer(unet, simulated_layers, batches, TensorStore(folder / "activations"), grid, settings)
+        blocks = blocks_in_order(unet, simulated_layers.values(), batches[0])
         try:
             for name, block in list(blocks.items()):
                 inside = set(block.modules())
-                block_layers = {n: layer for n, layer in stand_ins.items() if layer in inside}
+                block_layers = {n: layer for n, layer in simulated_layers.items() if layer in inside}
                 if not finished.restore(name, block_layers):
                     trainer.distil(name, blocks, block_layers)
                     finished.save(name, block_layers)
@@ -161,40 +161,40 @@ def distil(
         if settings.polish_iterations:
             wanted = settings.polish_iterations * settings.batch_size
             batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed)
-            _Trainer(unet, stand_ins, batches, trainer.store, grid, settings).polish()
-        return {name: layer.tensors() for name, layer in stand_ins.items()}
+            _Trainer(unet, simulated_layers, batches, trainer.store, grid, settings).polish()
+        return {name: layer.tensors() for name, layer in simulated_layers.items()}
 
 
 class _Trainer:
-    """A UNet with stand-in layers, and the batches that they are trained on.
+    """A UNet with simulated layers, and the batches that they are trained on.
 
-    A lesson is a function from a batch's number to the weighted squared error of each of its samples, [B].
+    ``SampleLosses`` is a function from a batch's number to the weighted squared error of each of its samples, [B].
     """
 
     def __init__(
         self,
         unet: Any,
-        stand_ins: Mapping[str, SimulatedLayer],
+        simulated_layers: Mapping[str, SimulatedLayer],
         batches: MixedBatches,
         store: TensorStore,
         grid: TimestepGrid,
         settings: Distillation,
     ) -> None:
-        self.unet, self.stand_ins, self.batches, self.store, self.grid = unet, stand_ins, batches, store, grid
+        self.unet, self.layers, self.batches, self.store, self.grid = unet, simulated_layers, batches, store, grid
         self.settings = settings
         self.result = architecture_of(unet).result
-        self.device = unet.device  # once: diffusers looks at every module to tell
+        self.device = unet.device  # read once: diffusers visits every module for it
         self.indices = [grid.nearest(b.timestep, b.sample.shape[0], self.device) for b in batches]
         self.shares = [batches.share(i).to(self.device) for i in range(len(batches))]
-        self.training, self.judging = batches.training, batches.judging
-        weighing = -(-WEIGHING // settings.batch_size)
-        self.weighing = range(max(0, len(batches) - weighing), len(batches))
-        self.finished: dict[str, nn.Module] = {}  # blocks
-        # Who shares an input quantizer with an earlier block finds it fixed.
-        self.free_quantizers = {layer.input_quantizer for layer in stand_ins.values()}
+        self.training, self.validation = batches.training, batches.validation
+        count = -(-ERROR_SAMPLES // settings.batch_size)
+        self.error_batches = range(max(0, len(batches) - count), len(batches))
+        self.finished: dict[str, nn.Module] = {}  # blocks by name
+        # An input quantizer that is shared with an earlier block is fixed.
+        self.free_quantizers = {layer.input_quantizer for layer in simulated_layers.values()}
 
     def distil(self, name: str, blocks: Mapping[str, nn.Module], layers: Mapping[str, SimulatedLayer]) -> None:
-        """Trains a block's layers; ``blocks`` are it and those after it, what comes before is quantized already."""
+        """Trains a block's layers. ``blocks`` are this one and those after it; those before it are quantized."""
 
         def error(i: int) -> torch.Tensor:
             return squared_error(self._run_block(blocks[name], i), self.store[_target(name, i)])
@@ -214,16 +214,16 @@ class _Trainer:
             del self.store[f"inputs_{i}"], self.store[_target(name, i)]
 
     def _store_inputs(self, block: nn.Module) -> None:
-        """Stores what a block sees behind the finished ones."""
-        # A GPU computes what they return sooner than most disks hand it over.
+        """Stores the inputs that a block gets from the finished blocks before it."""
+        # A GPU recomputes their outputs faster than most disks read them.
         finished = self.finished if self.device.type == "cpu" else {}
         for i, batch in enumerate(self.batches):
-            with remembered(finished, self.store, i, STORED_BYTES):
+            with cached_outputs(finished, self.store, i, STORED_BYTES):
                 self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
 
     def _store_targets(self, blocks: Mapping[str, nn.Module]) -> None:
-        """Stores what the floating-point UNet returns in place of the first blocks, up to ``STORED_BYTES``."""
-        stored: dict[str, int] = {}  # bytes of a batch
+        """Stores the outputs of the first blocks in the floating-point UNet, up to ``STORED_BYTES``."""
+        stored: dict[str, int] = {}  # bytes per batch
 
         def keep(name: str, output: torch.Tensor) -> bool:
             self.store[_target(name, i)] = output
@@ -236,51 +236,51 @@ class _Trainer:
                 outputs_of(self.unet, wanted, batch, keep)
 
     def polish(self) -> None:
-        """Trains all layers together on what the UNet predicts."""
+        """Trains all layers together on the UNet's prediction."""
 
-        def lesson(i: int) -> torch.Tensor:
+        def losses_of(i: int) -> torch.Tensor:
             with self._in_floating_point(), torch.autocast(self.device.type, enabled=False):
                 target = self.result(self.batches[i].run(self.unet))
             error = squared_error(self.result(self.batches[i].run_with_gradients(self.unet)), target)
             return error * self.batches.importance(i).to(error.device) / self.shares[i]
 
         settings = self.settings
-        self._train("whole UNet", lesson, self.stand_ins, {}, settings.polish_iterations, settings.polish_learning_rate)
+        self._train("whole UNet", losses_of, self.layers, {}, settings.polish_iterations, settings.polish_learning_rate)
 
     def _train(
         self,
         name: str,
-        lesson: Lesson,
+        losses_of: SampleLosses,
         layers: Mapping[str, SimulatedLayer],
         start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
         learning_rate: float,
     ) -> None:
-        """Takes layers from their present state through error feedback and training, and keeps the best of the three.
+        """Applies error feedback and training to layers, and keeps the best of the initial and the resulting states.
 
         Args:
-            start: weights after error feedback, where training starts. Empty: from the present weights.
+            start: weights after error feedback, where training starts. If empty, it starts from the present weights.
         """
         states = [states_of(layers)]
-        errors = [self._judge(lesson)]
+        errors = [self._validate(losses_of)]
         with tqdm(total=iterations, desc=name) as progress:
             if start:
                 for layer_name, layer in layers.items():
-                    layer.thaw(start[layer_name])
+                    layer.unfreeze(start[layer_name])
                     layer.freeze()
                 states.append(states_of(layers))
-                errors.append(self._judge(lesson))
+                errors.append(self._validate(losses_of))
             if iterations:
                 scale = LOSS_SCALE / self.settings.batch_size / max(errors[0], torch.finfo(torch.float32).tiny)
-                self._descend(lambda i: scale * lesson(i).sum(), layers, start, iterations, learning_rate, progress)
+                self._descend(lambda i: scale * losses_of(i).sum(), layers, start, iterations, learning_rate, progress)
                 states.append(states_of(layers))
-                errors.append(self._judge(lesson))
+                errors.append(self._validate(losses_of))
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
             set_states(layers, states[best])
             progress.set_postfix_str(f"squared error {errors[0]:.2g} -> {errors[best]:.2g}")
         if not errors[-1] <= errors[0]:
             logger.warning(
-                "%s: training took the squared error from %.3g to %.3g; undone, it stays at %.3g",
+                "%s: training changed the squared error from %.3g to %.3g; the best state, with %.3g, is restored",
                 name, errors[0], errors[-1], errors[best],
             )  # fmt: skip
 
@@ -300,7 +300,7 @@ class _Trainer:
         in_steps: list[torch.Tensor] = [quantizer.zero_point for quantizer in quantizers]
         logarithms: list[torch.Tensor] = [quantizer.log_ratio for quantizer in quantizers]
         for name, layer in layers.items():
-            layer_in_steps, layer_logarithms = layer.thaw(start.get(name))
+            layer_in_steps, layer_logarithms = layer.unfreeze(start.get(name))
             in_steps += layer_in_steps
             logarithms += layer_logarithms
         groups = [
@@ -316,7 +316,7 @@ class _Trainer:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
                 loss = loss_of(batch)
             if not bool(loss.isfinite()):
-                break  # the judge will see to it
+                break  # validation decides on this state
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -328,11 +328,11 @@ class _Trainer:
             layer.freeze()
 
     @torch.no_grad()
-    def _error_of_timesteps(self, error: Lesson) -> torch.Tensor:
-        """The present mean error of each timestep, [T]; of one that was not met, that of all."""
-        # On the CPU, where sums have an order.
+    def _error_of_timesteps(self, error: SampleLosses) -> torch.Tensor:
+        """The present mean error of each timestep, [T]. Timesteps without samples get the mean of all."""
+        # On the CPU, where the order of summation is fixed.
         total, count = (torch.zeros(self.grid.num_timesteps) for _ in range(2))
-        for i in self.weighing:
+        for i in self.error_batches:
             errors, index = error(i).cpu(), self.indices[i].cpu()
             total.index_add_(0, index, errors)
             count.index_add_(0, index, torch.ones_like(errors))
@@ -340,15 +340,15 @@ class _Trainer:
         return mean.clamp(min=torch.finfo(torch.float32).tiny).to(self.device)
 
     @torch.no_grad()
-    def _judge(self, lesson: Lesson) -> float:
-        """The mean over the samples to judge by."""
-        return torch.cat([lesson(i) for i in self.judging]).mean().item()
+    def _validate(self, losses_of: SampleLosses) -> float:
+        """The mean over the validation samples."""
+        return torch.cat([losses_of(i) for i in self.validation]).mean().item()
 
     @torch.no_grad()
     def _feedback(
         self, block: nn.Module, layers: Mapping[str, SimulatedLayer]
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Each layer's weights after error feedback on what it sees in training."""
+        """Each layer's weights after error feedback on its inputs from the training batches."""
         moments = {name: SecondMoments(layer) for name, layer in layers.items()}
         handles = [layers[name].register_forward_pre_hook(moments[name].add) for name in layers]
         try:
@@ -370,7 +370,7 @@ class _Trainer:
 
     @contextmanager
     def _in_floating_point(self) -> Iterator[None]:
-        quantized = [layer for layer in self.stand_ins.values() if layer.quantized]
+        quantized = [layer for layer in self.layers.values() if layer.quantized]
         for layer in quantized:
             layer.quantized = False
         try:
@@ -381,12 +381,12 @@ class _Trainer:
 
 
 def _target(block: str, batch: int) -> str:
-    """The name under which it is stored."""
+    """The key of a block's target in the store."""
     return f"target_{block}_{batch}"
 
 
 def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) -> Iterator[int]:
-    """``count`` of the batches: all in random order, then all again in another."""
+    """``count`` of the batches: all in random order, then all again in another order."""
     while count > 0:
         for i in torch.randperm(len(batches), generator=generator)[:count].tolist():
             yield batches[i]
@@ -405,7 +405,7 @@ def _work_folder(folder: str | Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _checkpointing(unet: Any, wanted: bool) -> Iterator[None]:
-    """diffusers' gradient checkpointing, for a while."""
+    """Enables diffusers' gradient checkpointing inside the ``with`` block."""
     if not wanted or unet.is_gradient_checkpointing:
         yield
         return
@@ -416,8 +416,8 @@ def _checkpointing(unet: Any, wanted: bool) -> Iterator[None]:
         unet.disable_gradient_checkpointing()
 
 
-def _decisive(config: DilateQuantConfig, settings: Distillation) -> dict[str, Any]:
-    """The settings on which a block's result depends."""
+def _fingerprinted(config: DilateQuantConfig, settings: Distillation) -> dict[str, Any]:
+    """The settings that determine a block's result."""
     others = ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate")
     return {
         "version": __version__,

@@ -1,4 +1,4 @@
-"""Rounding weights with error feedback: each one's error is made up for by those that are rounded after it."""
+"""Rounds weights with error feedback: weights that are rounded later compensate for the errors of earlier ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from dq_runtime.calibration.simulated import SimulatedLayer
 from dq_runtime.calibration.weights import round_to_int4
 
-DAMPING = (0.01, 0.1, 1.0, 10.0)  # of the second moments' mean, added to their diagonal; more where less fails
-BLOCK = 64  # columns between two updates of all that are left
-MAX_COLUMNS = 576  # that share their errors: bounds the memory and time of error feedback in wide layers
-PATCH_ELEMENTS = 2**20  # of a convolution's unfolded input, at a time
+DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the diagonal's mean, added to the diagonal; the first that succeeds
+BLOCK = 64  # columns between two updates of all remaining columns
+MAX_COLUMNS = 576  # per part; errors stay within a part, which bounds memory and time in wide layers
+PATCH_ELEMENTS = 2**20  # of a convolution's unfolded input, in memory at a time
 
 
 class SecondMoments:
-    """The sum of x x^T over what a layer's weights are multiplied with, in parts of at most ``MAX_COLUMNS`` columns."""
+    """The sum of x x^T over the inputs x of a layer's weights, in parts of at most ``MAX_COLUMNS`` columns."""
 
     def __init__(self, layer: SimulatedLayer) -> None:
         self.layer = layer
@@ -29,14 +29,14 @@ class SecondMoments:
         self.sums: list[Any] = [0.0 for _ in self.parts]
 
     def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """A forward pre-hook."""
+        """A forward pre-hook that adds the layer's input."""
         x = self.layer.quantized_input(args[0])
         for i, part in enumerate(self.parts):
             for columns in self._columns(x, part):
                 self.sums[i] = self.sums[i] + columns.T @ columns
 
     def _columns(self, x: torch.Tensor, part: slice) -> Iterator[torch.Tensor]:
-        """[rows, K'] of these input channels, for a convolution with each tap's."""
+        """[rows, K'] of these input channels; a convolution has a column for each channel and tap."""
         conv = self.layer.layer
         if isinstance(conv, nn.Linear):
             yield x[..., part].flatten(0, -2)
@@ -48,9 +48,9 @@ class SecondMoments:
             yield patches.transpose(1, 2).flatten(0, 1)
 
     def rounded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's weights after error feedback, where training starts (see ``SimulatedLayer.thaw``).
+        """The layer's weights after error feedback, where training starts (see ``SimulatedLayer.unfreeze``).
 
-        Each output channel's scale is then the one of least squared error for the values that its weights have got.
+        Each output channel's scale is then the one of least squared error for the rounded weights.
 
         Returns:
             weights in steps of the present scale, and the ratio of the new scale to it, shaped like ``weight_scale``.
@@ -59,7 +59,7 @@ class SecondMoments:
         moved = steps.clone()
         products, squares = (torch.zeros(len(steps), device=steps.device) for _ in range(2))
         for part, total in zip(self.parts, self.sums, strict=True):
-            if isinstance(total, torch.Tensor):  # else no drawn sample has reached the layer
+            if isinstance(total, torch.Tensor):  # else no drawn sample reached the layer
                 exact = steps[:, part].flatten(1)
                 moved[:, part] = round_with_feedback(exact, total).view_as(steps[:, part])
                 values = round_to_int4(moved[:, part].flatten(1))
@@ -73,10 +73,10 @@ class SecondMoments:
 
 @torch.no_grad()
 def round_with_feedback(steps: torch.Tensor, second_moment: torch.Tensor) -> torch.Tensor:
-    """Moves weights so that each one's rounding error is made up for by those that are rounded after it.
+    """Moves weights so that those rounded later compensate for the rounding errors of those rounded earlier.
 
-    Least squares in the layer's output, greedily, column by column, the column with the largest inputs first: Optimal
-    Brain Quantization in the order of GPTQ (arXiv 2210.17323).
+    This minimizes the squared error of the layer's output greedily, column by column, starting with the column of the
+    largest inputs: Optimal Brain Quantization in the order of GPTQ (arXiv 2210.17323).
 
     Args:
         steps: [N, K] fp32, weights in steps of their scale.
@@ -106,7 +106,7 @@ def round_with_feedback(steps: torch.Tensor, second_moment: torch.Tensor) -> tor
 
 
 def _inverse_factor(second_moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped matrix's inverse: row j says how column j's error spreads."""
+    """The upper Cholesky factor of the damped matrix's inverse: row j distributes the error of column j."""
     matrix = second_moment.double()
     diagonal = matrix.diagonal().clone()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -114,7 +114,7 @@ def _inverse_factor(second_moment: torch.Tensor) -> torch.Tensor:
         matrix.diagonal().copy_(diagonal + damping * mean)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            # In two matrices: of a wide layer each is large.
+            # Only two matrices are allocated, since they are large in wide layers.
             torch.cholesky_inverse(factor, out=matrix)
             return torch.linalg.cholesky(matrix, upper=True, out=factor).float()
-    raise ValueError("the inputs' second moments are no positive matrix")
+    raise ValueError("the inputs' second moments are not positive definite")

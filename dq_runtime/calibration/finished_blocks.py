@@ -1,4 +1,4 @@
-"""What an interrupted distillation has finished, on disk."""
+"""The finished blocks of an interrupted distillation, on disk."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger("dq_runtime")
 
 
 class FinishedBlocks:
-    """What an interrupted calibration has finished: a file for each block.
+    """The finished blocks of an interrupted calibration, one file per block.
 
     Args:
-        fingerprint: of all that decides about the result.
+        fingerprint: digest of everything that determines the result.
 
     Raises:
         ValueError: if the folder holds the blocks of another calibration.
@@ -41,14 +41,14 @@ class FinishedBlocks:
                 found = "unreadable"
             if found != fingerprint:
                 raise ValueError(
-                    f"{folder} holds the blocks of another calibration (other weights, data or settings). Load the "
-                    "calibration set that was saved with it to go on; or delete it, or give Distillation another folder"
+                    f"{folder} holds the blocks of another calibration (other weights, data or settings). To "
+                    "resume it, load the saved calibration set. Otherwise delete it or give Distillation another folder"
                 )
         else:
             record.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
 
     def save(self, name: str, layers: Mapping[str, SimulatedLayer]) -> None:
-        """Writes a block, whole or not at all."""
+        """Writes a block's file atomically."""
         tensors = {
             f"{layer}.{key}": tensor.cpu().contiguous()
             for layer, state in states_of(layers).items()
@@ -59,7 +59,7 @@ class FinishedBlocks:
         partial.replace(self._file(name))
 
     def restore(self, name: str, layers: Mapping[str, SimulatedLayer]) -> bool:
-        """Gives a block's layers what was written; False if there is nothing, or nothing that can be read."""
+        """Loads a block's file into its layers. Returns False if there is no file, or it cannot be read."""
         if not self._file(name).exists():
             return False
         try:
@@ -77,7 +77,7 @@ class FinishedBlocks:
 
 
 def fingerprint(unet: nn.Module, batches: Iterable[RecordedCall], settings: Mapping[str, Any]) -> str:
-    """Of the floating-point weights, the training data and the settings, which JSON can hold."""
+    """A SHA-256 of the floating-point weights, the training data and the settings, which JSON can hold."""
     digest = hashlib.sha256(json.dumps(settings, default=str, sort_keys=True).encode())
     for name, parameter in sorted(unet.named_parameters()):
         digest.update(name.encode())

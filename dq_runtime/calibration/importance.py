@@ -1,12 +1,12 @@
-"""How much the model's error at each timestep matters to the image.
+"""How much the model's error at each timestep changes the image.
 
-A sampler integrates x / sqrt(ᾱ) over the noise level σ = sqrt((1 - ᾱ) / ᾱ); its derivative is the predicted noise, so
-an error e of that noise moves the result of a step from σ to σ' by (σ - σ') e. What is left of it in the image? Were
-images normal with unit variance, the way from σ' down to 0 would divide it by sqrt(1 + σ'²). The importance of a
+A sampler integrates x / sqrt(ᾱ) over the noise level σ = sqrt((1 - ᾱ) / ᾱ). Its derivative is the predicted noise, so
+an error e of that noise changes the result of a step from σ to σ' by (σ - σ') e. The remaining steps shrink this: if
+images were normal with unit variance, the steps from σ' down to 0 would divide it by sqrt(1 + σ'²). The importance of a
 timestep is the square of both factors: the squared error of the image for a squared error of 1 in the prediction.
 
-In flow matching x = (1 - σ) x0 + σ ε is integrated over σ itself, and its derivative is predicted. Here the way from σ'
-down to 0 divides an error by sqrt((1 - σ')² + σ'²).
+In flow matching x = (1 - σ) x0 + σ ε is integrated over σ itself, and its derivative is predicted. Here the steps from
+σ' down to 0 divide an error by sqrt((1 - σ')² + σ'²).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-SMALLEST_ALPHA = 2.0**-24  # keeps the noise level finite where the schedule ends in pure noise
-SMALLEST_IMPORTANCE = 1e-9  # of the largest: every timestep counts
+SMALLEST_ALPHA = 2.0**-24  # keeps the noise level finite if the schedule ends in pure noise
+SMALLEST_IMPORTANCE = 1e-9  # relative to the largest: every timestep counts
 
 
 def timestep_importance(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
-    """What a squared error of 1 in the prediction at each timestep adds to the squared error of the image.
+    """The squared error of the image that a squared error of 1 in the prediction causes, for each timestep.
 
     Args:
-        scheduler: the one that sampled. Where it has no ``alphas_cumprod`` or does not sample with them (None, flow
-            sigmas) diffusers' default noise schedule stands in: nearer to any than no schedule at all.
+        scheduler: the sampling scheduler. If it has no ``alphas_cumprod`` or does not sample with them (None, flow
+            sigmas), diffusers' default noise schedule is used: an approximate schedule is better than none.
         timesteps: those of a sampling run, sorted, in the unit of the model's timestep argument. In flow matching
             that is σ, or σ times the scheduler's number of training timesteps.
 
     Returns:
-        a positive number for each timestep; all 1 where timesteps are no positions in a noise schedule.
+        a positive number for each timestep; all 1 if the timesteps are not positions in a noise schedule.
     """
     if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)):
         return _flow_importance(scheduler, timesteps)
@@ -64,7 +64,7 @@ def _flow_importance(scheduler: Any, timesteps: Sequence[float]) -> list[float]:
 
 
 def _at_least_smallest(importance: Sequence[float]) -> list[float]:
-    smallest = SMALLEST_IMPORTANCE * float(max(importance)) or 1.0  # all alike where none matters
+    smallest = SMALLEST_IMPORTANCE * float(max(importance)) or 1.0  # equal values if all are zero
     return [max(float(value), smallest) for value in importance]
 
 
@@ -76,7 +76,7 @@ def _has_noise_schedule(scheduler: Any) -> bool:
 
 
 def _noise_per_prediction(scheduler: Any, level: float) -> float:
-    """The squared error of the noise for a squared error of 1 in what the UNet predicts."""
+    """The squared error of the noise for a squared error of 1 in the UNet's prediction."""
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if prediction_type == "v_prediction":
         return 1 / (1 + level**2)

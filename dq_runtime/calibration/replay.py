@@ -1,4 +1,4 @@
-"""Replaying recorded calls up to some block, with what blocks see and return kept on disk."""
+"""Replays recorded calls up to a given block, and stores the inputs and outputs of blocks on disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.collect import RecordedCall
 
 
-class _Reached(Exception):
-    """The replay has come as far as it has to."""
+class _StopReplay(Exception):
+    """Raised by a hook to stop a replay. Its argument is the result."""
 
 
 def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: RecordedCall) -> dict[str, nn.Module]:
-    """The parts of a model that are distilled one after the other, in the order in which a call reaches them.
+    """The blocks of a model that are distilled one after the other, in the order in which a call reaches them.
 
-    The outermost block of the architecture around each layer; a layer outside of all is a block itself.
+    A block is the architecture's outermost block around a layer. A layer outside of all blocks is a block itself.
 
     Args:
         layers: the layers to be distilled; blocks without one are left out.
@@ -57,10 +57,10 @@ def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: Recorde
 
 @torch.no_grad()
 def inputs_of(model: nn.Module, block: nn.Module, call: RecordedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which a call of the model calls a block, the first time; what comes after is not computed."""
+    """The args and kwargs of a block's first call within a call of the model. The replay stops there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached((args, kwargs))
+        raise _StopReplay((args, kwargs))
 
     return _run_until(model, call, block.register_forward_pre_hook(stop, with_kwargs=True))
 
@@ -69,31 +69,31 @@ def inputs_of(model: nn.Module, block: nn.Module, call: RecordedCall) -> tuple[t
 def outputs_of(
     model: nn.Module, blocks: Mapping[str, nn.Module], call: RecordedCall, keep: Callable[[str, torch.Tensor], bool]
 ) -> None:
-    """Hands over what blocks return in a call of the model, the first time, in the order in which it reaches them.
+    """Passes the results of blocks' first calls within a call of the model to ``keep``, in the order of these calls.
 
     Args:
-        keep: gets a block's name and its result. What comes after is not computed if it returns False, or if that was
-            the last block.
+        keep: is called with a block's name and result. The replay stops if it returns False, and after the last of the
+            blocks.
     """
     missing, result = set(blocks), architecture_of(model).result
 
-    def hand_over(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if name in missing:
             missing.remove(name)
             if not keep(name, result(output)) or not missing:
-                raise _Reached(None)
+                raise _StopReplay(None)
 
-    _run_until(model, call, *(block.register_forward_hook(partial(hand_over, name)) for name, block in blocks.items()))
+    _run_until(model, call, *(block.register_forward_hook(partial(hook, name)) for name, block in blocks.items()))
 
 
 @contextmanager
-def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
-    """What each block returns the first time that the model calls it is computed once, and then comes from a store.
+def cached_outputs(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
+    """Caches the result of each block's first call within a call of the model, in a store.
 
     Args:
-        blocks: they must not change as long as the store has their results.
-        call: number of the model's call, by which the store tells it from others.
-        most_bytes: nothing is added to a store that holds as much.
+        blocks: they must not change while the store has their results.
+        call: number of the model's call, which is part of the store's keys.
+        most_bytes: the store gets no new results once it holds this many bytes.
     """
     replaced = {block: vars(block).get("forward") for block in blocks.values()}
 
@@ -129,8 +129,8 @@ def remembered(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, m
 def _run_until(model: nn.Module, call: RecordedCall, *handles: Any) -> Any:
     try:
         call.run(model)
-    except _Reached as reached:
-        return reached.args[0]
+    except _StopReplay as stop:
+        return stop.args[0]
     finally:
         for handle in handles:
             handle.remove()
@@ -138,16 +138,16 @@ def _run_until(model: nn.Module, call: RecordedCall, *handles: Any) -> Any:
 
 
 def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The mean squared error of each sample, [B] fp32; ``target`` may lie elsewhere and have another dtype."""
+    """The mean squared error of each sample, [B] fp32; device and dtype of ``target`` may differ."""
     difference = output.float() - target.to(output.device, torch.float32)
     return difference.square().flatten(1).mean(1)
 
 
 class TensorStore:
-    """Trees of tensors in a folder, a safetensors file each: training data that need not fit into memory.
+    """Trees of tensors in a folder, one safetensors file each, so that training data may exceed the memory.
 
-    Tensors keep their memory layout, on which the last digits of what is computed from them depend. What an earlier
-    process left in the folder is deleted.
+    Tensors keep their memory layout, because the rounding of results computed from them depends on it. Files that an
+    earlier process left in the folder are deleted.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -155,7 +155,7 @@ class TensorStore:
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob("*.safetensors"):
             file.unlink()
-        self.nbytes = 0  # of all that it holds
+        self.nbytes = 0  # of all trees together
         self._trees: dict[str, tuple[list[Any], Any, int]] = {}
 
     def __setitem__(self, name: str, tree: Any) -> None:
@@ -174,7 +174,7 @@ class TensorStore:
         save_file(tensors, self._file(name))
 
     def __getitem__(self, name: str) -> Any:
-        """The tree, on the CPU."""
+        """The tree, with its tensors on the CPU."""
         leaves, structure, _ = self._trees[name]
         leaves = list(leaves)
         for i, tensor in load_file(self._file(name)).items():
@@ -189,7 +189,7 @@ class TensorStore:
         self._file(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Deletes everything."""
+        """Deletes all trees."""
         for name in list(self._trees):
             del self[name]
 

@@ -1,9 +1,9 @@
-"""Trainable stand-ins for quantized layers: they compute in floating point what the packed ones compute in integers.
+"""Trainable simulations of quantized layers: floating-point arithmetic with the results of the packed integer layers.
 
-Rounding is straight-through: its gradient is that of the identity between the ends of the range, and scales and zero
-points get theirs as in LSQ (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576). All that is learned has no unit, so that one
-learning rate serves every layer: weights and zero points count steps of their quantizers, a bias counts products of a
-weight's step and a typical input, scales are the logarithm of what they were multiplied by.
+Rounding is straight-through: its gradient is that of the identity between the ends of the range. Scales and zero points
+have the gradients of LSQ (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576). All parameters are dimensionless, so that one
+learning rate fits every layer: weights and zero points are in steps of their quantizers, a bias is in products of a
+weight's step and a typical input, and a scale is the logarithm of its ratio to the initial scale.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import replace_layers
 from dq_runtime.timesteps import TimestepGrid
 
-TYPICAL_INPUT = 1 / 8  # of an activation quantizer's whole range
+TYPICAL_INPUT = 1 / 8  # relative to an activation quantizer's range
 
 
 class _RoundZeroPoint(torch.autograd.Function):
-    """A whole number between ``low`` and ``high``.
+    """An integer between ``low`` and ``high``.
 
-    Its gradient passes at these ends, too, where a zero point may start; clamp's depends on torch's version there.
+    The gradient also passes at these ends, where a zero point may start. There clamp's depends on torch's version.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class _RoundZeroPoint(torch.autograd.Function):
 
 
 class _RoundActivations(torch.autograd.Function):
-    """x / dilation in steps of ``scale``, rounded and clamped, times scale.
+    """x / dilation, quantized with scale and zero point, and dequantized.
 
     x is [B, ..., K] or [B, K, H, W]; scale and zero point broadcast along B, dilation along K.
     """
@@ -65,8 +65,8 @@ class _RoundActivations(torch.autograd.Function):
         exact = x * (dilation * scale).reciprocal_()
         steps = (exact + 0.5).floor_()
         clamped = (steps + zero_point).clamp_(low, high).sub_(zero_point)
-        through = steps.eq_(clamped).mul_(grad)  # in place it stays in floating point: on a CPU, far quicker than bools
-        # Inside the range d/dscale = rounded - exact; outside it the range's end, and d/dzero_point = -scale.
+        through = steps.eq_(clamped).mul_(grad)  # in place eq_ yields floats: far faster than bools on CPUs
+        # Inside the range d/dscale = rounded - exact. Outside it d/dscale is the range's end, d/dzero_point = -scale.
         grad_zero_point = _row_sum(through - grad) * scale
         grad_scale = _row_sum(clamped.mul_(grad).sub_(exact.mul_(through)))
         return through.div_(dilation), None, grad_scale, grad_zero_point, None, None
@@ -96,11 +96,11 @@ def _row_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 class InputQuantizer(nn.Module):
-    """Rounds a tensor to ``bits``, each sample with its timestep's scale; layers that see one tensor share one.
+    """Rounds a tensor to ``bits`` with the scale of each sample's timestep. Layers that share their input share one.
 
     Args:
         tensors: ``weight_dilation`` [K], ``act_scale`` and ``act_zero_point`` [T].
-        grid: its ``index`` says which timestep each sample has.
+        grid: its ``index`` holds the timestep index of each sample.
     """
 
     weight_dilation: torch.Tensor
@@ -108,7 +108,7 @@ class InputQuantizer(nn.Module):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], bits: int, grid: TimestepGrid) -> None:
         super().__init__()
-        object.__setattr__(self, "grid", grid)  # the UNet's, not a submodule of each quantizer
+        object.__setattr__(self, "grid", grid)  # belongs to the UNet; not a submodule of each quantizer
         self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self.register_buffer("weight_dilation", tensors["weight_dilation"])
         self.register_buffer("initial_scale", tensors["act_scale"])
@@ -116,12 +116,12 @@ class InputQuantizer(nn.Module):
         self.zero_point = nn.Parameter(tensors["act_zero_point"].float(), requires_grad=False)
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """act_scale and act_zero_point, both [T] fp32; a zero point is whole, and its gradient passes through."""
+        """act_scale and act_zero_point, both [T] fp32; zero points are integers with a straight-through gradient."""
         zero_point = _RoundZeroPoint.apply(self.zero_point, self.low, self.high)
         return self.initial_scale * self.log_ratio.exp(), zero_point
 
     def forward(self, x: torch.Tensor, channel_dim: int) -> torch.Tensor:
-        """x / dilation, rounded, in x's shape and in fp32; to be multiplied with dilated weights."""
+        """x / dilation, quantized and dequantized, in x's shape and in fp32; the operand of dilated weights."""
         per_sample, per_channel = [1] * x.ndim, [1] * x.ndim
         per_sample[0] = per_channel[channel_dim] = -1
         grid: Any = self.grid
@@ -132,11 +132,11 @@ class InputQuantizer(nn.Module):
 
 
 class SimulatedLayer(nn.Module):
-    """A linear layer or convolution as it was or, where ``quantized`` is set, as its INT4 self computes.
+    """A linear layer or convolution that computes in floating point or, if ``quantized`` is set, like its INT4 form.
 
-    Its weights are fixed but between ``thaw`` and ``freeze``, when they are learned (``steps``). Fixed ones are
-    ``values``, int8, and ``unrounded``, fp16, where learning goes on: a weight that lies nearly half-way between two
-    values is the one to move first.
+    Its weights are constant except between ``unfreeze`` and ``freeze``, when ``steps`` is trained. Constant weights are
+    ``values``, int8, and ``unrounded``, fp16, where training resumes: weights close to the midpoint between two values
+    are the first to move.
     """
 
     values: torch.Tensor
@@ -150,7 +150,7 @@ class SimulatedLayer(nn.Module):
         self.layer = layer
         self.input_quantizer = quantizer
         self.quantized = False
-        # Leaves, but no nn.Parameters: the UNet's dtype is that of its first parameter.
+        # Leaf tensors, not nn.Parameters: diffusers reads the UNet's dtype from its first parameter.
         self.steps: torch.Tensor | None = None
         self.log_ratio: torch.Tensor | None = None
         self.bias_steps: torch.Tensor | None = None
@@ -161,7 +161,7 @@ class SimulatedLayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The floating-point weights: some of diffusers' blocks ask for their dtype."""
+        """The floating-point weights, since some of diffusers' blocks read their dtype."""
         return self.layer.weight
 
     @property
@@ -174,17 +174,17 @@ class SimulatedLayer(nn.Module):
         weight = self.layer.weight.detach().float()
         return weight * self.input_quantizer.weight_dilation.view(1, -1, *[1] * (weight.ndim - 2))
 
-    def thaw(
+    def unfreeze(
         self, start: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Makes weights and bias learnable.
+        """Makes weights and bias trainable.
 
         Args:
-            start: weights in steps of the present scale, and the ratio of the scale to start with to that one; by
-                default from where they were fixed.
+            start: initial weights in steps of the present scale, and the ratio of the initial scale to the present one;
+                by default the constant weights and scale.
 
         Returns:
-            what is learned in steps, and what is learned as a logarithm; the input quantizer's part is not in them.
+            the parameters in steps, and the logarithmic parameters; those of the input quantizer are not included.
         """
         steps, ratio = start or (self.unrounded, torch.ones_like(self.weight_scale))
         self.steps = steps.to(torch.float32, copy=True).requires_grad_()
@@ -197,7 +197,7 @@ class SimulatedLayer(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Rounds the parameters for good."""
+        """Rounds the trained parameters and makes them constant."""
         assert self.steps is not None
         assert self.log_ratio is not None
         bias = self._bias()
@@ -208,7 +208,7 @@ class SimulatedLayer(nn.Module):
         self.steps = self.log_ratio = self.bias_steps = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What training changes, its input quantizer's part included."""
+        """The tensors that training changes, including those of the input quantizer."""
         quantizer = self.input_quantizer
         state = {"unrounded": self.unrounded, "weight_scale": self.weight_scale}
         state |= {
@@ -219,7 +219,7 @@ class SimulatedLayer(nn.Module):
 
     @torch.no_grad()
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what ``state`` returned."""
+        """Restores tensors that ``state`` returned."""
         device = self.values.device
         self._fix(state["unrounded"].to(device))
         self.weight_scale = state["weight_scale"].to(device)
@@ -236,7 +236,7 @@ class SimulatedLayer(nn.Module):
         )  # fmt: skip
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the weights are multiplied with, fp32."""
+        """The operand of the weights: x / dilation, quantized and dequantized, fp32."""
         return self.input_quantizer(x, channel_dim=1 if isinstance(self.layer, nn.Conv2d) else -1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -262,7 +262,7 @@ class SimulatedLayer(nn.Module):
         return self.fixed_bias + self.bias_steps * self.weight_scale.flatten() * typical_input
 
     def _fix(self, steps: torch.Tensor, values: torch.Tensor | None = None) -> None:
-        """Sets both forms of the weights; fp16 must not move one across the middle between two values."""
+        """Sets both forms of the weights; rounding to fp16 must not move one across the midpoint of two values."""
         values = round_to_int4(steps.float()).to(torch.int8) if values is None else values
         halves = steps.half()
         self.register_buffer("values", values)
@@ -274,12 +274,12 @@ def _per_output(table: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def states_of(layers: Mapping[str, SimulatedLayer]) -> dict[str, dict[str, torch.Tensor]]:
-    """What training changes, layer by layer."""
+    """The tensors that training changes, by layer."""
     return {name: layer.state() for name, layer in layers.items()}
 
 
 def set_states(layers: Mapping[str, SimulatedLayer], state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Takes over what ``states_of`` returned."""
+    """Restores tensors that ``states_of`` returned."""
     for name, layer in layers.items():
         layer.set_state(state[name])
 
@@ -293,30 +293,30 @@ def simulated(
     config: DilateQuantConfig,
     grid: TimestepGrid,
 ) -> Iterator[dict[str, SimulatedLayer]]:
-    """Replaces a UNet's layers by simulated ones inside the ``with`` block; the UNet gets its own back in any case.
+    """Replaces a UNet's layers by simulated ones inside the ``with`` block, and always restores them at its end.
 
-    Convolutions there are exact to fp32 and the same in every run.
+    Convolutions inside the block have fp32 precision and are deterministic.
 
     Args:
-        tensors: for each layer its state dict (see ``QuantizedLayer``), where training starts.
-        sharing: names of layers, each group sharing one input quantizer.
+        tensors: each layer's state dict (see ``QuantizedLayer``), where training starts.
+        sharing: groups of layer names. The layers of a group share one input quantizer.
     """
-    stand_ins: dict[str, SimulatedLayer] = {}
+    simulated_layers: dict[str, SimulatedLayer] = {}
     for names in sharing:
         quantizer = InputQuantizer(tensors[names[0]], config.activation_bits_of(names[0]), grid)
         for name in names:
-            stand_ins[name] = SimulatedLayer(layers[name], tensors[name], quantizer)
+            simulated_layers[name] = SimulatedLayer(layers[name], tensors[name], quantizer)
     required = {parameter: parameter.requires_grad for parameter in unet.parameters()}
     training = {module: module.training for module in unet.modules()}
     unet.requires_grad_(False).eval()  # no dropout
-    replace_layers(unet, {layers[name]: stand_in.eval() for name, stand_in in stand_ins.items()})
+    replace_layers(unet, {layers[name]: layer.eval() for name, layer in simulated_layers.items()})
     hook = grid.follow(unet)
     try:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield stand_ins
+            yield simulated_layers
     finally:
         hook.remove()
-        replace_layers(unet, {stand_in: stand_in.layer for stand_in in stand_ins.values()})
+        replace_layers(unet, {layer: layer.layer for layer in simulated_layers.values()})
         for parameter, wanted in required.items():
             parameter.requires_grad_(wanted)
         for module, mode in training.items():

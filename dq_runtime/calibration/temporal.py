@@ -1,6 +1,6 @@
 """The Temporal Parallel Quantizer's tables: one activation scale and zero point per layer and timestep.
 
-Initialised by a search for the least squared error on that timestep's samples (DilateQuant, arXiv 2409.14307).
+They are initialised by a search for the least squared error on the timestep's samples (DilateQuant, arXiv 2409.14307).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tqdm import tqdm
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.timesteps import TimestepGrid
 
-VALUES_PER_TIMESTEP = 8192  # of each layer's input, for the search
-LEAST_ROWS = 4  # of a timestep, however wide
+VALUES_PER_TIMESTEP = 8192  # of each layer's input, used by the search
+LEAST_ROWS = 4  # per timestep, even of wide inputs
 CANDIDATES = 24
 ROUNDS = 2
 
@@ -26,15 +26,15 @@ Samples = dict[str, list[torch.Tensor]]
 
 
 def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet) -> Samples:
-    """Replays the calibration set and keeps a random part of what each layer sees.
+    """Replays the calibration set and keeps random rows of each layer's input.
 
     Returns:
-        for each layer that was reached, a list of tensors [rows, K] fp32 on the CPU: inputs at each of the calibration
-        set's timesteps. Layers that see one tensor get equal samples.
+        for each layer that was reached, a list with one tensor [rows, K] fp32 on the CPU for each of the calibration
+        set's timesteps. Layers that share their input get equal samples.
 
     Raises:
-        ValueError: if an input is not finite, its batch is not the UNet's, or a timestep never reached the layer; names
-            the layer.
+        ValueError: if an input is not finite, its batch size differs from the UNet's, or a timestep never reached the
+            layer. The error names the layer.
     """
     grid = TimestepGrid(calibration_set.timesteps)
     indices = [grid.nearest(c.timestep, c.sample.shape[0], c.timestep.device) for c in calibration_set.calls]
@@ -42,30 +42,30 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
     earlier_calls = meets.cumsum(0) - 1
     calls_at = meets.sum(0).tolist()
     samples: dict[str, list[list[torch.Tensor]]] = {}
-    position = 0  # of the call that is running
+    position = 0  # of the running call
 
     def keep(name: str, x: torch.Tensor) -> None:
         x = x.detach()
-        if x.numel() and not bool(torch.stack(x.aminmax()).isfinite().all()):  # without a mask as large as x
+        if x.numel() and not bool(torch.stack(x.aminmax()).isfinite().all()):  # allocates no mask of x's size
             raise ValueError(
-                f"{name}: its input holds NaN or infinity during calibration. Check that the floating-point UNet draws "
-                "proper images in this dtype (some models overflow in float16: try bfloat16 or float32)"
+                f"{name}: its input holds NaN or infinity during calibration. Check that the floating-point UNet "
+                "generates valid images in this dtype (some models overflow in float16: try bfloat16 or float32)"
             )
         index = indices[position]
         if x.shape[0] != index.shape[0]:
             raise ValueError(
                 f"{name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got {x.shape[0]}. "
-                "Its timesteps cannot be told: add it to modules_to_not_convert"
+                "The timesteps of its rows are unknown: add it to modules_to_not_convert"
             )
         x = x.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x  # [B, ..., K]
         parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
         for t in index.unique().tolist():
             wanted = max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
             if earlier_calls[position, t] % -(-calls_at[t] // wanted):
-                continue  # a row of each call would be too many
+                continue  # one row of each call would be too many
             members = (index == t).nonzero()[:, 0]
             rows = len(members), *x.shape[1:-1]
-            # The same rows for layers that see one tensor.
+            # The seed gives layers that share their input the same rows.
             chosen = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(position))
             member, *pixel = torch.unravel_index(chosen[: -(-wanted // calls_at[t])], rows)
             place = tuple(numbers.to(x.device) for numbers in (members[member], *pixel))
@@ -96,7 +96,7 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
 
 
 def layers_by_input(samples: Samples) -> list[list[str]]:
-    """Groups layers that see one tensor (the q, k, v of a self-attention, ...): those whose samples are all equal."""
+    """Groups layers that share their input (the q, k, v of a self-attention, ...): all their samples are equal."""
     groups: dict[bytes, list[str]] = {}
     for name, per_timestep in samples.items():
         digest = hashlib.sha256()
@@ -108,10 +108,10 @@ def layers_by_input(samples: Samples) -> list[list[str]]:
 
 
 def by_group(per_timestep: Sequence[torch.Tensor], groups: Sequence[int]) -> list[torch.Tensor]:
-    """The samples of those timesteps that share a row of the activation tables, together.
+    """Concatenates the samples of timesteps that share a row of the activation tables.
 
     Args:
-        groups: which row each timestep uses; every row is some timestep's.
+        groups: the row that each timestep uses; every row is used by some timestep.
     """
     members: list[list[torch.Tensor]] = [[] for _ in range(max(groups) + 1)]
     for rows, group in zip(per_timestep, groups, strict=True):
@@ -122,13 +122,13 @@ def by_group(per_timestep: Sequence[torch.Tensor], groups: Sequence[int]) -> lis
 def temporal_quantizer(
     per_timestep: list[torch.Tensor], weight_dilation: torch.Tensor, bits: int, candidates: int = CANDIDATES
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Searches, for each timestep, the asymmetric quantizer of least squared error.
+    """Searches the asymmetric quantizer of least squared error for each timestep.
 
-    Starts from the values' range, widened to hold zero, and shrinks its upper and its lower end in turn.
+    The search starts from the values' range, extended to contain zero, and shrinks its upper and lower ends in turn.
 
     Args:
-        per_timestep: T tensors [rows, K], a layer's inputs; where timesteps share a scale, see ``by_group``.
-        weight_dilation: [K], by which the quantizer divides them.
+        per_timestep: T tensors [rows, K], a layer's inputs; see ``by_group`` for timesteps that share a scale.
+        weight_dilation: [K], divides the inputs.
         bits: of the quantized values.
         candidates: for each end of a range; with one, the range is that of the values.
 
@@ -136,7 +136,7 @@ def temporal_quantizer(
         act_scale [T] fp32 and act_zero_point [T] int32.
     """
     most = max(len(rows) for rows in per_timestep)
-    # Rows of zeros make up for those that a timestep lacks: zero is exact in every quantizer.
+    # Shorter timesteps are padded with zeros, which are exact in every quantizer.
     padded = [F.pad(rows / weight_dilation, (0, 0, 0, most - len(rows))).flatten() for rows in per_timestep]
     return search_range(torch.stack(padded), bits, candidates)
 
@@ -157,7 +157,7 @@ def search_range(values: torch.Tensor, bits: int, candidates: int = CANDIDATES) 
 
 
 def rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
-    """``values`` after quantization and back; scale and zero point broadcast over them."""
+    """``values``, quantized and dequantized; scale and zero point are broadcast."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return (values / scale).add_(0.5).floor_().add_(zero_point).clamp_(low, high).sub_(zero_point).mul_(scale)
 
@@ -165,7 +165,7 @@ def rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor,
 def _best_end(
     values: torch.Tensor, bits: int, ranges: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row the range of least error, of several that hold zero."""
+    """For each row the range of least error, among several that contain zero."""
     errors = []
     for low, high in ranges:
         scale, zero_point = (table[:, None] for table in _scale_and_zero_point(low, high, bits))
@@ -176,7 +176,7 @@ def _best_end(
 
 
 def _scale_and_zero_point(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps [low, high] (which holds zero) onto the 2^bits integers; the zero point is exact. All zeros: scale 1."""
+    """Maps [low, high], which contains zero, to 2^bits integers. Zero is exact; an all-zero row gets scale 1."""
     scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)  # its inverse stays finite
     zero_point = torch.floor(-(2 ** (bits - 1)) - low / scale + 0.5).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     empty = low == high

@@ -8,7 +8,7 @@ from torch import nn
 from dq_kernels.ops import INT4_MAX, INT4_MIN, pack_int4
 
 CANDIDATES = 64
-SMALLEST_CLIP = 0.4  # of the largest magnitude
+SMALLEST_CLIP = 0.4  # relative to the largest magnitude
 
 
 def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,7 +16,7 @@ def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple
 
     Args:
         weight: [N, ...] float.
-        candidates: scales to try for each output channel; with one, the largest magnitude becomes 7.
+        candidates: number of scales tried for each output channel; with one, the largest magnitude becomes 7.
 
     Returns:
         values [N, ...] int8 in [-8, 7], and weight_scale [N] fp32; their product approximates ``weight``.
@@ -46,7 +46,7 @@ def layer_tensors(
     """The state dict of a packed layer (see ``QuantizedLayer``).
 
     Args:
-        layer: the floating-point one, whose dtype the bias gets.
+        layer: the floating-point layer. The bias gets its dtype.
         values: [N, K] or [N, KH, KW, K] int8.
         bias: [N], or None.
     """
@@ -64,5 +64,5 @@ def layer_tensors(
 
 
 def round_to_int4(steps: torch.Tensor) -> torch.Tensor:
-    """Weights in steps of their scale -> the nearest 4-bit values, as floats; changes nothing in place."""
+    """Rounds weights in steps of their scale to the nearest 4-bit values, as floats, out of place."""
     return (steps + 0.5).floor_().clamp_(INT4_MIN, INT4_MAX)

@@ -1,7 +1,7 @@
-"""What the whole UNet predicts once it is quantized, beside what it predicts in floating point.
+"""The prediction error of the whole UNet for several quantizations of its layers.
 
-What is best for each layer by itself need not be best for all of them together: errors of one layer pass through the
-others, and some of them add up.
+The best quantization of each layer may not be the best for the whole UNet: errors of one layer pass through the other
+layers, and some of them add up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dq_runtime.calibration.simulated import simulated
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.timesteps import TimestepGrid
 
-SAMPLES, BATCH_SIZE = 256, 16  # to judge by
+SAMPLES, BATCH_SIZE = 256, 16  # for the comparison
 
 
 @torch.no_grad()
@@ -32,27 +32,27 @@ def prediction_errors(
     calibration_set: CalibrationSet,
     config: DilateQuantConfig,
 ) -> list[float]:
-    """What each of several quantizations of one floating-point UNet does to the image by what it predicts.
+    """The image error that each of several quantizations of one floating-point UNet causes.
 
     Args:
-        layers: those to be quantized.
-        candidates: for each layer its state dict (see ``QuantizedLayer``).
-        sharing: names of layers, each group seeing one tensor and sharing one input quantizer.
+        layers: the layers to quantize.
+        candidates: the layers' state dicts in each quantization (see ``QuantizedLayer``).
+        sharing: groups of layer names. The layers of a group share their input and one input quantizer.
         config: with ``timesteps``.
 
     Returns:
-        for each candidate the mean squared errors at all calibrated timesteps, times their importance (see
-        ``timestep_importance``), added.
+        for each candidate, the sum over all calibrated timesteps of the prediction's mean squared error times the
+        timestep's importance (see ``timestep_importance``).
     """
     assert config.timesteps is not None
     grid, result = TimestepGrid(config.timesteps).to(unet.device), architecture_of(unet).result
     samples = min(SAMPLES, calibration_set.num_samples)
-    batch_size = min(BATCH_SIZE, max(call.sample.shape[0] for call in calibration_set.calls))  # which fits
+    batch_size = min(BATCH_SIZE, max(call.sample.shape[0] for call in calibration_set.calls))  # known to fit in memory
     batches = MixedBatches(calibration_set, samples, batch_size, seed=0)
 
     def predictions(tensors: Mapping[str, Mapping[str, torch.Tensor]], quantized: bool) -> list[torch.Tensor]:
-        with simulated(unet, layers, tensors, sharing, config, grid) as stand_ins:
-            for layer in stand_ins.values():
+        with simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers:
+            for layer in simulated_layers.values():
                 layer.quantized = quantized
             return [result(batches[i].run(unet)).cpu() for i in batches.training]
 
@@ -60,7 +60,7 @@ def prediction_errors(
     errors = []
     for tensors in candidates:
         outputs = zip(batches.training, predictions(tensors, quantized=True), targets, strict=True)
-        # Divided by its share a timestep counts the same however often it was drawn.
+        # The division by its share makes a timestep's weight independent of how often it was drawn.
         weighted = [squared_error(y, target) * batches.importance(i) / batches.share(i) for i, y, target in outputs]
         errors.append(torch.cat(weighted).mean().item())
     return errors

@@ -79,7 +79,7 @@ def test_timesteps_are_drawn_in_proportion_to_the_root_of_their_importance(times
     batches = MixedBatches(calibration_set, 320, batch_size, seed=0)
     assert drawn_timesteps(batches, batches.training) == {10: 40, 500: 80, 900: 200}
     if timesteps is MANY and batch_size > 1:  # samples to judge by were held out
-        assert drawn_timesteps(batches, batches.judging) == {10: 5, 500: 10, 900: 25}
+        assert drawn_timesteps(batches, batches.validation) == {10: 5, 500: 10, 900: 25}
 
 
 def test_where_no_scheduler_is_known_diffusers_default_schedule_decides():
@@ -97,9 +97,9 @@ def test_the_least_important_timesteps_are_drawn_a_few_times(samples, least):
     batches = MixedBatches(CalibrationSet(numbered_calls(MANY), scheduler_with_roots(roots)), samples, 4, seed=0)
 
     assert drawn_timesteps(batches, batches.training) == {10: least, 500: samples, 900: least}
-    judging = drawn_timesteps(batches, batches.judging)
-    assert judging[500] == -(-samples // 8)
-    assert judging[10] == judging[900] == (4 if samples == 96 else 1)
+    validation = drawn_timesteps(batches, batches.validation)
+    assert validation[500] == -(-samples // 8)
+    assert validation[10] == validation[900] == (4 if samples == 96 else 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -176,26 +176,26 @@ def test_one_sample_in_eight_of_each_timestep_is_judged_by_and_never_trained_on(
     at = timestep_of_each(calls)
 
     batches = MixedBatches(CalibrationSet(calls, ALIKE), 400, 40, seed=0)  # enough to draw every sample
-    training, judging = set(drawn(batches, batches.training)), set(drawn(batches, batches.judging))
-    assert not training & judging
-    assert training | judging == set(at)
-    available, held_out = Counter(at.values()), Counter(at[number] for number in judging)
+    training, validation = set(drawn(batches, batches.training)), set(drawn(batches, batches.validation))
+    assert not training & validation
+    assert training | validation == set(at)
+    available, held_out = Counter(at.values()), Counter(at[number] for number in validation)
     assert available == {900: 36, 10: 38, 500: 34}
     assert held_out == {900: 4, 10: 4, 500: 4}
-    assert [*batches.training, *batches.judging] == list(range(len(batches)))
+    assert [*batches.training, *batches.validation] == list(range(len(batches)))
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(7, 0), (31, 0), (32, 4), (39, 4), (40, 5)])
-def test_where_a_timestep_has_too_few_samples_to_hold_some_out_judging_is_training(count, held_out):
+def test_where_a_timestep_has_too_few_samples_to_hold_some_out_validation_is_training(count, held_out):
     calls = numbered_calls([900] * 20) + numbered_calls([10], batch=count, first=100)
 
     batches = MixedBatches(CalibrationSet(calls, ALIKE), 400, 10, seed=0)
-    judging = [number for number in set(drawn(batches, batches.judging)) if number >= 100]
+    validation = [number for number in set(drawn(batches, batches.validation)) if number >= 100]
     if held_out:
-        assert len(judging) == held_out
-        assert set(batches.training).isdisjoint(batches.judging)
+        assert len(validation) == held_out
+        assert set(batches.training).isdisjoint(batches.validation)
     else:
-        assert batches.judging == batches.training == range(len(batches))
+        assert batches.validation == batches.training == range(len(batches))
         assert set(drawn(batches, batches.training)) == set(timestep_of_each(calls))
 
 
@@ -206,8 +206,8 @@ def test_an_eighth_is_to_judge_by_and_at_most_eight_batches(samples, batch_size,
     batches = MixedBatches(CalibrationSet(numbered_calls([900] * 100)), samples, batch_size, seed=0)
 
     assert len(drawn(batches, batches.training)) == samples
-    assert len(drawn(batches, batches.judging)) == expected
-    assert len(batches.judging) == -(-expected // batch_size)
+    assert len(drawn(batches, batches.validation)) == expected
+    assert len(batches.validation) == -(-expected // batch_size)
 
 
 @pytest.mark.parametrize("samples", [3, 5, 7, 10, 14, 15])
@@ -248,7 +248,7 @@ def test_the_seed_alone_decides():
 
     def all_drawn(seed):
         batches = MixedBatches(calibration_set, 40, 4, seed)
-        return drawn(batches, range(len(batches))), drawn(batches, batches.judging)
+        return drawn(batches, range(len(batches))), drawn(batches, batches.validation)
 
     first = all_drawn(0)
     torch.manual_seed(5)
@@ -302,7 +302,7 @@ def test_all_but_the_last_batch_of_a_shape_are_full(batch_size):
     calls = numbered_calls([1] * 8) + numbered_calls([1] * 8, shape=(2, 4, 6), first=100)
     batches = MixedBatches(CalibrationSet(calls), 60, batch_size, seed=0)
 
-    for part in (batches.training, batches.judging):
+    for part in (batches.training, batches.validation):
         widths = [batches[i].sample.shape[-1] for i in part]
         for width in (4, 6):
             sizes = [len(batches[i].sample) for i in part if batches[i].sample.shape[-1] == width]
@@ -367,10 +367,10 @@ def with_guidance(timesteps):
 def test_a_latent_that_is_judged_by_is_not_trained_on_with_another_prompt():
     batches = MixedBatches(CalibrationSet(with_guidance(MANY), ALIKE), 10_000, 8, seed=0)
 
-    training, judging = (set(drawn(batches, part)) for part in (batches.training, batches.judging))
-    assert judging
-    assert not training & judging
-    assert len(training | judging) == 2 * len(MANY)  # every latent is used
+    training, validation = (set(drawn(batches, part)) for part in (batches.training, batches.validation))
+    assert validation
+    assert not training & validation
+    assert len(training | validation) == 2 * len(MANY)  # every latent is used
 
 
 def test_where_all_latents_are_one_nothing_is_held_out():
@@ -380,4 +380,4 @@ def test_where_all_latents_are_one_nothing_is_held_out():
 
     batches = MixedBatches(CalibrationSet(calls, ALIKE), 90, 8, seed=0)
 
-    assert batches.judging == batches.training
+    assert batches.validation == batches.training

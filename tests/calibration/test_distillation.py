@@ -477,7 +477,7 @@ def test_training_that_is_judged_by_what_it_sees_says_so(plain, log):
     for calibration_set, expected in ((plain.calibration_set, True), (varied(many), False)):
         log.clear()
         distilled(plain.unet, calibration_set, plain.config, iterations=0)
-        assert any("judged by the samples it sees" in line for line in messages(log, logging.WARNING)) == expected
+        assert any("uses the training samples" in line for line in messages(log, logging.WARNING)) == expected
 
 
 def varied(calibration_set):

@@ -10,14 +10,14 @@ from dq_runtime.calibration import distillation
 from dq_runtime.calibration.importance import timestep_importance
 
 
-def lessons(monkeypatch):
-    """What every call of ``_train`` is to teach, by name: trainer and lesson."""
+def train_losses(monkeypatch):
+    """The losses of each call of ``_train``, by name: trainer and losses."""
     original, seen = distillation._Trainer._train, {}
 
-    def train(self, name, lesson, *arguments):
+    def train(self, name, losses_of, *arguments):
         with torch.no_grad():
-            seen[name] = self, [lesson(i) for i in range(len(self.batches))]
-        original(self, name, lesson, *arguments)
+            seen[name] = self, [losses_of(i) for i in range(len(self.batches))]
+        original(self, name, losses_of, *arguments)
 
     monkeypatch.setattr(distillation._Trainer, "_train", train)
     return seen
@@ -33,7 +33,7 @@ def by_timestep(trainer, errors):
 
 
 def test_in_a_block_every_timestep_counts_the_same(monkeypatch):
-    unet, seen = unet2d(), lessons(monkeypatch)
+    unet, seen = unet2d(), train_losses(monkeypatch)
     calibration_set = recorded(unet, scheduler=DDPMScheduler())
     distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED | {"samples": 48})
 
@@ -45,7 +45,7 @@ def test_in_a_block_every_timestep_counts_the_same(monkeypatch):
 
 
 def test_a_polish_weighs_timesteps_by_what_they_do_to_the_image(monkeypatch):
-    unet, seen = unet2d(), lessons(monkeypatch)
+    unet, seen = unet2d(), train_losses(monkeypatch)
     calibration_set = recorded(unet, scheduler=DDPMScheduler())
     settings = {"samples": 48, "polish_iterations": 8, "polish_learning_rate": 1e-9, "scale_learning_rate": 1e-9}
     rounded = distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **UNTRAINED | settings)
@@ -92,7 +92,7 @@ def test_a_polish_holds_out_the_same_samples(monkeypatch):
     blocks, polish = (
         [
             {value for i in part for value in batches[i].sample[:, 0, 0, 0].tolist()}
-            for part in (batches.training, batches.judging)
+            for part in (batches.training, batches.validation)
         ]
         for batches in sets
     )

@@ -12,9 +12,9 @@ from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
+    cached_outputs,
     inputs_of,
     outputs_of,
-    remembered,
     result_tensor,
 )
 from dq_runtime.convert import plan_conversion
@@ -229,7 +229,7 @@ def test_what_blocks_return_to_a_call_is_computed_once(unet, layers, tmp_path):
 
     for computed, (name, calls_inputs) in zip((list(earlier), [], [], []), expected.items(), strict=True):
         for i, call in enumerate(calls):
-            with remembered(earlier, store, i, 2**30):
+            with cached_outputs(earlier, store, i, 2**30):
                 assert_same_tree(inputs_of(unet, blocks[name], call), calls_inputs[i])
             assert called == computed
             called.clear()
@@ -246,7 +246,7 @@ def test_a_full_store_remembers_no_more(unet, layers, tmp_path):
     store = TensorStore(tmp_path)
 
     for computed in (names, names[1:]):  # the first one's result fills it
-        with remembered(dict(earlier), store, 0, 1):
+        with cached_outputs(dict(earlier), store, 0, 1):
             inputs_of(unet, last[1], call)
         assert called == computed
         called.clear()
@@ -258,7 +258,7 @@ def test_a_block_that_is_called_again_computes_again(tmp_path):
     expected = [block(first), block(second)]
 
     for _ in range(2):
-        with remembered({"block": block}, store, 0, 2**30):
+        with cached_outputs({"block": block}, store, 0, 2**30):
             assert_same_tree([block(first), block(second)], expected)
     assert "forward" not in vars(block)
 
@@ -268,9 +268,9 @@ def test_replaced_forwards_come_back_after_an_error_too(tmp_path):
     replacement = replaced.forward = lambda x: x + 1
 
     blocks, store = {"replaced": replaced, "stock": stock}, TensorStore(tmp_path)
-    with remembered(blocks, store, 0, 2**30):
+    with cached_outputs(blocks, store, 0, 2**30):
         assert torch.equal(replaced(torch.ones(3)), torch.full((3,), 2.0))
-    with pytest.raises(RuntimeError, match="shapes"), remembered(blocks, store, 1, 2**30):
+    with pytest.raises(RuntimeError, match="shapes"), cached_outputs(blocks, store, 1, 2**30):
         stock(torch.ones(1, 3))
     assert replaced.forward is replacement
     assert "forward" not in vars(stock)

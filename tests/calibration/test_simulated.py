@@ -107,7 +107,7 @@ def learn(stand_in, seed=2):
     def uniform(parameter, width):
         return width * (2 * torch.rand(parameter.shape, generator=generator) - 1)
 
-    stand_in.thaw()
+    stand_in.unfreeze()
     quantizer = stand_in.input_quantizer
     with torch.no_grad():
         quantizer.log_ratio.copy_(uniform(quantizer.log_ratio, 0.3))
@@ -146,10 +146,10 @@ def test_what_was_learned_is_what_is_packed(kind, bits):
     learn(stand_in)
     x = inputs(stand_in, LAYERS[kind][1])
 
-    thawed = stand_in(x).detach()
+    trained = stand_in(x).detach()
     stand_in.freeze()
-    assert_close(stand_in(x), thawed, "frozen")
-    assert_close(packed(stand_in, stand_in.tensors(), bits)(x), thawed, "packed")
+    assert_close(stand_in(x), trained, "frozen")
+    assert_close(packed(stand_in, stand_in.tensors(), bits)(x), trained, "packed")
     assert not torch.equal(stand_in.tensors()["weight"], tensors["weight"])
     assert not any(parameter.requires_grad for parameter in stand_in.input_quantizer.parameters())
 
@@ -271,11 +271,11 @@ def test_zero_point_at_the_end_of_its_range_is_learned(bits):
     assert (quantizer.zero_point.grad != 0).all()
 
 
-def test_thawing_and_freezing_without_a_step_changes_nothing(kind):
+def test_unfreezing_and_freezing_without_a_step_changes_nothing(kind):
     stand_in, _ = simulated_layer(kind, 8)
     before = {name: tensor.clone() for name, tensor in stand_in.tensors().items()}
 
-    stand_in.thaw()
+    stand_in.unfreeze()
     stand_in.freeze()
     after = stand_in.tensors()
     assert after.keys() == before.keys()
@@ -289,7 +289,7 @@ def test_training_may_start_between_the_steps_and_from_another_scale(kind):
     exact = 1.25 * stand_in.dilated_weight() / stand_in.weight_scale
     values, scale = stand_in.values.clone(), stand_in.weight_scale.clone()
 
-    learned = stand_in.thaw((exact, torch.full_like(stand_in.weight_scale, 1.25)))
+    learned = stand_in.unfreeze((exact, torch.full_like(stand_in.weight_scale, 1.25)))
     assert torch.equal(stand_in.steps, exact)
     assert any(parameter is stand_in.steps for group in learned for parameter in group)
     with torch.no_grad():
@@ -392,7 +392,7 @@ def test_the_unet_gets_back_all_that_was_its_own(whole_unet, failing):
             assert not any(module.training for module in unet.modules())
             for stand_in in stand_ins.values():
                 stand_in.quantized = True
-                stand_in.thaw()
+                stand_in.unfreeze()
             unet(torch.ones(2, 3, 8, 8), 500).sample.sum().backward()
             if failing:
                 raise Failed
