@@ -1,7 +1,7 @@
 """dq_runtime: packed-INT4 diffusion models for diffusers, by DilateQuant, on Triton kernels.
 
 Importing it registers the quantization method with diffusers, so that stock ``from_pretrained`` loads packed
-checkpoints. Calibration, fused blocks, CUDA graphs and the way back load on first use.
+checkpoints. Calibration, fused blocks, CUDA graphs and dequantization are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention in int8, softmax included, as a diffusers attention processor; it needs no calibration."""
+"""Attention in int8, including the softmax, as a diffusers attention processor; it needs no calibration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dq_kernels import ops
 class Int8AttnProcessor(AttnProcessor2_0):
     """``AttnProcessor2_0`` with ``ops.int8_attention`` between the projections.
 
-    Whatever that operator cannot do (see ``reason_against_int8``; a mask, or a gradient that is wanted) is done in
-    floating point. ``DilateQuantConfig.int8_attention`` puts it in place, or diffusers' own ``set_processor`` does, in
-    any attention that has ``AttnProcessor2_0``.
+    An attention that the operator does not support (see ``reason_against_int8``; a mask, a gradient) runs in floating
+    point. ``DilateQuantConfig.int8_attention`` selects it; diffusers' ``set_processor`` also sets it, on any attention
+    that has ``AttnProcessor2_0``.
     """
 
     def __call__(
@@ -32,12 +32,12 @@ class Int8AttnProcessor(AttnProcessor2_0):
         """As ``AttnProcessor2_0.__call__``: [B, tokens, channels] or [B, channels, H, W], in and out.
 
         Raises:
-            ValueError: for an attention with added keys and values, which has another processor.
+            ValueError: for an attention with added keys and values, which needs another processor.
         """
         if attn.added_kv_proj_dim is not None:
             raise ValueError(
-                "Int8AttnProcessor does not know added keys and values: call set_processor(AttnAddedKVProcessor2_0()) "
-                "on attentions that have them"
+                "Int8AttnProcessor does not support added keys and values: call "
+                "set_processor(AttnAddedKVProcessor2_0()) on attentions that have them"
             )
         if attention_mask is not None or reason_against_int8(attn) is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
@@ -54,7 +54,7 @@ class Int8AttnProcessor(AttnProcessor2_0):
             if attn.norm_cross:
                 context = attn.norm_encoder_hidden_states(context)
         projected = attn.to_q(tokens), attn.to_k(context), attn.to_v(context)
-        # Asked here and not of wants_gradient, since a compiled attention may be trained, too.
+        # Not wants_gradient: it is False under torch.compile, and a compiled attention may be trained.
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in projected)
         known = projected[0].dtype in ops.COMPUTE_DTYPES
         attend = ops.int8_attention if known and not differentiable else float_attention
@@ -68,13 +68,13 @@ class Int8AttnProcessor(AttnProcessor2_0):
 
 
 def float_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v as PyTorch computes it: [B, L, H D], [B, S, H D] twice -> [B, L, H D]."""
+    """softmax(q k^T / sqrt(D)) v in PyTorch: query [B, L, H D], key and value [B, S, H D] -> [B, L, H D]."""
     per_head = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
 
 def reason_against_int8(attention: Any) -> str | None:
-    """Why an attention cannot run in int8; None if it can."""
+    """The reason why an attention cannot run in int8; None if it can."""
     if attention.added_kv_proj_dim is not None:
         return "added keys and values"
     head_channels = attention.inner_dim // attention.heads
@@ -88,5 +88,5 @@ def reason_against_int8(attention: Any) -> str | None:
 
 
 def in_int8(attention: Any) -> bool:
-    """Whether an attention is to run in int8, and can."""
+    """True if an attention has ``Int8AttnProcessor`` and can run in int8."""
     return type(attention.processor) is Int8AttnProcessor and reason_against_int8(attention) is None

@@ -1,4 +1,4 @@
-"""The quantization config: what a user chooses, and what a checkpoint records in its ``config.json``."""
+"""The quantization config: the user's options, which a checkpoint stores in its ``config.json``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NOT_CONVERTED = ("conv_in", "conv_out")
 
 
 def is_part(entry: str, name: str) -> bool:
-    """True if an entry of the config is a layer's dotted name or a part of it; with a dot in front, its beginning."""
+    """True if an entry of the config is a layer's dotted name or part of it; with a leading dot, its first part."""
     return f".{name}.".startswith(f"{entry}.") if entry.startswith(".") else f".{entry}." in f".{name}."
 
 
 class DilateQuantMethod(str, Enum):
-    """The name under which diffusers knows this quantization method."""
+    """The name of this quantization method in diffusers."""
 
     DILATEQUANT = "dilatequant"
 
@@ -30,27 +30,27 @@ class DilateQuantConfig(QuantizationConfigMixin):
 
     Args:
         weight_bits: 4; weights are packed two to a byte.
-        activation_bits: 8, 6 or 4; activations are stored as int8 whatever the number.
-        layer_activation_bits: other numbers for some layers, by dotted name or part of one. Where several entries fit,
-            the longest counts. By default a resnet's ``conv_shortcut`` has 8: what it rounds goes past all other layers
-            straight into the result, and its input, stored as int8 anyway, costs no more. {} for no exception.
-        dilation: "weight", the paper's rule, stretches unsaturated input channels of the weights as far as no weight
-            range grows; "joint" chooses, layer by layer, among that and rules that look at the activations too, by the
-            layer's error on the calibration data, and gives up all of it where, without training, the whole UNet
-            does not predict clearly better with it; "none" turns it off.
-        max_dilation: the largest factor by which a channel is stretched.
-        timestep_groups: how many activation scales each layer has, neighbouring timesteps sharing one; by default one
-            for each calibrated timestep.
+        activation_bits: 8, 6 or 4; activations are always stored as int8.
+        layer_activation_bits: exceptions from ``activation_bits``, by dotted name or part of one; the longest matching
+            entry applies. By default a resnet's ``conv_shortcut`` has 8: its rounding error reaches the output
+            directly, and its input, stored as int8 anyway, costs no more. {} for no exception.
+        dilation: "weight", the paper's rule, scales unsaturated input channels of the weights up as far as no weight
+            range grows; "joint" chooses for each layer, by its error on the calibration data, among this rule and
+            rules that consider the activations too, and without training drops all dilation unless the whole UNet's
+            prediction is clearly better with it; "none" turns it off.
+        max_dilation: the largest factor of a channel.
+        timestep_groups: number of activation scales per layer, which neighbouring timesteps share; by default one for
+            each calibrated timestep.
         modules_to_not_convert: layers that stay in floating point, by dotted name or part of one: "conv_in",
-            "mid_block", "to_out.0"; with a dot in front, by the name's beginning: ".proj_out" is the model's own. Where
-            this has its default value, ``calibrate`` takes the default of the model's architecture.
+            "mid_block", "to_out.0". An entry with a leading dot matches the first part of a name only: ".proj_out" is
+            the model's own. If the value is the default, ``calibrate`` uses the default of the model's architecture.
         int8_attention: attentions that multiply q, k, v and the softmax's probabilities in 8 bits, by dotted name or
-            part of one: ["attn1"] for all self-attentions, ["attentions"] for all there are, [] for none. Their scales
-            are found at run time, so calibration and training are the same with and without.
-        timesteps: the sorted timesteps that the activation tables hold; filled in by calibration.
+            part of one: ["attn1"] for all self-attentions, ["attentions"] for all attentions, [] for none. Their scales
+            are computed at run time and need no calibration or training.
+        timesteps: the sorted timesteps of the activation tables; set by calibration.
 
     Raises:
-        ValueError: for a value that is not supported.
+        ValueError: if a value is not supported.
     """
 
     weight_bits: int = 4
@@ -87,12 +87,12 @@ class DilateQuantConfig(QuantizationConfigMixin):
                 setattr(self, name, list(entries))
 
     def activation_bits_of(self, layer: str) -> int:
-        """The number of bits of a layer's input, by the layer's dotted name."""
+        """The number of bits of the input of the layer with this dotted name."""
         fitting = [entry for entry in self.layer_activation_bits or {} if is_part(entry, layer)]
         return (self.layer_activation_bits or {})[max(fitting, key=len)] if fitting else self.activation_bits
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON can hold them."""
+        """All fields as JSON types."""
         return {**super().to_dict(), "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:

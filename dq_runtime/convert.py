@@ -1,4 +1,4 @@
-"""Turning a stock diffusers model's layers into quantized ones, in place."""
+"""Replacing the layers of a stock diffusers model by quantized ones, in place."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ logger = logging.getLogger("dq_runtime")
 
 GRID_NAME = "timestep_grid"
 
-# Methods of diffusers' models that would write into the weights, and what to do instead.
+# Methods of diffusers' models that would change the packed weights -> the remedy in the error.
 REFUSED = {
-    "fuse_lora": "Packed INT4 weights cannot take an adapter in: leave it loaded on top of them, or merge and unload "
-    "it before the floating-point UNet is calibrated",
+    "fuse_lora": "Packed INT4 weights cannot be merged with an adapter: keep it loaded, or merge and unload it "
+    "before the floating-point UNet is calibrated",
     "fuse_qkv_projections": "Packed INT4 weights are joined by dq_runtime.fuse(unet), which makes q, k and v one GEMM",
 }
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Which layers of a model are to be quantized, which attentions are to run in int8, and why others are not."""
+    """The layers of a model to quantize, the attentions to run in int8, and the reasons for all others."""
 
     layers: dict[str, nn.Linear | nn.Conv2d]
     attentions: dict[str, Attention]
     kept: dict[str, str]  # layer name -> reason
-    kept_attentions: dict[str, str]  # name of an attention that was to run in int8 -> reason
-    unmatched: list[str]  # entries of the config that name nothing, as "modules_to_not_convert: 'conv_inn'"
+    kept_attentions: dict[str, str]  # name of an attention that the config selects -> reason
+    unmatched: list[str]  # entries of the config that match nothing: "modules_to_not_convert: 'conv_inn'"
 
     def log(self) -> None:
-        """Writes a line that lists what stays in floating point and why, and one for each unmatched entry."""
+        """Logs the layers and attentions that stay in floating point, with reasons, and each unmatched entry."""
         for entry in self.unmatched:
-            logger.warning("%s names nothing that it could apply to in this UNet", entry)
+            logger.warning("%s matches nothing in this UNet", entry)
         if self.kept:
             level = logging.WARNING if set(self.kept.values()) - {REQUESTED} else logging.INFO
             logger.log(level, "Kept in floating point: %s", _by_reason(self.kept))
@@ -65,25 +65,25 @@ REQUESTED = "in modules_to_not_convert"
 
 
 def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPlan:
-    """Decides for every linear and convolution of a floating-point model whether it can and should be quantized.
+    """Selects the linears and convolutions of a floating-point model that can and should be quantized.
 
-    Those outside of the architecture's entry, as an autoencoder's encoder, are left out: they know no timestep.
+    Layers outside of the architecture's entry, such as an autoencoder's encoder, are left out: they have no timestep.
 
     Raises:
-        TypeError: if the model's class is not known.
-        ValueError: if the model is quantized already, or nothing is left to quantize.
+        TypeError: if the model's class is not supported.
+        ValueError: if the model is already quantized, has an adapter, or has no layer to quantize.
     """
     entry_name = architecture_of(unet).entry_name
     if is_quantized(unet):
         raise ValueError("The UNet is quantized already; call unet.dequantize() first, or load the original weights")
     if getattr(unet, "_hf_peft_config_loaded", False) or any(hasattr(m, "base_layer") for m in unet.modules()):
         raise ValueError(
-            "The UNet carries an adapter, whose matrices would be quantized as layers of their own: call "
+            "The UNet has an adapter, whose matrices would be quantized as separate layers: call "
             "fuse_lora() and unload_lora_weights() first, or load the adapter after quantization"
         )
     if any(".processor." in name for name, _ in unet.named_modules()):
         raise ValueError(
-            "The UNet carries an IP-Adapter, whose layers a checkpoint of the UNet cannot hold: call "
+            "The UNet has an IP-Adapter, whose layers a checkpoint of the UNet cannot store: call "
             "unload_ip_adapter() first, or load it after quantization"
         )
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
@@ -91,7 +91,7 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
     fir_prefixes = tuple(
         f"{name}." for name, module in unet.named_modules() if isinstance(module, (FirDownsample2D, FirUpsample2D))
     )
-    for name, module in unet.named_modules():  # a layer registered under two names comes once
+    for name, module in unet.named_modules():  # a layer registered under two names appears once
         if not f"{name}.".startswith(f"{entry_name}." if entry_name else ""):
             continue
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv1d, nn.Conv3d)):
@@ -152,19 +152,19 @@ def _reason_against_int8(attention: Attention) -> str | None:
 
 
 def insert_empty_layers(unet: Any, config: DilateQuantConfig) -> None:
-    """Replaces, in place, every layer to be quantized by an empty one on the meta device, for a loader to fill."""
+    """Replaces every layer to be quantized by an empty one on the meta device, in place; a loader fills them."""
     plan = plan_conversion(unet, config)
     layers, grid = _empty_layers(plan, config)
     _swap_in(unet, plan, layers, grid)
 
 
 def convert(unet: Any, config: DilateQuantConfig, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Quantizes a UNet in place from finished tensors; leaves it unchanged if they do not fit.
+    """Quantizes a UNet in place with given tensors; leaves it unchanged if they do not fit.
 
     Args:
         unet: a stock floating-point UNet.
-        config: with ``timesteps``.
-        tensors: for every layer that the config quantizes, its state dict (see ``QuantizedLayer``).
+        config: its ``timesteps`` must be set.
+        tensors: layer name -> state dict (see ``QuantizedLayer``), for every layer that the config quantizes.
     """
     plan = plan_conversion(unet, config)
     layers, grid = _empty_layers(plan, config)
@@ -192,13 +192,13 @@ def _empty_layers(plan: ConversionPlan, config: DilateQuantConfig) -> tuple[dict
 
 
 def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLayer], grid: TimestepGrid) -> None:
-    """Puts the layers in place, wherever the old ones are registered, and makes the UNet map its timestep."""
+    """Replaces the layers, and registers the hooks that map the UNet's timestep."""
     plan.log()
     replace_layers(unet, {plan.layers[name]: layer for name, layer in layers.items()})
-    attention: Any  # diffusers' annotation of processors lists its own ones
+    attention: Any  # diffusers annotates processors with its own classes only
     for attention in plan.attentions.values():
         attention.set_processor(Int8AttnProcessor())
-    unet.requires_grad_(False)  # no gradient passes the layers; without any wanted, none is refused
+    unet.requires_grad_(False)  # a gradient through the layers would raise
     unet.add_module(GRID_NAME, grid.train(unet.training))
     grid.attach(unet)
     for method, remedy in REFUSED.items():
@@ -211,7 +211,7 @@ def _refuse(remedy: str, *args: Any, **kwargs: Any) -> NoReturn:
 
 
 def replace_layers(unet: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts modules in the places of others, wherever those are registered; in place."""
+    """Replaces modules under every name that they are registered under, in place."""
     for parent in list(unet.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacement:

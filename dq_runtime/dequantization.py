@@ -1,4 +1,4 @@
-"""The way back: from a quantized model to a stock one."""
+"""Converting a quantized model back to a stock one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dq_runtime.layers import QuantConv2d, QuantizedLayer, constructor_arguments
 
 @torch.no_grad()
 def dequantize(model: Any) -> Any:
-    """Turns a quantized model back, in place, into a stock one, whose weights are the rounded ones.
+    """Converts a quantized model back to a stock one with the rounded weights, in place.
 
     Raises:
         ValueError: if the model is not quantized.

@@ -1,6 +1,6 @@
 """The diffusers quantizer: stock ``from_pretrained`` loads packed checkpoints, stock ``save_pretrained`` writes them.
 
-Importing ``dq_runtime`` registers it; diffusers has no public hook, so this writes into its two mappings.
+Importing ``dq_runtime`` registers it in diffusers' two mappings; diffusers has no public registration function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dq_runtime.layers import QuantizedLayer, quantized_layers
 
 
 class DilateQuantizer(DiffusersQuantizer):
-    """Loads and saves models that ``dq_runtime.calibrate`` quantized."""
+    """Loads and saves models quantized by ``dq_runtime.calibrate``."""
 
     quantization_config: DilateQuantConfig
     is_serializable = True
@@ -36,20 +36,20 @@ class DilateQuantizer(DiffusersQuantizer):
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError for a compute dtype that the kernels do not know."""
+        """Raises ValueError for a compute dtype that the kernels do not support."""
         dtype = kwargs.get("torch_dtype")
         if dtype is not None and dtype not in ops.COMPUTE_DTYPES:
             raise ValueError(f"torch_dtype must be float16, bfloat16 or float32 for a DilateQuant UNet, got {dtype}")
 
     def get_special_dtypes_update(self, model: nn.Module, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """None: sizes for ``device_map="auto"`` follow from the tensors themselves, packed ones included."""
+        """Empty: ``device_map="auto"`` reads the sizes from the tensors themselves, including packed ones."""
         return {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         insert_empty_layers(model, self.quantization_config)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Raises ValueError for a missing tensor, of which diffusers would make a warning and an empty layer."""
+        """Raises ValueError for missing tensors; diffusers would only warn, and leave the layer empty."""
         self._refuse("missing", missing_keys)
         return missing_keys
 
@@ -64,7 +64,7 @@ class DilateQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """Whether a tensor is a packed weight or a table, which no dtype cast may touch."""
+        """True if a tensor is a packed weight or a table, which must not be cast."""
         module_name, _, tensor_name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
         return isinstance(module, QuantizedLayer) and tensor_name != "bias"
@@ -72,7 +72,7 @@ class DilateQuantizer(DiffusersQuantizer):
     def check_quantized_param_shape(
         self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor
     ) -> bool:
-        """Raises ValueError for a tensor of another shape than its layer and config ask for."""
+        """Raises ValueError if a tensor's shape is not that of its layer."""
         expected, found = tuple(current_param.shape), tuple(loaded_param.shape)
         if expected != found:
             raise ValueError(
@@ -91,9 +91,9 @@ class DilateQuantizer(DiffusersQuantizer):
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Puts a tensor into its layer as the checkpoint holds it: ``param_value`` may have been cast already.
+        """Sets a layer's tensor with the checkpoint's dtype; ``param_value`` may already have been cast.
 
-        Raises ValueError for tensors of the checkpoint that the UNet has no place for, which diffusers would ignore.
+        Raises ValueError for unexpected tensors in the checkpoint, which diffusers would ignore.
         """
         self._refuse("unexpected", unexpected_keys or [])
         module_name, _, tensor_name = param_name.rpartition(".")
@@ -112,27 +112,27 @@ class DilateQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for layer in quantized_layers(model).values():
-            if not layer.weight.is_meta:  # weights that were offloaded to disk
+            if not layer.weight.is_meta:  # else the weight is offloaded to disk
                 layer.check_tensors()
         model.requires_grad_(False)
-        # With this flag diffusers refuses half(), to(dtype) and IP-Adapter loading, all of which work here.
+        # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.
         model.is_quantized = False
         return model
 
     def dequantize(self, model: Any) -> Any:
-        """Turns the model back into a stock one, in place."""
-        from dq_runtime.dequantization import dequantize  # here, since it loads much that few need
+        """Converts the model back to a stock one, in place."""
+        from dq_runtime.dequantization import dequantize  # imported here: it loads much, and is rarely needed
 
         return dequantize(model)
 
 
 def attach_quantizer(unet: Any, config: DilateQuantConfig) -> None:
-    """Makes ``save_pretrained`` write a UNet that was quantized in memory, and ``unet.dequantize()`` turn it back."""
+    """Enables ``save_pretrained`` and ``unet.dequantize()`` for a UNet that was quantized in memory."""
     unet.hf_quantizer = DilateQuantizer(config, pre_quantized=True)
     unet.register_to_config(quantization_config=config)
 
 
 def register() -> None:
-    """Makes the method known to diffusers."""
+    """Registers the quantization method with diffusers."""
     AUTO_QUANTIZER_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig

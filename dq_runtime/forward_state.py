@@ -1,4 +1,4 @@
-"""What the fused blocks of a UNet share within one forward pass: linears that read one tensor, and statistics."""
+"""State that the fused blocks of a UNet share within one forward pass: merged linears, and statistics of images."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MERGED = ("weight", "weight_scale", "weight_sum", "bias")
 
 
 def run_as_made(modules: Iterable[nn.Module]) -> bool:
-    """True if a call of these modules runs their own forwards and nothing else, so that it can be left out.
+    """True if a call of each module runs the forward of its class and nothing else, so a fused forward may replace it.
 
-    Offloaders, adapters, profilers and users' code hook into a module, or put another forward in its place.
+    Offloaders, adapters, profilers and users' code register hooks on a module, or replace its ``forward``.
     """
     if torch.compiler.is_compiling():
         return True
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
-    for module in modules:  # hundreds in a forward pass: no generator, and no look at the class
+    for module in modules:  # called hundreds of times a forward pass: no generator, no attribute lookup
         own = module.__dict__
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return False
@@ -43,8 +43,8 @@ class LinearGroup:
     offloading keeps it; a view that is set as its ``data`` has its own version, so ``count_new_weights`` is needed.
 
     Args:
-        layers: linears whose quantizers are equal (see ``same_quantizer``).
-        activation: applied to the input before it is quantized.
+        layers: linears with equal quantizers (see ``same_quantizer``).
+        activation: applied to the input before quantization.
     """
 
     weight: torch.Tensor
@@ -56,14 +56,14 @@ class LinearGroup:
         self.layers = list(layers)
         self.sizes = [layer.out_features for layer in layers]
         self.activation = activation
-        self._read: torch.Tensor | None = None  # the tensor that ``_results`` were computed from
+        self._read: torch.Tensor | None = None  # the input of ``_results``
         self._results: tuple[torch.Tensor, ...] = ()
         self._merge()
         for layer in self.layers:
             layer.after_move = self.follow
 
     def _merge(self) -> None:
-        # Only tensors of one kind can share memory: inference tensors, if the model was made in inference mode.
+        # Inference tensors share memory with inference tensors only: those of a model made in inference mode.
         with torch.inference_mode(self.layers[0].weight.is_inference()):
             for name in MERGED:
                 parts = [getattr(layer, name) for layer in self.layers]
@@ -94,14 +94,14 @@ class LinearGroup:
         return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 
     def multiply(self, q: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-        """int8 [B, ..., K] -> the members' results beside each other, [B, ..., sum of N]."""
+        """int8 [B, ..., K] -> the members' results, concatenated: [B, ..., sum of N]."""
         if not torch.compiler.is_compiling() and self._addresses != self._members_addresses():
-            self._merge()  # the model was moved, cast or copied, or other weights were put in
+            self._merge()  # a member's tensors were replaced, or the model was copied
         weight = PackedWeight(self.weight, self.weight_scale, self.weight_sum)
         return ops.int4_linear(q, weight, self.layers[0].quantizer(q), self.bias, out_dtype=out_dtype)
 
     def result(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """A member's result for x; the first member that is asked for computes all."""
+        """A member's result for x; the first request for an x computes the results of all members."""
         if self._read is not x:
             read = x if self.activation is None else self.activation(x)
             if not run_as_made(self.layers) or any(member.weight.device != x.device for member in self.layers):
@@ -111,47 +111,47 @@ class LinearGroup:
         return self._results[[member is layer for member in self.layers].index(True)]
 
     def count_new_weights(self, *_: Any) -> None:
-        """Counts a version of the merged weight, after its members, which are views of it, were loaded in place."""
+        """Increments the version of the merged weight after a member was loaded in place: oneDNN's copy is outdated."""
         self.weight.add_(0)
 
     def forget(self) -> None:
-        """Drops the results, at the end of a forward pass."""
+        """Clears the results, at the end of a forward pass."""
         self._read, self._results = None, ()
 
 
 class ForwardState:
-    """What the fused blocks of one UNet tell each other within a forward pass.
+    """State that the fused blocks of one UNet share within a forward pass.
 
-    ``groups`` are the linears that read one tensor: time projections, cross-attention keys and values. ``statistics``
-    travel beside an activation from the convolution that made it to the norms that read it.
+    ``groups`` are the linears that read one tensor: time projections, cross-attention keys and values. The statistics
+    of an image are computed by the convolution that writes it, and used by the norms that read it.
     """
 
     def __init__(self, groups: dict[str, LinearGroup]) -> None:
         self.groups = groups
-        self.hooks: list[Any] = []  # of the UNet, which call the methods below
+        self.hooks: list[Any] = []  # hooks of the UNet that call the methods below
         self._images_are_final = True
-        # By the image's id: the image, its version and its statistics. Weak, since an image must not live longer for
-        # being known here.
+        # By the image's id: the image, its version and its statistics. The reference is weak, so that the image is
+        # freed as early as in an unfused UNet.
         self._statistics: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
     def remember(self, image: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
-        """Keeps an image's statistics, if it has any, for whoever gets the same image; returns the image."""
+        """Stores an image's statistics, if there are any, for the norms that read the image; returns the image."""
         if statistics.numel() and self._images_are_final and not torch.compiler.is_compiling():
             self._statistics[id(image)] = (weakref.ref(image), _version(image), statistics)
         return image
 
     def recall(self, image: torch.Tensor | None) -> torch.Tensor | None:
-        """The statistics of an image, where they are known."""
+        """The statistics of an image; None if they are not stored, or the image was changed since."""
         if image is None or torch.compiler.is_compiling():
             return None
         known, version, statistics = self._statistics.get(id(image), (lambda: None, 0, None))
         return statistics if known() is image and version == _version(image) else None
 
     def begin(self, unet: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Drops the remains of a pass that failed; notes whether images may change after they were measured.
+        """Clears the state of a failed pass; decides if statistics may be stored in this one.
 
-        Inference tensors do not count changes in place. In inference mode statistics are kept only if nothing can
-        change an image: no hook, and no T2I-Adapter, whose features are added in place.
+        Inference tensors have no version, so in inference mode a change in place goes unnoticed. Statistics are stored
+        only if nothing can change an image: no hook, and no T2I-Adapter, whose features are added in place.
         """
         self.forget()
         if torch.compiler.is_compiling():
@@ -162,19 +162,19 @@ class ForwardState:
         )
 
     def forget(self, *_: Any) -> None:
-        """Drops everything, at the end of a forward pass."""
+        """Clears all state, at the end of a forward pass."""
         self._statistics.clear()
         for group in self.groups.values():
             group.forget()
 
 
 def _version(image: torch.Tensor) -> int:
-    """The number of changes in place; inference tensors have none."""
+    """The number of changes in place; 0 for inference tensors, which do not count them."""
     return 0 if image.is_inference() else image._version
 
 
 def same_quantizer(layers: Iterable[Any]) -> bool:
-    """Whether all are quantized linears, and quantize their input alike."""
+    """True if all layers are quantized linears with equal input quantizers."""
     members = list(layers)
     first = members[0]
     return all(
@@ -189,5 +189,5 @@ def same_quantizer(layers: Iterable[Any]) -> bool:
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Tensors on the meta device have no values to differ in."""
+    """True if the values are equal; tensors on the meta device have none, so their shapes are compared."""
     return a.shape == b.shape if a.is_meta else torch.equal(a, b)

@@ -1,7 +1,7 @@
 """Fusing a quantized model: the same modules and weights, fewer passes over memory.
 
-Modules stay where they are and keep their tensors, so checkpoints, adapters and ``dequantize`` do not notice. Linears
-that read one tensor (q, k and v; all time projections; all cross-attention keys and values) run as one GEMM.
+Modules keep their names and tensors, so checkpoints, adapters and ``dequantize`` work as before. Linears that read one
+tensor (q, k and v; all time projections; all cross-attention keys and values) run as one GEMM.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dq_runtime.fused_blocks import (
 )
 from dq_runtime.layers import is_quantized, quantized_layers
 
-# In this order: whether an up block can be fused depends on its resnets.
+# In this order: an up block can be fused only if its resnets are.
 FUSED = {
     ResnetBlock2D: FusedResnetBlock2D,
     BasicTransformerBlock: FusedBasicTransformerBlock,
@@ -47,13 +47,13 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def fuse(model: Any) -> dict[str, str]:
-    """Fuses what can be fused in a quantized model, in place.
+    """Fuses all blocks of a quantized model that have a fused forward, in place.
 
     Returns:
-        The fused blocks: name -> class. None of a model whose blocks have no fused forward: it stays as it is.
+        The fused blocks: name -> class. It is empty, and the model unchanged, if no block can be fused.
 
     Raises:
-        ValueError: if the model is not quantized, or fused already.
+        ValueError: if the model is not quantized, or is already fused.
     """
     if not is_quantized(model):
         raise ValueError("The model is not quantized: calibrate it, or load a quantized one, before fuse()")
@@ -95,7 +95,7 @@ def fuse(model: Any) -> dict[str, str]:
 
 
 def unfuse(model: Any) -> None:
-    """Gives the blocks of a model diffusers' own forwards back, in place."""
+    """Restores diffusers' own forwards in all blocks of a model, in place."""
     stock_class = {fast: stock for stock, fast in FUSED.items()}
     for module in model.modules():
         if type(module) in stock_class:

@@ -1,10 +1,10 @@
-"""Fused forwards for diffusers' blocks: subclasses that change nothing but ``forward``.
+"""Fused forwards of diffusers' blocks: subclasses that change nothing but ``forward``.
 
-Each hands int8 from kernel to kernel: a norm writes the next layer's quantized input, a GEMM's epilogue adds time
-embedding and residual or applies GEGLU, an up block reads its two sources where they are. ``can_fuse`` says whether a
-block is built the way that its fused forward knows; a block that cannot run fused now (an adapter was loaded, an
-attention processor, a mask or a hook set, weights are offloaded, a gradient is wanted) runs diffusers' own forward.
-``fused.fuse`` puts these classes in place.
+Activations stay int8 between kernels: a norm writes the next layer's quantized input, a GEMM's epilogue adds time
+embedding and residual or applies GEGLU, an up block reads its two sources without a concat. ``can_fuse`` is True if the
+fused forward supports a block's options. A block that cannot run fused in a call (adapter, other attention processor,
+mask, hook, offloaded weights, gradient through the input) runs diffusers' own forward. ``fused.fuse`` installs these
+classes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, wants_gr
 
 
 def quantized(layer: Any) -> QuantizedLayer:
-    """A block's layer, which is quantized where this is called; diffusers annotates it as a stock one."""
+    """The layer itself, typed as quantized: diffusers annotates a block's layers as stock ones."""
     return layer
 
 
@@ -43,7 +43,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
-        """Whether the block is built the way that this forward knows."""
+        """True if this forward supports the block's options."""
         return (
             block.upsample is None
             and block.downsample is None
@@ -70,7 +70,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
     def forward(
         self, input_tensor: torch.Tensor, temb: Any, *args: Any, skip: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        """As ``ResnetBlock2D.forward``; ``skip`` stands for a concat behind ``input_tensor``."""
+        """As ``ResnetBlock2D.forward`` of the concat of ``input_tensor`` and ``skip``."""
         if skip is not None and skip.shape[1] % 2:
             input_tensor, skip = torch.cat([input_tensor, skip], dim=1), None
         if not self._fused_now(input_tensor):
@@ -103,7 +103,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
-    """Layer norm + quantize, one GEMM for q, k, v, residuals in the epilogues, GEGLU down to the next layer's int8."""
+    """Layer norm + quantize, one GEMM for q, k, v, residuals in the epilogues, GEGLU + quantize in one epilogue."""
 
     state: ForwardState
     self_attention: LinearGroup
@@ -113,7 +113,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
-        """Whether the block is built the way that this forward knows."""
+        """True if this forward supports the block's options."""
         attentions = [block.attn1] + ([block.attn2] if block.attn2 is not None else [])
         gate, _, out = block.ff.net[0], block.ff.net[1], block.ff.net[2]
         return (
@@ -203,12 +203,12 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
 
 def _fits(encoder_hidden_states: torch.Tensor, hidden_states: torch.Tensor) -> bool:
-    """A prompt of another batch is diffusers' to refuse."""
+    """True if the prompt has the samples of the hidden states (diffusers reports others), and needs no gradient."""
     return encoder_hidden_states.shape[0] == hidden_states.shape[0] and not wants_gradient(encoder_hidden_states)
 
 
 def _plain(attention: Any) -> bool:
-    """Whether an attention is scaled dot products and four projections, nothing else."""
+    """True if an attention is scaled dot products and four projections only."""
     return (
         attention.group_norm is None
         and attention.spatial_norm is None
@@ -236,13 +236,13 @@ def _attend(
 
 
 class FusedTransformer2DModel(Transformer2DModel):
-    """Group norm + quantize + projection to tokens; projection back with the residual, all channels last."""
+    """Group norm + quantize + projection to tokens; projection back to the image with the residual; channels last."""
 
     state: ForwardState
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
-        """Whether the block is built the way that this forward knows."""
+        """True if this forward supports the block's options."""
         norm = block.norm if block.is_input_continuous else None
         return isinstance(norm, nn.GroupNorm) and norm.num_channels % 2 == 0
 
@@ -290,7 +290,7 @@ class FusedUpsample2D(Upsample2D):
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
-        """Whether the block is built the way that this forward knows."""
+        """True if this forward supports the block's options."""
         conv = block.conv if block.use_conv and block.name == "conv" else None
         return (
             type(conv) is QuantConv2d
@@ -318,7 +318,7 @@ class FusedDownsample2D(Downsample2D):
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
-        """Whether the block is built the way that this forward knows."""
+        """True if this forward supports the block's options."""
         return bool(block.use_conv) and block.norm is None and block.padding > 0 and type(block.conv) is QuantConv2d
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -332,11 +332,11 @@ class FusedDownsample2D(Downsample2D):
 
 
 class FusedUpBlock2D(UpBlock2D):
-    """An up block that hands its skips to the resnets instead of joining them."""
+    """An up block that passes each skip to its resnet instead of concatenating it."""
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
-        """Whether every resnet of the block is fused."""
+        """True if every resnet of the block is fused."""
         return all(isinstance(resnet, FusedResnetBlock2D) for resnet in block.resnets)
 
     def forward(
@@ -354,7 +354,7 @@ class FusedUpBlock2D(UpBlock2D):
 
 
 class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
-    """An up block that hands its skips to the resnets instead of joining them."""
+    """An up block that passes each skip to its resnet instead of concatenating it."""
 
     can_fuse = staticmethod(FusedUpBlock2D.can_fuse)
 
@@ -388,6 +388,6 @@ def _fused_conv(conv: Any, x: torch.Tensor) -> bool:
 
 
 def _hands_skips_over(block: Any) -> bool:
-    """Whether an up block's resnets take their skips as they are; another's forward would not know of them."""
+    """True if the resnets can take the skips as an argument, which a replaced ``forward`` does not have."""
     freeu = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
     return not (freeu or block.training or any("forward" in resnet.__dict__ for resnet in block.resnets))

@@ -1,7 +1,7 @@
 """CUDA graphs: a model's whole forward pass as one launch.
 
-A quantized model is hundreds of short kernels, and Python takes longer to launch them than a GPU to run them. The
-activation scales are selected on the device, so a captured forward serves every timestep.
+A quantized model runs hundreds of short kernels; launching them from Python takes longer than running them on a GPU.
+The activation scales are selected on the device, so one captured forward is valid for every timestep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WARM_UP_CALLS = 3
 
 
 class CudaGraphRunner:
-    """Captures a model's forward once for every combination of input shapes, and replays it.
+    """Captures a model's forward once per combination of input shapes, and replays it.
 
     Args:
         model: on a CUDA device, quantized or not.
@@ -26,15 +26,15 @@ class CudaGraphRunner:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.architecture = architecture_of(model)
-        self.entry: Any = self.architecture.entry(model)  # whose forward it stands for
+        self.entry: Any = self.architecture.entry(model)  # the module whose forward is replaced
         self.eager_forward = self.entry.forward
         self._signature = self.architecture.signature(model)
         self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the entry's forward; the result is a copy that later calls leave alone.
+        """As the entry's forward; the result is a copy, which later calls do not overwrite.
 
-        With an adapter loaded the forward runs without a graph: the adapter and its scale may change at any call.
+        With an adapter loaded, the forward runs without a graph: the adapter and its scale may change between calls.
         """
         if getattr(self.model, "_hf_peft_config_loaded", False):
             return self.eager_forward(*args, **kwargs)
@@ -63,12 +63,12 @@ class CudaGraphRunner:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
         def forward() -> Any:
-            arguments = pytree.tree_unflatten(static, structure)  # anew: a UNet empties the lists that it is given
+            arguments = pytree.tree_unflatten(static, structure)  # new lists: a UNet empties those that it is given
             return self.entry(**arguments)
 
-        # The entry itself is called, so that its hooks are captured as well: they map the timestep, and let go of what
-        # one forward pass has shared, which the next has to compute again.
-        replaying = self.entry.forward  # this, or what somebody has wrapped around it
+        # The entry itself is called, so that its hooks are captured as well: they map the timestep, and clear the state
+        # that the fused blocks share within one forward pass.
+        replaying = self.entry.forward  # this runner, or a wrapper around it
         self.entry.forward = self.eager_forward
         try:
             stream = torch.cuda.Stream()
@@ -86,15 +86,15 @@ class CudaGraphRunner:
 
 
 def enable_cuda_graphs(model: Any) -> None:
-    """Makes a model replay CUDA graphs, in place; the first call with new shapes captures one.
+    """Makes a model replay CUDA graphs, in place; the first call with new shapes captures a graph.
 
-    Afterwards weights may change in place alone (``load_state_dict``). A graph repeats what was captured: before the
-    model is moved or quantized, or its Python changes (FreeU, attention processors, an IP-Adapter's scale, hooks), call
-    ``disable_cuda_graphs``; ``dequantize`` does.
+    Afterwards weights may change only in place (``load_state_dict``). A graph repeats the captured kernels: call
+    ``disable_cuda_graphs`` before the model is moved or quantized, or its Python behaviour changes (FreeU, attention
+    processors, an IP-Adapter's scale, hooks). ``dequantize`` does so itself.
 
     Raises:
-        TypeError: if the model's class is not known.
-        ValueError: if the model is not on a CUDA device, or replays graphs already.
+        TypeError: if the model's class is not supported.
+        ValueError: if the model is not on a CUDA device, or already replays graphs.
     """
     if model.device.type != "cuda":
         raise ValueError(f"CUDA graphs need the model on a CUDA device, it is on {model.device}: move it first")
@@ -105,10 +105,10 @@ def enable_cuda_graphs(model: Any) -> None:
 
 
 def disable_cuda_graphs(model: Any) -> None:
-    """Gives a model its eager forward back, and frees the graphs."""
+    """Restores a model's eager forward, and frees the graphs."""
     entry: Any = architecture_of(model).entry(model)
     runner = entry.__dict__.get("forward")
     if isinstance(runner, CudaGraphRunner):
         del entry.forward
-        if entry.forward != runner.eager_forward:  # something else had replaced it before
+        if entry.forward != runner.eager_forward:  # the class's forward had been replaced before
             entry.forward = runner.eager_forward

@@ -1,7 +1,7 @@
-"""Quantized layers: drop-ins for ``nn.Linear`` and ``nn.Conv2d`` that hold packed INT4 weights and small tables.
+"""Quantized layers: drop-ins for ``nn.Linear`` and ``nn.Conv2d`` with packed INT4 weights and small tables.
 
-A layer is born empty, on the meta device; ``load_state_dict(tensors, assign=True)`` or diffusers' loader fills it. Its
-forward quantizes the input with the current timestep's scale, multiplies integers, and returns the input's dtype.
+A layer is created empty, on the meta device; ``load_state_dict(tensors, assign=True)`` or diffusers' loader fills it.
+Its forward quantizes the input with the current timestep's scale, multiplies integers, and returns the input's dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dq_runtime.timesteps import TimestepGrid
 
 
 class _NoGradient(torch.autograd.Function):
-    """y unchanged; its gradient towards x is an error, as rounding has none and zero would be silently wrong."""
+    """Returns y; a gradient from y to x raises, since rounding has none and zero would be silently wrong."""
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -29,8 +29,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         raise RuntimeError(
-            f"{ctx.name}: no gradient passes a quantized layer. Call unet.dequantize() to train, or to guide sampling "
-            "by gradients"
+            f"{ctx.name}: no gradient passes through a quantized layer. Call unet.dequantize() to train, or to guide "
+            "sampling by gradients"
         )
 
 
@@ -40,13 +40,13 @@ def wants_gradient(x: torch.Tensor) -> bool:
 
 
 class QuantizedLayer(TableModule):
-    """A linear layer or convolution with packed INT4 weights; it owns its operators.
+    """A linear layer or convolution with packed INT4 weights, and the operators that use them.
 
-    ``quantize`` and the norms' forms of it make its int8 input, which ``multiply`` and ``convolve`` take.
+    ``quantize`` and ``*_norm_quantize`` compute the int8 input of ``multiply`` and ``convolve``.
 
     Tensors (N output channels, K input channels, T timesteps):
         weight: uint8, packed: [N, K'/2] or [N, KH, KW, K'/2], K' = K padded to even.
-        weight_scale, weight_sum: [N] fp32; [N] int32, the sum of a channel's 4-bit values (also its check sum).
+        weight_scale, weight_sum: [N] fp32; [N] int32, the sum of a channel's 4-bit values (also a checksum).
         weight_dilation: [K] fp32.
         act_scale, act_zero_point: [T] fp32, [T] int32.
         bias: [N] in the compute dtype, or None.
@@ -68,9 +68,9 @@ class QuantizedLayer(TableModule):
     _weight_view: torch.Tensor | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """``like`` makes a quantized layer. Called as its stock class is, the class makes a floating-point one.
+        """A stock floating-point layer, if there are arguments; ``like`` creates quantized ones.
 
-        PEFT builds the convolutions of a LoRA with ``type(base_layer)(...)``.
+        PEFT creates the convolutions of a LoRA with ``type(base_layer)(...)``.
         """
         return cls.stock(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
@@ -78,13 +78,13 @@ class QuantizedLayer(TableModule):
     def like(
         cls, layer: nn.Linear | nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid
     ) -> QuantizedLayer:
-        """An empty quantized layer of a stock layer's shape (groups = 1)."""
+        """An empty quantized layer with the shape of a stock layer (groups = 1)."""
         quantized = cls.__new__(cls)
         cls.stock.__init__(quantized, **constructor_arguments(layer), device="meta", dtype=layer.weight.dtype)
         out_channels, in_channels, *taps = layer.weight.shape
         quantized.name = name
         quantized.activation_bits = activation_bits
-        # One grid serves all layers and belongs to the UNet; as a submodule it would be saved once a layer.
+        # All layers share the UNet's grid; as a submodule it would be saved once per layer.
         object.__setattr__(quantized, "timestep_grid", timestep_grid)
         packed = torch.empty(out_channels, *taps, (in_channels + 1) // 2, dtype=torch.uint8, device="meta")
         quantized.weight = nn.Parameter(packed, requires_grad=False)
@@ -105,13 +105,13 @@ class QuantizedLayer(TableModule):
 
         Args:
             x: the layer's floating-point input, [B, ...].
-            channels: of the input; with a skip connection those of both tensors.
+            channels: number of input channels; with a skip, of both tensors.
 
         Raises:
-            ValueError: if an input of so many samples and channels, or of that dtype, cannot be this layer's.
+            ValueError: if the number of samples or channels, or the dtype, does not fit this layer.
             RuntimeError: if no timestep is known.
         """
-        tables: Any = self._buffers  # nn.Module's attribute look-up is slow, and a forward pass makes thousands
+        tables: Any = self._buffers  # nn.Module's attribute lookup is slow, and a forward pass needs thousands
         expected = tables["weight_dilation"].shape[0]
         if channels != expected:
             raise ValueError(f"{self.name}: expected an input of {expected} channels, got {channels}")
@@ -120,7 +120,7 @@ class QuantizedLayer(TableModule):
         return self.quantizer(x)
 
     def quantizer(self, x: torch.Tensor) -> Quantizer:
-        """The input quantizer for the samples of x, which is the floating-point input or its integers."""
+        """The input quantizer for the samples of x, the floating-point or quantized input."""
         tables: Any = self._buffers
         index = self.index_of_batch(x.shape[0]).to(x.device)
         return Quantizer(
@@ -130,16 +130,16 @@ class QuantizedLayer(TableModule):
     def quantize(
         self, x: torch.Tensor, padding: tuple[int, int] = (0, 0), skip: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x [B, ..., K] -> int8 [B, ..., K']; an image gets its borders.
+        """x [B, ..., K] -> int8 [B, ..., K']; an image is padded.
 
         Args:
-            skip: is concatenated behind x's channels.
+            skip: further input channels, as if concatenated to x.
         """
         channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
         return ops.quantize(x, self._checked_quantizer(x, channels), padding, skip)
 
     def layer_norm_quantize(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-        """The int8 input of the layer: x [B, ..., K] through a layer norm."""
+        """The int8 input of the layer from x [B, ..., K]: layer norm, then quantization."""
         return ops.layer_norm_quantize(
             x, Norm(norm.weight, norm.bias, norm.eps), self._checked_quantizer(x, x.shape[-1])
         )
@@ -154,7 +154,7 @@ class QuantizedLayer(TableModule):
         skip_statistics: torch.Tensor | None = None,
         padding: tuple[int, int] = (0, 0),
     ) -> torch.Tensor:
-        """The int8 input of the layer: an image x [B, H, W, K] through a group norm (``ops.group_norm_quantize``)."""
+        """The int8 input of the layer from an image x [B, H, W, K]: ``ops.group_norm_quantize``."""
         channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
         quantizer = self._checked_quantizer(x, channels)
         parameters = Norm(norm.weight, norm.bias, norm.eps)
@@ -163,11 +163,11 @@ class QuantizedLayer(TableModule):
         )
 
     def multiply(self, q: torch.Tensor, out_dtype: torch.dtype, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The product with the quantized input, [B, ..., N]; a 1x1 convolution is a linear of its pixels."""
+        """The layer's output [B, ..., N] for its int8 input; a 1x1 convolution multiplies each pixel."""
         return ops.int4_linear(q, self.packed_weight(2), self.quantizer(q), self.bias, residual, out_dtype)
 
     def geglu_quantize(self, q: torch.Tensor, following: QuantizedLayer) -> torch.Tensor:
-        """The product, GEGLU, and the int8 input of the layer that follows, [B, ..., N / 2]."""
+        """The int8 input [B, ..., N / 2] of the following layer: the product, GEGLU, then quantization."""
         weight = self.packed_weight(2)
         return ops.int4_geglu_quantize(q, weight, self.quantizer(q), following.quantizer(q), self.bias)
 
@@ -180,9 +180,9 @@ class QuantizedLayer(TableModule):
         upsample: bool = False,
         with_statistics: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The convolution of the padded int8 image, and the next norm's statistics (``ops.int4_conv2d``).
+        """The convolution of the padded int8 image, and statistics for the next norm (``ops.int4_conv2d``).
 
-        A linear layer is a 1x1 convolution.
+        A linear layer runs as a 1x1 convolution.
         """
         stride, dilation = (self.stride, self.dilation) if isinstance(self, nn.Conv2d) else ((1, 1), (1, 1))
         return ops.int4_conv2d(
@@ -205,14 +205,14 @@ class QuantizedLayer(TableModule):
             return known
         view = values[:, None, None] if values.ndim == 2 else values.flatten(1)
         if values.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._weight_view = view  # one object: oneDNN's copy of the weight is kept for as long as it lives
+            self._weight_view = view  # oneDNN's copy of the weight lives as long as this object
         return view
 
     def index_of_batch(self, batch: int) -> torch.Tensor:
         """The current timestep's row of the tables for each sample, [batch] int32.
 
         Raises:
-            ValueError: if the samples are not those of the UNet and have different timesteps.
+            ValueError: if the batch is not the UNet's, and the UNet's samples have different timesteps.
             RuntimeError: if no timestep is known.
         """
         grid = self.timestep_grid
@@ -232,7 +232,7 @@ class QuantizedLayer(TableModule):
         return grid.index[:1].expand(batch).contiguous()  # an attention processor changed the batch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
-        """A copy that follows the same UNet's timesteps, unless that UNet, with its grid, is copied as well."""
+        """A copy that reads the same timestep grid, or the copied grid if the UNet is copied as well."""
         memo.setdefault(id(self.timestep_grid), self.timestep_grid)
         duplicate = type(self).__new__(type(self))
         memo[id(self)] = duplicate
@@ -240,7 +240,7 @@ class QuantizedLayer(TableModule):
         return duplicate
 
     def check_tensors(self) -> None:
-        """Raises ValueError, naming the layer, if a tensor holds values that no calibration writes."""
+        """Raises ValueError, naming the layer, if a tensor holds values that calibration cannot produce."""
         remedy = "The checkpoint is corrupt: download or save it again"
         for name, table in self.named_buffers(recurse=False):
             if table.is_floating_point() and not bool((table.isfinite() & (table > 0)).all()):
@@ -285,7 +285,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 
 def constructor_arguments(layer: nn.Module) -> dict[str, Any]:
-    """The arguments with which ``nn.Linear`` or ``nn.Conv2d`` makes a layer of the same shape."""
+    """The arguments of ``nn.Linear`` or ``nn.Conv2d`` for a layer of the same shape."""
     names = ["in_features", "out_features"]
     if isinstance(layer, nn.Conv2d):
         names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
@@ -293,7 +293,7 @@ def constructor_arguments(layer: nn.Module) -> dict[str, Any]:
 
 
 def is_quantized(unet: nn.Module) -> bool:
-    """Whether a UNet holds quantized layers."""
+    """True if a UNet has quantized layers."""
     return bool(quantized_layers(unet))
 
 

@@ -1,4 +1,4 @@
-"""Quantization tables and packed weights: tensors that no cast of the model may change."""
+"""Quantization tables and packed weights: tensors that a cast of the model must not change."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 
 class TableModule(nn.Module):
-    """A module whose buffers and integer parameters follow the model from device to device, and nothing else.
+    """A module whose buffers and integer parameters can be moved to another device, but not cast.
 
     ``half()``, ``type(dtype)``, ``to(memory_format=...)`` and diffusers' layerwise casting reach a module through
-    ``_apply``; they may cast its floating-point parameters, never its tables or packed weights.
+    ``_apply``; they cast its floating-point parameters only, not its tables and packed weights.
 
     Attributes:
-        after_move: called after each of these.
+        after_move: called after each move or cast.
     """
 
     after_move: Callable[[], None] | None = None

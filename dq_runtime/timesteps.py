@@ -1,8 +1,8 @@
-"""The timesteps of a quantized model: which row of the activation tables each sample of a forward pass uses.
+"""The timesteps of a quantized model: they select a row of the activation tables for each sample of a forward pass.
 
-At every forward the model's own timestep argument is mapped, on the device and without a sync, to an int32 index per
-sample. There is no step counter: a call may repeat a timestep, skip some, start mid-way or mix several in one batch. A
-model without timesteps has one row.
+Each forward maps the model's own timestep argument, on the device and without a sync, to one int32 index per sample.
+There is no step counter: a call may repeat a timestep, skip some, start mid-way or mix several in one batch. A model
+without timesteps has one row.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import nn
 
 from dq_runtime.architectures.supported import architecture_of
 
-NO_TIMESTEP = 0.0  # stands for that of a model without timesteps
+NO_TIMESTEP = 0.0  # the grid's only point for a model without timesteps
 
 
 def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
-    """The middles of so many groups of neighbours, as equal in number as can be; all timesteps by default.
+    """The midpoints of groups of neighbouring timesteps of nearly equal size; without ``groups``, all timesteps.
 
-    Fewer where a middle is no timestep's nearest: timesteps may lie far apart.
+    A midpoint that is nearest to no timestep is left out: timesteps may be unevenly spaced.
     """
     if groups is None or groups >= len(timesteps):
         return list(timesteps)
@@ -33,19 +33,19 @@ def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
 
 
 class TimestepGrid(nn.Module):
-    """The sorted timesteps that a model was calibrated on, and the index that its layers read.
+    """The sorted timesteps that a model was calibrated on, and the row index that its layers read.
 
     Args:
         timesteps: the T calibrated timesteps, in the unit of the model's timestep argument.
     """
 
-    # Neither is a buffer: offloaders take those away until the model's forward, which comes after this is read, and
-    # torch.compile compiles again when one is replaced.
+    # Neither is a buffer: offloaders load buffers after the pre-hook that reads these, and torch.compile recompiles if
+    # a buffer is replaced.
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
     index: torch.Tensor  # [B] int32, of the current forward pass; empty outside of one
-    uniform: bool  # whether the model was given one timestep for all samples
-    hooks: list[Any]  # of the model, which call the methods below
-    # Of the model's forward: its parameters in order, and which of them are the sample and the timestep.
+    uniform: bool  # True if the call had one timestep for all samples
+    hooks: list[Any]  # hooks of the model that call the methods below
+    # Names of the parameters of the model's forward: all in order, the sample's and the timestep's.
     parameter_names: tuple[str, ...] = ("sample", "timestep")
     sample: str = "sample"
     timestep: str | None = "timestep"
@@ -54,7 +54,7 @@ class TimestepGrid(nn.Module):
         super().__init__()
         if not timesteps or sorted(set(timesteps)) != list(timesteps):
             raise ValueError(f"timesteps must be a sorted list without repeats, got {timesteps}")
-        values = torch.tensor(timesteps, dtype=torch.float32, device="cpu")  # also where models are made on meta
+        values = torch.tensor(timesteps, dtype=torch.float32, device="cpu")  # even under a default device of meta
         self.num_timesteps = len(timesteps)
         self.boundaries = (values[1:] + values[:-1]) / 2
         self.index = torch.empty(0, dtype=torch.int32)
@@ -69,7 +69,7 @@ class TimestepGrid(nn.Module):
         return self
 
     def nearest(self, timestep: torch.Tensor | float, batch_size: int, device: torch.device) -> torch.Tensor:
-        """The index of the grid point nearest to each sample's timestep; ties go to the smaller one.
+        """The index of the grid point nearest to each sample's timestep; a tie selects the smaller point.
 
         Args:
             timestep: a number, or a tensor of any real dtype that is 0-d, [1] or [batch_size].
@@ -78,8 +78,8 @@ class TimestepGrid(nn.Module):
             [batch_size] int32 on ``device``.
 
         Raises:
-            TypeError: if the timestep is no real number.
-            ValueError: if its shape is another one.
+            TypeError: if the timestep is not a real number.
+            ValueError: if its shape does not fit.
         """
         if not isinstance(timestep, torch.Tensor):
             if isinstance(timestep, bool) or not isinstance(timestep, Real):
@@ -96,15 +96,15 @@ class TimestepGrid(nn.Module):
         return torch.bucketize(timestep.contiguous(), self.boundaries.to(device), out_int32=True)
 
     def rows_of(self, timesteps: Sequence[float]) -> list[int]:
-        """The index of the grid point nearest to each of some timesteps."""
+        """The index of the grid point nearest to each timestep."""
         values = torch.tensor(timesteps)
         return self.nearest(values, len(timesteps), values.device).tolist()
 
     def follow(self, model: nn.Module) -> Any:
-        """Fills ``index`` at every call of a model from now on; returns the hook's handle.
+        """Registers a hook that fills ``index`` at every call of a model; returns the hook's handle.
 
         Raises:
-            TypeError: if the model's class is not known, or its forward lacks the sample or the timestep.
+            TypeError: if the model's class is not supported, or its forward lacks the sample or the timestep.
         """
         architecture = architecture_of(model)
         self.parameter_names = tuple(architecture.signature(model).parameters)
@@ -112,7 +112,7 @@ class TimestepGrid(nn.Module):
         return architecture.entry(model).register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
     def attach(self, model: nn.Module) -> None:
-        """The same, and empties ``index`` at the end of each call, one that fails included."""
+        """Registers hooks that fill ``index`` at every call of a model and clear it after, even if the call fails."""
         entry = architecture_of(model).entry(model)
         self.hooks = [self.follow(model), entry.register_forward_hook(self.after_forward, always_call=True)]
 
@@ -121,11 +121,11 @@ class TimestepGrid(nn.Module):
         arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         sample = arguments.get(self.sample)
         if sample is None or (self.timestep is not None and self.timestep not in arguments):
-            return  # forward itself says so
+            return  # forward itself raises
         timestep = NO_TIMESTEP if self.timestep is None else arguments[self.timestep]
         self.index = self.nearest(timestep, sample.shape[0], sample.device)
         self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The forward hook: without it a bare ``forward(...)``, which runs no hooks, would use an old timestep."""
+        """The forward hook: clears ``index``, or a bare ``forward(...)``, which runs no hooks, would use an old one."""
         self.index = self.index.new_empty(0)

@@ -1,1 +1,1 @@
-"""What quantization has to know of each class of models; all else in dq_runtime asks these descriptions."""
+"""Descriptions of the supported classes of models: the names and structure that quantization depends on."""

@@ -1,6 +1,6 @@
 """The description of a class of models: data and small functions.
 
-Classes are named, not imported: a description loads nothing of diffusers.
+Classes are given by name, so that a description does not import diffusers.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def is_a(module: nn.Module, *names: str) -> bool:
-    """True if a module's class, or one that it inherits from, has one of these names."""
+    """True if a module's class or one of its base classes has one of these names."""
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
 def result_tensor(output: Any) -> torch.Tensor:
-    """The tensor that a block or a model returns, alone or in a tuple; of several tensors the first."""
+    """The first tensor in the output of a block or a model."""
     return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
 
 
 def all_result_tensors(output: Any) -> torch.Tensor:
-    """All tensors that a block or a model returns as one: a single tensor as it is, several as [B, elements]."""
+    """All tensors in the output of a block or a model as one: several are concatenated to [B, elements]."""
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
     return tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What quantization has to know of a class of models.
+    """The names and structure of a class of models that quantization depends on.
 
     Attributes:
-        model_class: name of the class; it stands for classes that inherit from it, too.
-        blocks: names of the classes that distillation trains as one piece each. The outermost one counts.
-        taken_apart: True for a module of these classes that is too large for that; the blocks inside it count.
-        entry_name: dotted name of the module whose calls are recorded, and whose layers are quantized; "" is the model.
-        sample, timestep: names of two arguments of the entry's forward. A timestep of None: it has none, and T = 1.
-        timestep_argument: from a scheduler's timestep [] and a sample to the entry's argument.
-        timestep_dtype: which tensor the entry makes of a timestep that is a Python number; None: torch's choice.
-        predicts: True if the entry predicts what a sampler takes its next step by.
-        shared_arguments: names of arguments that hold no row for each sample, whatever their shape.
-        result: what a block, or the entry, returns -> the tensor [B, ...] that training compares.
-        linears_by_input: from a model to linears of several blocks that read one tensor, and what is applied to that
-            tensor before; by the name under which the blocks' fused forwards know them.
-        modules_to_not_convert: what ``DilateQuantConfig.modules_to_not_convert`` is by default.
+        model_class: name of the class; its subclasses are included.
+        blocks: names of the classes that distillation trains as one block each; the outermost one if they are nested.
+        taken_apart: True for a module of these classes that is too large for this; the blocks inside it are trained.
+        entry_name: dotted name of the module whose calls are recorded and whose layers are quantized; "" is the model.
+        sample, timestep: names of two arguments of the entry's forward. None if there is no timestep; then T = 1.
+        timestep_argument: a scheduler's timestep [] and a sample -> the timestep argument of the entry.
+        timestep_dtype: dtype to which the entry converts a timestep that is a Python number; None: torch's default.
+        predicts: True if a sampler steps with the entry's output (noise, velocity or flow).
+        shared_arguments: names of arguments that have no batch dimension, whatever their shape.
+        result: output of a block or of the entry -> the tensor [B, ...] that training compares.
+        linears_by_input: model -> linears of several blocks that read one tensor, and the activation applied to it
+            first; by the name that the blocks' fused forwards use.
+        modules_to_not_convert: default of ``DilateQuantConfig.modules_to_not_convert``.
     """
 
     model_class: str
@@ -70,15 +70,15 @@ class Architecture:
     modules_to_not_convert: tuple[str, ...] = NOT_CONVERTED
 
     def entry(self, model: nn.Module) -> nn.Module:
-        """The module whose calls are recorded, and whose layers are quantized."""
+        """The module whose calls are recorded and whose layers are quantized."""
         return model.get_submodule(self.entry_name)
 
     def is_block(self, module: nn.Module) -> bool:
-        """True if distillation trains the module as one piece."""
+        """True if distillation trains the module as one block."""
         return is_a(module, *self.blocks) and not self.taken_apart(module)
 
     def signature(self, model: nn.Module) -> inspect.Signature:
-        """That of the forward of the entry's class, whatever replaces it in this model.
+        """The signature of the forward of the entry's class, even if the instance's forward is replaced.
 
         Raises:
             TypeError: if it lacks the sample or the timestep.

@@ -1,4 +1,4 @@
-"""The models that can be quantized."""
+"""The supported classes of models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ARCHITECTURES = (UNET2D, UNET2D_CONDITION, CONTROLNET, AUTOENCODER_KL, FLUX)
 
 
 def is_supported(model: object) -> bool:
-    """True if there is a description of a model's class."""
+    """True if the model's class has a description."""
     return isinstance(model, nn.Module) and any(is_a(model, known.model_class) for known in ARCHITECTURES)
 
 
@@ -20,13 +20,13 @@ def architecture_of(model: nn.Module) -> Architecture:
     """The description of a model's class.
 
     Raises:
-        TypeError: if there is none.
+        TypeError: if it has none.
     """
     for architecture in ARCHITECTURES:
         if is_a(model, architecture.model_class):
             return architecture
     supported = ", ".join(architecture.model_class for architecture in ARCHITECTURES)
     raise TypeError(
-        f"{type(model).__name__} is no model that dq_runtime can quantize; it knows {supported}. Give it a pipeline's "
+        f"{type(model).__name__} is no model that dq_runtime can quantize; it supports {supported}. Pass a pipeline's "
         "component of one of these classes, not the pipeline or a wrapper of the component"
     )

@@ -8,7 +8,7 @@ FLUX = Architecture(
     "FluxTransformer2DModel",
     blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     sample="hidden_states",
-    # The noise level in [0, 1], as FluxPipeline computes it.
+    # The noise level in [0, 1], computed as FluxPipeline does.
     timestep_argument=lambda timestep, sample: timestep.expand(sample.shape[0]).to(sample) / 1000,
     shared_arguments=("img_ids", "txt_ids"),
     result=all_result_tensors,  # of both streams

@@ -1,4 +1,4 @@
-"""UNets and what is built of their blocks: ControlNets and the decoder of an autoencoder."""
+"""UNets, and models built of their blocks: ControlNets and the decoder of an autoencoder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BLOCKS = ("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock", "Atten
 
 
 def _is_deep(block: Any) -> bool:
-    """A transformer of several layers: all at once, as SDXL's ten, they take much memory to train."""
+    """True for a transformer of several layers: training all at once, as SDXL's ten, takes much memory."""
     return is_a(block, "Transformer2DModel") and len(block.transformer_blocks) > 1
 
 
 def _linears_by_input(model: nn.Module) -> dict[str, tuple[Sequence[nn.Module], Activation | None]]:
-    """All time projections, and all keys and values of cross-attentions."""
+    """All time projections, and all key and value projections of cross-attentions."""
     modules: list[Any] = list(model.modules())
     projections = [block.time_emb_proj for block in modules if is_a(block, "ResnetBlock2D")]
     cross = [block.attn2 for block in modules if is_a(block, "BasicTransformerBlock") and block.attn2 is not None]
@@ -35,5 +35,5 @@ UNET2D_CONDITION = Architecture("UNet2DConditionModel", BLOCKS, _is_deep, linear
 CONTROLNET = Architecture(
     "ControlNetModel", BLOCKS, _is_deep, predicts=False, result=all_result_tensors, linears_by_input=_linears_by_input
 )
-# ``decode`` calls the decoder, and no hook of the model itself.
+# ``decode`` calls the decoder without running hooks of the model.
 AUTOENCODER_KL = Architecture("AutoencoderKL", BLOCKS, entry_name="decoder", timestep=None, predicts=False)

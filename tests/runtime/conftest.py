@@ -1,4 +1,4 @@
-"""Two tiny random UNets, calibrated once a session. A test that changes one works on a copy of it."""
+"""Two tiny random UNets, calibrated once per session. A test that changes one works on a copy."""
 
 import copy
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ TABLES = ("weight_scale", "weight_sum", "weight_dilation", "act_scale", "act_zer
 
 @dataclass(frozen=True)
 class Subject:
-    """A UNet before and after quantization, and what it is called with."""
+    """A UNet before and after quantization, and the arguments of its calls."""
 
     stock: nn.Module
     quantized: nn.Module
@@ -84,7 +84,7 @@ def _quantize(unet, channels, arguments):
     noise = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(2))
     calibration_set = dq_runtime.collect_from_scheduler(unet, DDIMScheduler(), noise, 4, arguments)
     dq_runtime.calibrate(unet, calibration_set)
-    # What an untrained UNet sees hardly depends on the timestep. Rows that clip more and more make a wrong one show.
+    # Activations of an untrained UNet hardly depend on the timestep. Rows with ever more clipping reveal a wrong row.
     for layer in quantized_layers(unet).values():
         layer.act_scale *= torch.tensor([1.0, 0.4, 0.16, 0.064])
     return Subject(stock, unet, calibration_set, noise, arguments)
@@ -147,7 +147,7 @@ def new_layer():
 
 @pytest.fixture(scope="session")
 def fake_quantized():
-    """What a quantized layer stands for, in float64: its stock layer, on the rounded input, with the rounded weight."""
+    """The expected result of a quantized layer in float64: the stock layer with rounded input and rounded weight."""
 
     def fake_quantized(layer, x, rows):
         is_conv = isinstance(layer, nn.Conv2d)
@@ -169,6 +169,6 @@ def fake_quantized():
 
 @pytest.fixture
 def contiguous_group_norm(monkeypatch):
-    """On CPUs torch's group norm of channels-last images subtracts squares, an error of its own in the unfused UNet."""
+    """On CPUs torch's group norm of channels-last images subtracts squares, which adds an error to the unfused UNet."""
     stock = F.group_norm
     monkeypatch.setattr(F, "group_norm", lambda x, *args, **kwargs: stock(x.contiguous(), *args, **kwargs))

@@ -1,4 +1,4 @@
-"""Models other than UNets: what each description says is what calibration, loading, sampling and fusion do."""
+"""Models other than UNets: calibration, loading, sampling and fusion follow each description."""
 
 import copy
 import functools
@@ -56,7 +56,7 @@ KINDS = {
 
 
 class Subject:
-    """A model of some kind, the record of two calls, and what becomes of it."""
+    """A model of one kind, the record of two calls, and the quantized model."""
 
     def __init__(self, kind):
         new, self.call, timesteps = KINDS[kind]
@@ -164,7 +164,7 @@ def test_a_model_without_fused_blocks_stays_as_it_is():
     assert torch.equal(subject.result(model), subject.result(subject.quantized))
 
 
-# What each description says
+# The descriptions
 
 
 def test_of_an_autoencoder_the_decoder_is_quantized():
@@ -386,7 +386,7 @@ def test_a_component_that_is_not_there_is_refused_with_those_that_are():
         dq_runtime.collect_from_pipeline(pipeline, [], component="scheduler")
 
 
-# Models that there is no description of
+# Models without a description
 
 
 class NoTimestep(UNet2DModel):

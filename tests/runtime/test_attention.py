@@ -1,4 +1,4 @@
-"""Attention in int8: which attentions a config selects, what its processor computes, and when it steps aside."""
+"""Attention in int8: the attentions that a config selects, the processor's results, and its fallbacks."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ def int8_unet():
 SELECTED = sorted([f"{MID}.attn2", *(f"{block}.attn1" for block in BLOCKS)])
 
 
-# Which attentions.
+# Selection of attentions.
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_heads_of_128_channels_are_in_int8():
     assert in_int8(unet) == IMAGE_ATTENTIONS
 
 
-# What the processor computes.
+# Results of the processor.
 
 
 def random(*shape, seed=0):
@@ -144,7 +144,7 @@ def random(*shape, seed=0):
 
 
 def pair(dtype=torch.float32, **options):
-    """One attention twice: diffusers' own, and in int8."""
+    """One attention with diffusers' processor, and the same in int8."""
     torch.manual_seed(0)
     stock = Attention(**{"query_dim": 32, "heads": 4, "dim_head": 8} | options).to(dtype).eval()
     int8 = copy.deepcopy(stock)
@@ -197,7 +197,7 @@ TOKENS, IMAGE, CONTEXT = (2, 70, 32), (2, 32, 5, 14), (2, 5, 24)
     ids=str,
 )
 def test_processor_computes_what_the_stock_one_does(with_reference, relative_rms, options, shape, context_shape):
-    """Near it in floating point, and with the reference's attention in it but for the order of sums."""
+    """Close to floating point; equal to the reference's attention up to the order of sums."""
     stock, int8 = pair(**options)
     x = 1 + 2 * random(*shape)
     context = None if context_shape is None else 1 + 2 * random(*context_shape, seed=1)
@@ -334,7 +334,7 @@ def test_selected_attentions_run_in_int8(int8_unet, float_unet, relative_rms, mo
     actual = call(int8_unet)
 
     assert len(calls) == len(SELECTED)
-    assert 0 < relative_rms(actual, call(float_unet)) < 0.1  # what rounds otherwise is as far off as quantization is
+    assert 0 < relative_rms(actual, call(float_unet)) < 0.1  # other roundings cost as much as quantization
     assert len(calls) == len(SELECTED)
 
 

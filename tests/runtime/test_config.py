@@ -1,4 +1,4 @@
-"""The quantization config: what it refuses, and that no way of storing it changes it."""
+"""The quantization config: refused values, and that storing and loading do not change it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Swapping a UNet's layers for quantized ones, which stay as they are and why, and the way back."""
+"""Replacing a UNet's layers by quantized ones, the layers that stay and the reasons, and dequantization."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Fused blocks against unfused ones: what they compute, that they run, when they step aside."""
+"""Fused blocks compared with unfused ones: results, operators that run, and cases that fall back to unfused."""
 
 import copy
 from collections import Counter
@@ -49,7 +49,7 @@ BLOCK_TOLERANCE = 2e-3
 
 @contextmanager
 def unfused(block):
-    """Gives a block and what is in it diffusers' forwards back."""
+    """Restores diffusers' forwards in a block and its submodules."""
     classes = {module: type(module) for module in block.modules() if type(module) in FUSED.values()}
     for module, fused_class in classes.items():
         module.__class__ = fused_class.__base__
@@ -60,7 +60,7 @@ def unfused(block):
 
 @pytest.fixture
 def check_blocks(relative_rms):
-    """Makes a fused UNet compare its every block with diffusers' forward of that block, on the same inputs."""
+    """Compares every block of a fused UNet with diffusers' forward of that block, on the same inputs."""
 
     def check(block, args, kwargs, y):
         skip = kwargs.pop("skip", None)
@@ -80,7 +80,7 @@ def check_blocks(relative_rms):
 
 @pytest.fixture
 def assert_same_output(relative_rms, check_blocks):
-    """Asserts that a fused UNet computes what an unfused one does: block by block, and on the whole."""
+    """Asserts that a fused and an unfused UNet compute the same: block by block, and as a whole."""
 
     def assert_same_output(actual, expected, **arguments):
         check_blocks(actual)
@@ -90,7 +90,7 @@ def assert_same_output(relative_rms, check_blocks):
 
 
 class Operators(TorchDispatchMode):
-    """The calls of torch operators, by name; what an operator of ours does inside is not seen."""
+    """Records calls of torch operators by name, without those inside of dq_kernels' operators."""
 
     def __init__(self):
         super().__init__()
@@ -127,12 +127,12 @@ def test_fused_unet_computes_what_the_unfused_one_does(assert_same_output, name,
     ("name", "size"), [("conv projections", (9, 9)), ("conv projections", (8, 9)), ("three levels", (10, 14))]
 )
 def test_sizes_that_no_doubling_reaches_are_upsampled_as_unfused(assert_same_output, name, size):
-    """In the last one an upsampler is told a size that happens to be the doubled one."""
+    """In the last case an upsampler is given a size that equals the doubled one."""
     assert_same_output(fused(name), quantized(name), size=size)
 
 
 def test_neighbouring_timestep_would_be_noticed(relative_rms):
-    """Or the tolerance above would be too wide."""
+    """The tolerance above is narrow enough to detect it."""
     assert relative_rms(call(fused(), MIXED.flip(0)), call(quantized())) > 2 * FLIPS
 
 
@@ -179,7 +179,7 @@ def test_each_input_is_multiplied_once(name):
     assert count["int4_conv2d"] == 2 * len(resnets) + len(transformers) + len(resamplers)
     assert count["group_norm_quantize"] == 2 * len(resnets) + len(transformers)
     assert count["layer_norm_quantize"] == 3 * len(blocks)
-    # Embeddings, the two shared inputs, shortcuts, resamplers, two attentions a block and the way out of a transformer.
+    # Embeddings, the two shared inputs, shortcuts, resamplers, two attentions a block and each transformer's proj_out.
     assert count["quantize"] == embeddings + 2 + shortcuts + len(resamplers) + 2 * len(blocks) + len(transformers)
 
 
@@ -190,7 +190,7 @@ def residuals(shapes):
 
 @pytest.fixture
 def statistics_not_given():
-    """Calls a fused UNet, checks the statistics that its norms are given, and counts the images that come without."""
+    """Calls a fused UNet, checks the statistics that its norms get, and counts the images without statistics."""
 
     def statistics_not_given(unet, **arguments):
         with Operators() as operators:
@@ -210,12 +210,12 @@ def statistics_not_given():
 
 
 def test_norms_are_given_the_statistics_of_their_images(statistics_not_given):
-    """But for conv_in's image, the first norm's and the last one's skip: that layer is not quantized."""
+    """Except conv_in's image, read by the first norm and as the last skip: conv_in is not quantized."""
     assert statistics_not_given(fused()) == 2
 
 
 def test_no_norm_is_given_the_statistics_of_an_image_before_it_was_changed(statistics_not_given):
-    """diffusers adds a T2I-Adapter's features in place to what a block returned."""
+    """diffusers adds a T2I-Adapter's features in place to a block's output."""
     features = residuals([(32, 16, 16), (64, 8, 8)])
 
     assert statistics_not_given(fused(), down_intrablock_additional_residuals=features) >= 2
@@ -266,7 +266,7 @@ def test_no_statistics_are_given_of_part_of_a_run():
         assert arguments["statistics"] is arguments["skip_statistics"] is None
 
 
-# What diffusers' own forward must do, since no fused one knows it.
+# Cases that fused forwards do not support, so that diffusers' own forward must run.
 
 
 def add_lora(unet, target_modules):
@@ -514,7 +514,7 @@ def in_int8(unet):
 
 
 def attention_operators(unet, **arguments):
-    """How often an attention runs quantized and fused, in int8 alone, and in floating point."""
+    """Number of attentions that run fused with quantization, in int8 alone, and in floating point."""
     with Operators() as operators:
         call(unet, **arguments)
     count = operators.count()

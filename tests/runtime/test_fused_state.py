@@ -1,4 +1,4 @@
-"""What a fused UNet holds on to: memory, saved and moved weights, one forward pass's results; and the way back."""
+"""State of a fused UNet: memory, saved and moved weights, results within one forward pass; and unfusing."""
 
 import copy
 import weakref
@@ -31,7 +31,7 @@ from dq_runtime.layers import quantized_layers
 pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
 
 
-# Memory, and what becomes of it when the model is saved, loaded, cast, copied or moved.
+# Memory and weights after the model is saved, loaded, cast, copied or moved.
 
 
 def storages(tensors):
@@ -99,7 +99,7 @@ def test_weights_loaded_into_a_fused_unet_are_used(assign, has_run):
 
 @pytest.mark.parametrize("move", [lambda unet: unet.to("meta"), lambda unet: unet.half()], ids=["moved", "cast"])
 def test_what_was_merged_goes_with_the_unet_at_once(move):
-    """Nothing of it is left where it was, and who compiles the UNet next finds it where it is."""
+    """No memory stays behind, and code that is compiled next reads the moved tensors."""
     unet = fused()
     groups = groups_of(unet)
     old = [weakref.ref(group.bias) for group in groups if group.bias is not None]
@@ -135,7 +135,7 @@ def test_weights_loaded_into_a_part_of_a_fused_unet_are_used(part):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fused_unet_may_be_cast(relative_rms, dtype):
-    """A fused block rounds to the dtype less often than the unfused one, and torch's own norms in half precision."""
+    """A fused block rounds to the dtype less often than the unfused one, whose norms compute in half precision."""
     unet, reference = fused().to(dtype), quantized()
     arguments = {"encoder_hidden_states": arguments_of(unet)["encoder_hidden_states"].to(dtype)}
 
@@ -190,7 +190,7 @@ def test_group_applies_what_its_layers_do(new_layer):
         assert torch.equal(layer(F.silu(x)), result)
 
 
-# What the blocks tell each other lasts for one forward pass.
+# State that blocks share lasts for one forward pass.
 
 
 def test_nothing_of_a_forward_pass_stays_in_memory():
@@ -211,7 +211,7 @@ def test_nothing_of_a_forward_pass_stays_in_memory():
 
 
 def test_images_live_no_longer_for_being_known():
-    """What the middle block makes is read by the next block, and freed while the pass goes on."""
+    """The output of the middle block is read by the next block, and freed during the pass."""
     unet = fused()
     made, alive = [], []
     for module in modules_of(unet.mid_block, (ResnetBlock2D, Transformer2DModel)):
@@ -245,7 +245,7 @@ def test_one_prompt_is_quantized_anew_for_each_timestep():
 
 
 def test_one_time_embedding_for_all_calls_is_projected_anew():
-    """Its quantizer is that of the timestep, even if the embedding is one object."""
+    """Its quantizer depends on the timestep, even if the embedding is the same object."""
     unet = fused()
     embedding = torch.randn(BATCH, 128, generator=torch.Generator().manual_seed(6))
     unet.time_embedding.forward = lambda *args: embedding
@@ -274,7 +274,7 @@ def test_failed_forward_pass_leaves_nothing_to_the_next():
     assert torch.equal(call(unet, 100, encoder_hidden_states=prompt), call(fused(), 100))
 
 
-# Errors, the way back, and torch.compile.
+# Errors, dequantization, and torch.compile.
 
 
 def test_stock_unet_cannot_be_fused():
@@ -339,4 +339,4 @@ def test_compiled_fused_unet_has_no_graph_break_and_computes_the_same(relative_r
 
     for timestep, seed in ((MIXED, 0), (MIXED.flip(0), 1)):
         actual = call(compiled, timestep, seed=seed)
-        assert relative_rms(actual, call(unet, timestep, seed=seed)) < FLIPS  # no statistics are handed on here
+        assert relative_rms(actual, call(unet, timestep, seed=seed)) < FLIPS  # without stored statistics

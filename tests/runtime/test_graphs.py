@@ -1,4 +1,4 @@
-"""CUDA graphs of a UNet: when one is captured, what a replay computes, and the way back.
+"""CUDA graphs of a UNet: when a graph is captured, the results of a replay, and disabling.
 
 Without a GPU a fake graph stands for the real one: it keeps the function that was captured and calls it at a replay, so
 that keys, copies and structures are those of a CPU. What a capture itself may do wrong only a GPU shows.
@@ -69,7 +69,7 @@ def fake_graphs(monkeypatch):
 
 
 class Double(UNet2DConditionModel):
-    """A UNet that notes when its Python code runs."""
+    """A UNet that records when its Python code runs."""
 
     device = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def test_replay_computes_from_new_inputs_without_python(replayed, fake_graphs):
 
     second = replayed(-X, 9).sample
 
-    assert torch.equal(first, 2 * X + 7)  # and the second call left it alone
+    assert torch.equal(first, 2 * X + 7)  # not overwritten by the second call
     assert torch.equal(second, -2 * X + 9)
     assert replayed.runs == runs
     assert fake_graphs.made == 1
@@ -179,7 +179,7 @@ def test_modes_of_autograd_may_alternate(replayed, fake_graphs):
 def test_every_result_of_a_quantized_unet_is_computed_within_the_graph(
     subject, fake_graphs, relative_rms, is_fused, monkeypatch
 ):
-    """Nothing may be kept from the calls before the capture: a replay would take it for the new input's."""
+    """No state of the calls before the capture may be kept: a replay would use it for a new input."""
     unet = subject.copy()
     if is_fused:
         fuse(unet)

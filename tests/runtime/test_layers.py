@@ -1,4 +1,4 @@
-"""Quantized layers: what they compute, what they refuse, and what casts, copies and adapters may not do to them."""
+"""Quantized layers: results, errors, and tables that casts, copies and adapters must not change."""
 
 import copy
 import io
@@ -14,8 +14,8 @@ from torch import nn
 from dq_runtime import QuantConv2d, QuantLinear
 from dq_runtime.layers import quantized_layers
 
-# Integers are exact; what is left is fp32's error and, after it, one rounding to the dtype. A value on the edge between
-# two numbers of the dtype may fall to the other side: one of 48 values costs 7e-5 in fp16 and 6e-4 in bfloat16.
+# Integers are exact; the rest is fp32's error and, after it, one rounding to the dtype. A value half-way between two
+# numbers of the dtype may be rounded to the other one: one of 48 values costs 7e-5 in fp16 and 6e-4 in bfloat16.
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-4), (torch.bfloat16, 1e-3)], ids=str
 )
@@ -200,7 +200,7 @@ def test_copy_has_one_grid_of_its_own_and_the_same_outputs(subject, make_copy):
         assert layer.timestep_grid is duplicate.timestep_grid, name
     assert torch.equal(subject.call(duplicate, torch.tensor([0, 750])), expected)
 
-    unet.timestep_grid.index = None  # only the copy's own grid can tell the copy's layers the timestep
+    unet.timestep_grid.index = None  # the copy's layers must read the copy's own grid
     assert torch.equal(subject.call(duplicate, torch.tensor([0, 750])), expected)
 
 
@@ -226,7 +226,7 @@ def test_dequantizing_a_copy_leaves_the_original_quantized(unet2d):
 
 
 def test_weights_loaded_in_place_are_used(unet2d, relative_rms):
-    """Also by the CPU kernels, which keep a copy of each weight in another layout."""
+    """Also in the CPU kernels, which cache each weight in another layout."""
     unet = unet2d.copy()
     expected = unet2d.call(unet)
     state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
@@ -314,7 +314,7 @@ def test_layer_that_sees_another_batch_uses_the_one_timestep_of_all_samples(unet
 
 
 def test_a_gradient_through_a_layer_is_refused_by_its_name(subject):
-    """It would be zero without a word."""
+    """Otherwise it would silently be zero."""
     sample = subject.sample.clone().requires_grad_()
     with torch.enable_grad():
         result = subject.quantized(sample, 500, **subject.arguments).sample
@@ -353,7 +353,7 @@ def test_lora_adds_its_product_to_the_quantized_layer(unet2d_condition, relative
     lora_b = add_lora(unet, target_modules)
 
     assert lora_b
-    assert torch.equal(unet2d_condition.call(unet, dtype=dtype), expected)  # lora_B is zero as yet
+    assert torch.equal(unet2d_condition.call(unet, dtype=dtype), expected)  # lora_B is initialised with zeros
     for parameter in lora_b:
         parameter.normal_(std=0.1)
     with_lora = unet2d_condition.call(unet, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Sampling with a quantized UNet: whatever order a scheduler calls it in, every sample gets its own timestep's row.
+"""Sampling with a quantized UNet: every sample uses its own timestep's row, in any order of a scheduler's calls.
 
 The oracle is the same UNet with plain float layers that round their input and their weight, and that find the row by a
 search in Python.
@@ -21,7 +21,7 @@ TOLERANCE = 0.05
 
 
 def nearest_rows(unet, timestep, batch_size):
-    """The row of each sample, in plain Python: least distance first, smaller timestep next."""
+    """The row of each sample in plain Python: smallest distance, then smaller timestep."""
     grid = unet.config.quantization_config.timesteps
     timesteps = torch.as_tensor(timestep).reshape(-1).expand(batch_size).tolist()
     return [min(range(len(grid)), key=lambda row: (abs(grid[row] - t), row)) for t in timesteps]
@@ -141,7 +141,7 @@ def test_trajectory_is_that_of_the_rounded_float_unet(subject, oracle, new_sched
 
 @SCHEDULERS
 def test_neighbouring_row_would_be_noticed(subject, fake_quantized, new_scheduler, relative_rms):
-    """Or the tolerance above would be too wide."""
+    """The tolerance above is narrow enough to detect it."""
     wrong = draw(Oracle(subject.copy(), fake_quantized, wrong_by=1), new_scheduler(), subject)
 
     assert relative_rms(wrong, draw(subject.quantized, new_scheduler(), subject)) > 2 * TOLERANCE
@@ -153,7 +153,7 @@ def test_trajectory_may_start_midway(subject, oracle, checked, relative_rms):
     start = scheduler.timesteps[STEPS // 2 :]
     expected = draw(oracle, ddim(), subject, start)
 
-    draw(unet, ddim(), subject)  # nothing of an earlier image may stay behind
+    draw(unet, ddim(), subject)  # no state of an earlier image may remain
     actual = draw(unet, scheduler, subject, start)
 
     assert relative_rms(actual, expected) < TOLERANCE

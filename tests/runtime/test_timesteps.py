@@ -1,4 +1,4 @@
-"""From the UNet's ``timestep`` argument to a row of the tables: the nearest one, on the device, for every sample."""
+"""Mapping the UNet's ``timestep`` argument to the nearest row of the tables, on the device, for every sample."""
 
 import copy
 
@@ -16,7 +16,7 @@ GRID = [1.0, 250.0, 500.0, 999.0]
 
 
 def nearest_row(grid, timestep):
-    """The claim, in plain Python: least distance first, smaller timestep next."""
+    """The expected row in plain Python: smallest distance, then smaller timestep."""
     return min(range(len(grid)), key=lambda row: (abs(grid[row] - timestep), row))
 
 
@@ -73,7 +73,7 @@ def test_nearest_agrees_with_a_search_in_plain_python():
     generator = torch.Generator().manual_seed(0)
     for size in (2, 3, 20, 50):
         grid = torch.randperm(1000, generator=generator)[:size].sort().values.double().tolist()
-        timesteps = (torch.randint(-80, 4400, (400,), generator=generator) / 4).tolist()  # quarters: fp32 has them all
+        timesteps = (torch.randint(-80, 4400, (400,), generator=generator) / 4).tolist()  # quarters, exact in fp32
 
         assert rows(grid, torch.tensor(timesteps), 400) == [nearest_row(grid, timestep) for timestep in timesteps]
 
@@ -102,7 +102,7 @@ def test_every_timestep_of_a_full_grid_is_told_apart_even_after_a_cast_of_the_mo
 def test_numbers_keep_their_precision_whatever_the_default_dtype():
     grid = [float(t) for t in range(1000)]
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)  # 981 is none of its numbers
+    torch.set_default_dtype(torch.bfloat16)  # which cannot represent 981
     try:
         assert rows(grid, 981, 1) == [981]
         assert rows(grid, 981.0, 1) == [981]
@@ -141,7 +141,7 @@ def test_grid_must_be_sorted_without_repeats(grid):
 
 
 class NoSync(TorchDispatchMode):
-    """Raises where the host would wait for a value from the device."""
+    """Raises if the host would wait for a value from the device."""
 
     WAITING = (
         torch.ops.aten._local_scalar_dense,
@@ -173,7 +173,7 @@ def test_index_is_found_without_a_sync(timestep):
 
 @pytest.mark.parametrize("timestep", [7, torch.tensor(7), torch.tensor([7.5]), torch.tensor([0, 500, 999])], ids=repr)
 def test_index_is_found_without_reading_a_value(timestep):
-    """Tensors on the meta device have none; ``tolist`` goes past PyTorch's dispatcher."""
+    """Meta tensors have no values; ``tolist`` bypasses PyTorch's dispatcher."""
     meta = torch.device("meta")
     timestep = timestep.to(meta) if torch.is_tensor(timestep) else timestep
 
@@ -202,7 +202,7 @@ def test_unet_refuses_what_the_grid_refuses(unet2d, timestep, error):
 
 
 def test_another_timestep_selects_another_row(unet2d):
-    """The time embedding apart: the tables alone make the difference here."""
+    """Without the time embedding: only the tables differ here."""
     unet, sample = unet2d.copy(), unet2d.sample
     unet.time_proj.forward = lambda timesteps: torch.zeros(len(timesteps), 32)
 
@@ -253,7 +253,7 @@ def test_a_grid_that_was_made_without_memory_has_its_timesteps():
 
 
 def failing_call(unet, sample):
-    """A forward pass that fails behind its first blocks."""
+    """A forward pass that fails after its first blocks."""
     unet.mid_block.register_forward_pre_hook(fail)
     with pytest.raises(ArithmeticError, match="on purpose"):
         unet(sample, 500)
