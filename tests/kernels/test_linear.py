@@ -42,7 +42,7 @@ def float64_linear(arguments, values):
     ("rows", "channels", "out_channels"),
     [
         *((rows, 34, 41) for rows in ((1,), (9,), (41,), (5, 7), (2, 3, 4))),
-        *(((5, 7), *channels) for channels in ((2, 1), (64, 96), (128, 341), (130, 96), (320, 1), (341, 41))),
+        *(((5, 7), *channels) for channels in ((2, 1), (64, 96), (128, 141), (130, 96), (320, 1), (341, 41))),
         ((1,), 341, 96),
     ],
     ids=str,

@@ -31,8 +31,8 @@ ONE_GROUP, A_GROUP_A_CHANNEL, STRADDLING = SOURCES[0], SOURCES[1], SOURCES[3]
 def test_group_norm_is_the_references(
     run, group_norm_arguments, assert_quantized_alike, channels, skip_channels, num_groups
 ):
-    """Of three runs of rows, the last of them cut."""
-    arguments = group_norm_arguments((3, 9, 15, channels), num_groups, skip_channels)
+    """Of two runs of rows, the last of them cut."""
+    arguments = group_norm_arguments((2, 9, 8, channels), num_groups, skip_channels)
 
     assert_quantized_alike(run("group_norm_quantize", arguments), reference.group_norm_quantize(**arguments))
 
