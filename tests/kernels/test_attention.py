@@ -1,4 +1,4 @@
-"""Attention in int8: the reference's results, close to softmax attention's, whatever the layout, size and magnitude."""
+"""Attention in int8: equal to the reference, close to softmax attention, for any layout, size and magnitude."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ def float64_attention(query, key, value, heads):
 
 @pytest.fixture
 def assert_attention_alike(relative_rms):
-    """Of fp32 results: equal to rounding, but for the few queries that have a probability at a rounding boundary.
+    """Asserts that fp32 results are equal up to rounding, except for few queries.
 
-    The reference's scores and exponentials are float64. A probability that falls to the other side is 1/255 of the
-    largest off, and so is its part of the result.
+    The reference computes scores and exponentials in float64. A probability at a rounding boundary may be rounded to
+    the other side: then it differs by 1/255 of the largest, and the query's result accordingly.
     """
 
     def assert_attention_alike(actual, expected, heads):
@@ -43,7 +43,7 @@ def assert_attention_alike(relative_rms):
 
 @pytest.fixture
 def assert_steps_alike():
-    """Of int8 results: 1 in 500 may be one step away, since values at a rounding boundary differ in their last bits."""
+    """Asserts that int8 results are equal, except for one step in 1 of 500 values, which lay at a rounding boundary."""
 
     def assert_steps_alike(actual, expected):
         assert actual.dtype == torch.int8
@@ -56,8 +56,10 @@ def assert_steps_alike():
     return assert_steps_alike
 
 
-@pytest.mark.parametrize("key_length", [1, 63, 64, 65, 77, 130])
-@pytest.mark.parametrize("query_length", [1, 64, 65])
+@pytest.mark.parametrize(
+    ("query_length", "key_length"),
+    [(1, 65), (64, 65), (1, 1), *((65, key_length) for key_length in (1, 63, 64, 65, 77, 130))],
+)
 def test_attention_of_any_lengths_is_the_references(
     run, attention_arguments, assert_attention_alike, query_length, key_length
 ):
@@ -77,8 +79,8 @@ def test_attention_of_any_heads_is_the_references(
     assert_attention_alike(run("int8_attention", arguments), reference.int8_attention(**arguments), heads)
 
 
-# fp16: a step of 2^-10 where rounding to fp16 falls to the other side. bf16: all values may come out a step of 2^-7
-# further, because Triton's interpreter truncates to bf16 where a GPU rounds.
+# fp16: a step of 2^-10 where a value is rounded to the other side. bf16: all values may be a step of 2^-7 off, because
+# Triton's interpreter truncates to bf16 where a GPU rounds.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 5e-3)], ids=str)
 def test_result_has_the_querys_dtype(run, attention_arguments, relative_rms, dtype, tolerance):
     arguments = attention_arguments(2, 33, 77, 2, 40, dtype)
@@ -93,7 +95,7 @@ def test_result_has_the_querys_dtype(run, attention_arguments, relative_rms, dty
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_and_values_may_have_other_dtypes_than_the_query(run, attention_arguments, assert_attention_alike, dtype):
-    """And what fp32 holds of them is what counts."""
+    """The result is that of their values in fp32."""
     arguments = attention_arguments(2, 9, 77, 2, 40)
     arguments |= {"key": arguments["key"].to(dtype), "value": arguments["value"].bfloat16()}
     wide = {name: arguments[name].float() for name in TENSORS}
@@ -137,7 +139,7 @@ def test_reference_is_close_to_softmax_attention(attention_arguments, relative_r
 
 
 def test_what_all_keys_have_in_common_changes_nothing(run, attention_arguments, relative_rms):
-    """But for the last bits of keys that are 100 times as large, which move some to the next step of 1/127."""
+    """Up to rounding: keys that are 100 times as large lose their last bits, some move to the next step of 1/127."""
     arguments = attention_arguments(2, 33, 77, 2, 40)
     expected = run("int8_attention", arguments)
     common = 100 * torch.randn(2, 1, 80, generator=torch.Generator().manual_seed(1))
@@ -159,14 +161,14 @@ def test_equal_scores_give_the_mean_of_the_values_to_half_a_step(run, attention_
     assert ((run("int8_attention", arguments) - mean).abs() <= 0.5 * step + 1e-6).all()
 
 
-@pytest.mark.parametrize("loud", [0, 1, 2])
-def test_query_with_one_overwhelming_key_gets_its_value_to_half_a_step_of_the_block(run, loud):
-    """Of this block, not of the one that is 1000 times as loud."""
+@pytest.mark.parametrize("large", [0, 1, 2])
+def test_query_with_one_dominant_key_gets_its_value_to_half_a_step_of_the_block(run, large):
+    """A block's step does not depend on another block with values that are 1000 times as large."""
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(2, 130, 64, generator=generator).sign()
     chosen = torch.tensor([0, 129, 64, 63, 5, 127, 128, 70])
     value = torch.randn(2, 130, 64, generator=generator)
-    value[:, 64 * loud : 64 * (loud + 1)] *= 1000
+    value[:, 64 * large : 64 * (large + 1)] *= 1000
     blocks = (value - value.mean(1, keepdim=True)).split(64, dim=1)
     step = torch.cat([part.abs().amax((1, 2), keepdim=True).expand_as(part) for part in blocks], 1) / 127
 
@@ -183,11 +185,18 @@ def test_zeros_give_zeros(run, key_length):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(
-    ("name", "token"), [("query", 0), ("query", 4), ("key", 0), ("key", 66), ("value", 3), ("value", 66)]
+    ("name", "token", "number"),
+    [
+        *(("query", token, number) for token, number in ((0, torch.nan), (4, torch.inf), (0, -torch.inf))),
+        *(("key", token, number) for token, number in ((0, torch.nan), (0, torch.inf), (66, -torch.inf))),
+        *(("value", token, number) for token, number in ((66, torch.nan), (3, torch.inf), (3, -torch.inf))),
+        *((name, 66, torch.inf) for name in ("key", "value")),
+    ],
 )
-def test_what_is_not_finite_makes_nan_of_all_that_it_has_a_part_in(run, attention_arguments, name, token, number):
+def test_number_that_is_not_finite_makes_nan_of_all_results_that_depend_on_it(
+    run, attention_arguments, name, token, number
+):
     arguments = attention_arguments(2, 5, 67, 2, 8, torch.float16)
     finite = run("int8_attention", arguments)
     arguments[name][1, token, 5] = number
@@ -227,7 +236,7 @@ def test_heads_do_not_touch_each_other(run, attention_arguments, assert_attentio
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("queries", ["of-zeros", "of-ones"])
 def test_extreme_values_do_not_overflow(run, relative_rms, queries, sign):
-    """All of queries, keys and values at +-127 steps; probabilities of 1 alone, or of 0 for every other key."""
+    """Queries, keys and values all have +-127 steps; probabilities are all 1, or 0 for every other key."""
     key = torch.ones(1, 640, 128)
     key[:, 1::2] = -1
     value = sign * torch.ones(1, 640, 128)
@@ -281,7 +290,7 @@ def test_scores_that_underflow_are_equal(run, attention_arguments, magnitude, ke
 
 @pytest.mark.parametrize("magnitude", [20.0, 130.0, 500.0, 3000.0])
 def test_largest_probability_is_255_however_large_the_scores(run, relative_rms, magnitude):
-    """And not 256, which int8 does not hold, for the rounding of large scores."""
+    """The rounding of large scores must not make it 256, which int8 cannot hold."""
     generator = torch.Generator().manual_seed(0)
     key = magnitude * torch.randn(1, 200, 64, generator=generator).sign()
     value = torch.randn(1, 200, 64, generator=generator)
@@ -294,7 +303,7 @@ def test_largest_probability_is_255_however_large_the_scores(run, relative_rms, 
 
 
 def test_small_probabilities_beside_a_large_one_are_lost_to_the_mean(run, relative_rms):
-    """As behind the first token of a prompt: each is less than half a step of 1/255, all together count."""
+    """As after the first token of a prompt: each is less than half a step of 1/255, but their sum is not small."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.zeros(1, 4, 8), torch.zeros(1, 640, 8), 1 + torch.randn(1, 640, 8, generator=generator)
     query[..., 0] = key[:, 0, 0] = 7**0.5 * 8**0.25  # a score of 7: exp(-7) of the largest is 0.23 steps
@@ -308,9 +317,9 @@ def test_small_probabilities_beside_a_large_one_are_lost_to_the_mean(run, relati
 
 @pytest.mark.parametrize("flip", [False, True], ids=["largest-first", "largest-last"])
 def test_probabilities_are_rounded_to_steps_of_1_255(run, flip):
-    """One key's value is -1 and its score the larger by -log(p), the other's is 1: (round(p) - 1) / (1 + p).
+    """Two keys have the values -1 and 1, and the first a score that is larger by -log(p): (round(p) - 1) / (1 + p).
 
-    Every step is come to from either side, 0.2 off the boundary.
+    Every step is approached from both sides, 0.2 from the boundary.
     """
     steps = (
         torch.arange(1, 255, dtype=torch.float64).repeat(2) + torch.tensor([[-0.3], [0.3]]).expand(-1, 254).flatten()
@@ -385,7 +394,7 @@ def test_reference_quantizes_its_attention_before_that_is_rounded(attention_quan
 
 @pytest.mark.parametrize("head_channels", [32, 40])
 def test_keys_and_values_are_quantized_exactly_as_the_references(triton_device, head_channels):
-    """Blocks of very different sizes, the last ragged, of strided tensors; what lies outside is 0."""
+    """Blocks of very different magnitudes, the last one ragged, of strided tensors; padding is 0."""
     batch, length, heads, blocks, block_d = 2, 150, 3, 3, max(32, next_power_of_2(head_channels))
     channels = heads * head_channels
     generator = torch.Generator().manual_seed(0)

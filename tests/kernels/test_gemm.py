@@ -1,4 +1,4 @@
-"""The GEMM's launches: no configuration, tile order or split of the sum may change a result."""
+"""Launches of the GEMM: its results do not depend on tile sizes, tile order or split-K."""
 
 import pytest
 import torch
@@ -6,19 +6,32 @@ from flat_operators import reference
 
 from dq_kernels.triton import gemm, tuning
 from dq_kernels.triton.launch import launch_options
-from dq_kernels.triton.tuning import LaunchConfig
+from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted
 
 pytestmark = pytest.mark.parametrize("implementation", ["triton"], indirect=True)
 
-# On a GPU, what that GPU would launch; in the interpreter, everything that is shipped.
-ARCHITECTURES = (
-    [tuning.architecture()] if torch.cuda.is_available() else [path.stem for path in tuning.FOLDER.glob("*.json")]
-)
-SHIPPED = sorted(
-    {(shape.op, shape.config) for architecture in ARCHITECTURES for shape in tuning.tuned_shapes(architecture)},
-    key=str,
-)
-# Packed bytes a step: a GPU's int8 dot takes 32 at least, Triton's interpreter any number.
+
+def interpreted(op, config):
+    """The part of a configuration that the interpreter executes: the tile of samples that share tiles, and split-K.
+
+    It ignores num_warps and num_stages; group_m permutes the tiles, which test_order_of_the_tiles checks.
+    """
+    tile = adjusted(config, Problem(op, 1, 1, 1, rows_per_sample=1))
+    return LaunchConfig(tile.block_m, tile.block_n, tile.block_k, 4, 2, 1, tile.split_k)
+
+
+def shipped():
+    """Pairs of operator and configuration: the current GPU's; in the interpreter, all that it can tell apart."""
+    if torch.cuda.is_available():
+        pairs = {(shape.op, shape.config) for shape in tuning.tuned_shapes(tuning.architecture())}
+    else:
+        shapes = [shape for path in tuning.FOLDER.glob("*.json") for shape in tuning.tuned_shapes(path.stem)]
+        pairs = {(shape.op, interpreted(shape.op, shape.config)) for shape in shapes}
+    return sorted(pairs, key=str)
+
+
+SHIPPED = shipped()
+# Packed bytes of a step: an int8 dot on a GPU needs at least 32, Triton's interpreter any number.
 SMALLEST_K = 32 if torch.cuda.is_available() else 16
 SMALL = LaunchConfig(16, 16, SMALLEST_K, 4, 2)
 
@@ -29,18 +42,21 @@ def small(**changes):
 
 @pytest.fixture
 def arguments_of(linear_arguments, geglu_quantize_arguments, conv2d_arguments):
-    """Makes an operator's arguments for 3 samples of some 24 rows, 18 output channels and 38 input channels a tap."""
+    """Makes an operator's arguments: 3 samples of 12 rows, 18 output channels, 38 or (with 9 taps) 6 input channels.
+
+    With statistics a sample has 64 rows.
+    """
 
     def arguments_of(case):
         if case == "int4_linear":
-            return linear_arguments((3, 5, 5, 38), 18, torch.float32)[0]
+            return linear_arguments((3, 3, 4, 38), 18, torch.float32)[0]
         if case == "int4_geglu_quantize":
-            return geglu_quantize_arguments((3, 5, 5, 38), 18)[0]
-        shape, geometry = (3, 5, 5, 38), {"kernel": (1, 3), "padding": (0, 1)}
+            return geglu_quantize_arguments((3, 3, 4, 38), 18)[0]
+        shape, geometry = (3, 3, 4, 38), {"kernel": (1, 3), "padding": (0, 1)}
         if case == "upsample":
-            shape, geometry = (3, 2, 3, 6), {"upsample": True}
+            shape, geometry = (3, 1, 3, 6), {"upsample": True}
         elif case == "stride":
-            shape, geometry = (3, 10, 10, 6), {"stride": (2, 2)}
+            shape, geometry = (3, 6, 8, 6), {"stride": (2, 2)}
         elif case == "statistics":
             shape, geometry = (3, 16, 4, 6), {"with_statistics": True}
         return conv2d_arguments(shape, 18, dtype=torch.float32, **geometry)[0]
@@ -57,13 +73,13 @@ OPERATORS = {
 
 @pytest.fixture(scope="module")
 def small_results():
-    """Of SMALL, by case, kept because the interpreter is slow."""
+    """The results with SMALL, by case: each is computed once."""
     return {}
 
 
 @pytest.fixture
 def assert_bits_of_small_tiles(run, use_config, arguments_of, small_results):
-    """Asserts that a configuration gives what SMALL gives, to the bit, and the same statistics but for rounding."""
+    """Asserts that a configuration gives the result of SMALL bit for bit, and its statistics up to rounding."""
 
     def launch(case, config):
         use_config(config)
@@ -76,56 +92,54 @@ def assert_bits_of_small_tiles(run, use_config, arguments_of, small_results):
         y, *statistics = launch(case, config)
         expected, *expected_statistics = small_results[case]
         assert torch.equal(y, expected)
-        torch.testing.assert_close(statistics, expected_statistics, rtol=1e-5, atol=1e-5)  # sums of floats
+        torch.testing.assert_close(statistics, expected_statistics, rtol=1e-5, atol=1e-5)  # another order of float sums
 
     return assert_bits_of_small_tiles
 
 
-@pytest.mark.parametrize("split_k", [2, 3, 5])
-@pytest.mark.parametrize("case", [case for case in OPERATORS if case != "int4_geglu_quantize"])
+@pytest.mark.parametrize(
+    ("case", "split_k"),
+    [
+        *(("int4_conv2d", split_k) for split_k in (2, 3, 5)),
+        *(("int4_linear", 2), ("int4_linear", 5), ("stride", 2), ("upsample", 3), ("statistics", 5)),
+    ],
+)
 def test_splitting_the_sum_does_not_change_a_bit(assert_bits_of_small_tiles, case, split_k):
-    """The sum has 2 steps in a linear layer and 6 or 9 in a convolution, so that some splits have none to do."""
+    """The sum has 2 steps in a linear layer and 6 or 9 in a convolution: some splits have no step."""
     assert_bits_of_small_tiles(case, small(split_k=split_k))
 
 
 @pytest.mark.parametrize("split_k", [2, 3, 5])
 def test_split_sums_are_exact(run, use_config, linear_arguments, split_k):
+    """Of 5 steps, the last of them ragged, in 2 tiles; repeated, because each launch counts its arrivals from 0."""
     use_config(small(split_k=split_k))
-    arguments, _ = linear_arguments((3, 19, 130), 21)
-
-    assert torch.equal(run("int4_linear", arguments), reference.int4_linear(**arguments))
-
-
-def test_every_launch_of_a_split_counts_its_arrivals_anew(run, use_config, linear_arguments):
-    use_config(small(split_k=3))
-    arguments, _ = linear_arguments((3, 19, 130), 21)
+    arguments, _ = linear_arguments((3, 7, 130), 9)
     expected = reference.int4_linear(**arguments)
 
-    for _ in range(3):
+    for _ in range(2):
         assert torch.equal(run("int4_linear", arguments), expected)
 
 
-@pytest.mark.parametrize("group_m", [3, 8])
+@pytest.mark.parametrize("group_m", [2, 8])
 @pytest.mark.parametrize(
     ("case", "split_k"), [("int4_linear", 1), ("int4_linear", 2), ("int4_conv2d", 2), ("int4_geglu_quantize", 1)]
 )
 def test_order_of_the_tiles_does_not_change_a_bit(assert_bits_of_small_tiles, case, split_k, group_m):
-    """5 x 2 tiles, so that the last group of tiles is cut."""
+    """3 x 2 tiles: the last group of 2 is cut, and a group of 8 is larger than all."""
     assert_bits_of_small_tiles(case, small(group_m=group_m, split_k=split_k))
 
 
 @pytest.mark.parametrize("block_m", [32, 64])
 @pytest.mark.parametrize("case", OPERATORS)
 def test_size_of_the_tiles_does_not_change_a_bit(assert_bits_of_small_tiles, case, block_m):
-    """The sums are integers and the epilogue works on each value alone."""
+    """The sums are integers and the epilogue is elementwise."""
     assert_bits_of_small_tiles(case, LaunchConfig(block_m, 32, 32, 4, 2))
 
 
-@pytest.mark.parametrize("rows", [16, 48, 21])
+@pytest.mark.parametrize("rows", [32, 21, 7], ids=["tiles-within-a-sample", "tiles-of-two-samples", "of-three"])
 def test_rows_of_a_tile_take_their_own_samples_timestep(run, use_config, linear_arguments, rows):
-    """Whether tiles lie within a sample or span several."""
     use_config(SMALL)
-    arguments, _ = linear_arguments((5, rows, 34), 9)
+    arguments, _ = linear_arguments((3, rows, 34), 9)
     arguments |= {"quantizer_scale": torch.tensor([1.0, 2.0, 4.0])}
 
     assert torch.equal(run("int4_linear", arguments), reference.int4_linear(**arguments))
@@ -142,13 +156,13 @@ def test_every_shipped_configuration_is_exact(
     use_config(config)
     channels *= config.block_k // 32
     if op == "linear_geglu":
-        arguments, _ = geglu_quantize_arguments((3, 47, channels), 66)
+        arguments, _ = geglu_quantize_arguments((3, 11, channels), 66)
         assert_quantized_alike(run("int4_geglu_quantize", arguments), reference.int4_geglu_quantize(**arguments))
     elif op == "linear":
-        arguments, _ = linear_arguments((3, 47, channels), 67)
+        arguments, _ = linear_arguments((3, 11, channels), 67)
         assert torch.equal(run("int4_linear", arguments), reference.int4_linear(**arguments))
     else:
-        arguments, _ = conv2d_arguments((3, 8, 8, channels), 67, kernel=(1, 2), padding=(0, 1), stride=(1, 2))
+        arguments, _ = conv2d_arguments((3, 3, 8, channels), 67, kernel=(1, 2), padding=(0, 1), stride=(1, 2))
         y, _ = run("int4_conv2d", arguments)
         assert torch.equal(y, reference.int4_conv2d(**arguments)[0])
 
@@ -156,7 +170,7 @@ def test_every_shipped_configuration_is_exact(
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", OPERATORS)
 def test_plain_code_gives_what_inline_ptx_gives(monkeypatch, run, arguments_of, assert_quantized_alike, case):
-    """The unpacked integers to the bit; exp and the reciprocal, before a quantization, but for their last bits."""
+    """Unpacked integers are equal bit for bit; exp and the reciprocal may differ in their last bits."""
     with_ptx = run(OPERATORS[case], arguments_of(case))
 
     monkeypatch.setattr(gemm, "launch_options", lambda: launch_options() | {"PTX": False})
@@ -170,7 +184,7 @@ def test_plain_code_gives_what_inline_ptx_gives(monkeypatch, run, arguments_of, 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("split_k", [2, 3, 5])
-def test_split_sums_of_many_tiles_are_exact_however_the_programs_race(run, use_config, linear_arguments, split_k):
+def test_split_sums_of_many_tiles_are_exact_in_any_order_of_arrival(run, use_config, linear_arguments, split_k):
     use_config(LaunchConfig(64, 64, 32, 4, 3, 1, split_k))
     arguments, _ = linear_arguments((4, 1024, 640), 640)
     expected = reference.int4_linear(**arguments)
