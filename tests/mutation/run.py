@@ -2,9 +2,9 @@
 
     python -m tests.mutation.run [--output FILE] [NAME ...]
 
-First the selected tests run on unchanged code, where they must pass: a failure later on then means that the mutant was
-killed. A mutant that the selected tests let through meets the whole of its test files before it counts as a survivor,
-so that a renamed test costs time and not a verdict. The exit status is 1 if a mutant survived.
+The selected tests first run on unchanged code, where they must pass: a failure later on then means that the mutant was
+killed. Where no test has a selected name any more, the whole test files run instead, so that renaming a test costs time
+and not a verdict. The exit status is 1 if a mutant survived.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Copy:
         os.dup2(output, 2)
         os.chdir(self.root)
         os.environ["PYTHONPATH"] = str(self.import_path)  # for what tests start
+        os.environ["COLUMNS"] = "200"  # of pytest's line about a failure
         # Without the repository that this file came from.
         sys.path[:] = [str(self.import_path), *(path for path in sys.path if Path(path).resolve() != REPOSITORY)]
         for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
@@ -88,16 +89,17 @@ class Copy:
         return code == PASSED
 
     def try_mutant(self, mutant: Mutant) -> dict[str, Any]:
-        """Runs a mutant's tests on it: the result, the first failure and the duration."""
+        """Runs a mutant's tests on it: the result, the first failure (or the note) and the duration."""
         start = time.monotonic()
         original = (self.root / mutant.file).read_text(encoding="utf-8")
         code, output = self._run_mutated(mutant, original, mutant.select)
-        if code in (PASSED, NO_TESTS) and self.passes(mutant.tests):
+        if code == NO_TESTS and self.passes(mutant.tests):
             code, output = self._run_mutated(mutant, original, None)
         result = {PASSED: "survived", FAILED: "killed", None: "killed"}.get(code, f"pytest exited with {code}")
         return {
+            "file": mutant.file,
             "result": result,
-            "by": None if result == "survived" else _first_failure(output),
+            "why": mutant.note if result == "survived" else _first_failure(output),
             "seconds": round(time.monotonic() - start, 1),
         }
 
@@ -133,21 +135,20 @@ def main() -> int:
         importlib.import_module(module)
     with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
         copy = Copy(Path(folder))
-        start = time.monotonic()
-        selected = " or ".join(f"({select})" for select in dict.fromkeys(mutant.select for mutant in mutants))
-        if not copy.passes(sorted({file for mutant in mutants for file in mutant.tests}), selected):
-            print("The selected tests fail on unchanged code")
-            return 2
-        report: dict[str, Any] = {"seconds_unchanged": round(time.monotonic() - start, 1), "mutants": {}}
-        print(f"unchanged code passes ({report['seconds_unchanged']} s)", flush=True)
-        for mutant in mutants:
-            tried = copy.try_mutant(mutant)
-            report["mutants"][mutant.name] = {"file": mutant.file, **tried} | (
-                {"note": mutant.note} if mutant.note else {}
-            )
-            print(f"{mutant.name:36} {tried['result']:10} {tried['seconds']:6.1f} s  {tried['by'] or ''}", flush=True)
-            if options.output is not None:
-                options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report: dict[str, Any] = {"seconds_unchanged": {}, "mutants": {}}
+        for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+            group = [mutant for mutant in mutants if mutant.tests == tests]
+            start = time.monotonic()
+            if not copy.passes(tests, " or ".join(dict.fromkeys(f"({mutant.select})" for mutant in group))):
+                print(f"The selected tests of {', '.join(tests)} fail on unchanged code")
+                return 2
+            report["seconds_unchanged"][" ".join(tests)] = seconds = round(time.monotonic() - start, 1)
+            print(f"unchanged code passes {' '.join(tests)} ({seconds} s)", flush=True)
+            for mutant in group:
+                report["mutants"][mutant.name] = tried = copy.try_mutant(mutant)
+                print(f"{mutant.name:40} {tried['result']:10} {tried['seconds']:6.1f} s  {tried['why']}", flush=True)
+                if options.output is not None:
+                    options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     survivors = [name for name, tried in report["mutants"].items() if tried["result"] != "killed"]
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} killed", *survivors, sep="\n  ")
     return 1 if survivors else 0
