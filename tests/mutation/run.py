@@ -123,9 +123,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants to try; all by default")
     parser.add_argument("--output", type=Path, help="JSON file, written after each mutant")
     options = parser.parse_args()
-    if unknown := set(options.names) - {mutant.name for mutant in MUTANTS}:
+    by_name = {mutant.name: mutant for mutant in MUTANTS}
+    if unknown := set(options.names) - set(by_name):
         parser.error(f"no such mutants: {', '.join(sorted(unknown))}")
-    mutants = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
+    mutants = [by_name[name] for name in options.names or by_name]
 
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True  # Python takes a file of the same size and second for unchanged
