@@ -1,0 +1,880 @@
+"""Defects that a user would suffer from, each with the tests that should notice it; ``run`` puts them in.
+
+A mutant replaces a text that occurs once in its file. The texts are short and of the arithmetic itself, so that they
+survive when code is moved: then only the name of the file changes here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """A defect.
+
+    Attributes:
+        file: the path from the repository's root; ``source`` occurs once in it.
+        tests: paths of the test files that should notice the defect.
+        select: a pytest -k expression: the quickest of those tests that do.
+        note: why it survives, if it does.
+    """
+
+    name: str
+    file: str
+    source: str
+    replacement: str
+    tests: tuple[str, ...]
+    select: str
+    note: str = ""
+
+    def applied_to(self, code: str) -> str:
+        """The code of the file with the defect.
+
+        Raises:
+            ValueError: if the source text does not occur exactly once.
+        """
+        if code.count(self.source) != 1:
+            raise ValueError(f"{self.name}: {self.source!r} occurs {code.count(self.source)} times in {self.file}")
+        return code.replace(self.source, self.replacement)
+
+
+GEMM = "kernels/gemm.py"
+QUANTIZE = "kernels/quantize.py"
+NORM = "kernels/norm.py"
+ATTENTION = "kernels/attention.py"
+PACKING = "kernels/packing.py"
+CPU = "kernels/cpu.py"
+REFERENCE = "kernels/reference.py"
+CHECKS = "kernels/checks.py"
+TUNING = "kernels/tuning.py"
+OPS = "kernels/ops.py"
+
+TEST_GEMM = ("tests/kernels/test_gemm.py",)
+TEST_LINEAR = ("tests/kernels/test_linear.py",)
+TEST_CONV2D = ("tests/kernels/test_conv2d.py",)
+TEST_QUANTIZE = ("tests/kernels/test_quantize.py",)
+TEST_NORM = ("tests/kernels/test_norm.py",)
+TEST_ATTENTION = ("tests/kernels/test_attention.py",)
+TEST_PACKING = ("tests/kernels/test_packing.py",)
+TEST_CPU = ("tests/kernels/test_cpu.py",)
+TEST_TUNING = ("tests/kernels/test_tuning.py",)
+TEST_OPS = ("tests/kernels/test_ops.py",)
+TEST_FUSED = ("tests/runtime/test_fused.py",)
+
+KERNELS = [
+    # The GEMM: its loop over taps and channels, split-K, the epilogue
+    Mutant(
+        "gemm_zero_point_correction", GEMM,
+        "accumulator - 16 * tl.load(weight_sum_ptrs)",
+        "accumulator - 8 * tl.load(weight_sum_ptrs)",
+        TEST_LINEAR, "test_integer_sums_are_exact and triton",
+    ),
+    Mutant(
+        "gemm_dilated_columns", GEMM,
+        "tap % KERNEL_W * DILATION_W",
+        "tap % KERNEL_W * DILATION_H",
+        TEST_CONV2D, "test_integer_sums_are_exact and triton and columns-unlike-rows",
+    ),
+    Mutant(
+        "gemm_stride_of_columns", GEMM,
+        "left = pixel % out_width * STRIDE_W",
+        "left = pixel % out_width * STRIDE_H",
+        TEST_CONV2D, "test_integer_sums_are_exact and triton and rows-unlike-columns",
+    ),
+    Mutant(
+        "gemm_upsampled_row", GEMM,
+        "source = (top + row + 1) // 2 * width",
+        "source = (top + row) // 2 * width",
+        TEST_CONV2D, "test_integer_sums_of_an_upsampled_image_are_exact and triton",
+    ),
+    Mutant(
+        "gemm_ragged_channels", GEMM,
+        "inside = start + k < half_channels",
+        "inside = start + k <= half_channels",
+        TEST_CONV2D, "test_integer_sums_are_exact and triton and 3x3-stride2-even",
+    ),
+    Mutant(
+        "gemm_ragged_skip", GEMM,
+        "half_channels % config.block_k == 0 and skip_half_channels % config.block_k == 0",
+        "half_channels % config.block_k == 0",
+        TEST_CONV2D, "test_integer_sums_of_two_sources_are_exact and triton and 1x1",
+    ),
+    Mutant(
+        "gemm_split_share", GEMM,
+        "share = tl.cdiv(TAPS * blocks, tl.num_programs(1))",
+        "share = TAPS * blocks // tl.num_programs(1)",
+        TEST_GEMM, "test_split_sums_are_exact",
+    ),
+    Mutant(
+        "gemm_split_starts_inside_a_tap", GEMM,
+        "start = first % blocks * BLOCK_K if IS_SPLIT else 0",
+        "start = 0",
+        TEST_GEMM, "test_split_sums_are_exact",
+    ),
+    Mutant(
+        "gemm_split_starts_at_a_tap", GEMM,
+        "tap = first // blocks if IS_SPLIT else 0",
+        "tap = 0",
+        TEST_GEMM, "test_splitting_the_sum_does_not_change_a_bit and int4_conv2d",
+    ),
+    Mutant(
+        "gemm_split_finished_early", GEMM,
+        'sem="acq_rel") != tl.num_programs(1) - 1:',
+        'sem="acq_rel") != tl.num_programs(1) - 2:',
+        TEST_GEMM, "test_split_sums_are_exact",
+    ),
+    Mutant(
+        "gemm_split_gates", GEMM,
+        'split_k = 1 if skip is not None or activation == "geglu" else config.split_k',
+        "split_k = 1 if skip is not None else config.split_k",
+        TEST_GEMM, "test_splitting_the_sum_does_not_change_a_bit and geglu",
+    ),
+    Mutant(
+        "gemm_timestep_of_the_tile", GEMM,
+        "first_row // rows_per_sample if TILE_IN_SAMPLE else",
+        "first_row // rows_per_sample if BLOCK_M > 0 else",
+        TEST_GEMM, "test_rows_of_a_tile_take_their_own_samples_timestep",
+    ),
+    Mutant(
+        "gemm_geglu_second_half", GEMM,
+        "gate = tl.dot(w_high, x_high, gate,",
+        "gate = tl.dot(w_high, x_low, gate,",
+        TEST_LINEAR, "test_requantized_result_is_the_references and triton and geglu",
+    ),
+    Mutant(
+        "gemm_geglu_gate_scale", GEMM,
+        "tl.load(weight_scale_ptr + out_channels + channel)",
+        "tl.load(weight_scale_ptr + channel + 0)",
+        TEST_LINEAR, "test_requantized_result_is_the_references and triton and geglu",
+    ),
+    Mutant(
+        "gemm_geglu_gate_bias", GEMM,
+        "z += tl.load(bias_ptr + out_channels + channel)",
+        "z += tl.load(bias_ptr + channel)",
+        TEST_LINEAR, "test_requantized_result_is_the_references and triton and geglu",
+    ),
+    Mutant(
+        "gemm_gelu_of_negative_numbers", GEMM,
+        "x * tl.where(x < 0, tail, 1 - tail)",
+        "x * (1 - tail)",
+        TEST_LINEAR, "test_requantized_result_is_the_references and triton and gelu",
+    ),
+    Mutant(
+        "gemm_zero_point_of_the_skip", GEMM,
+        "skip_act_scale_ptr + t, skip_act_zero_point_ptr + t,",
+        "skip_act_scale_ptr + t, act_zero_point_ptr + t,",
+        TEST_CONV2D, "test_integer_sums_of_two_sources_are_exact and triton and 1x1",
+    ),
+    Mutant(
+        "gemm_time_embedding_of_a_view", GEMM,
+        "sample * channel_add_stride + channel",
+        "sample * out_channels + channel",
+        TEST_CONV2D + TEST_OPS, "test_each_addend_is_optional or test_addends_may_have_another_dtype",
+        note="No test in Triton's interpreter has a channel_add that is a view of more channels; fused UNets do.",
+    ),
+    Mutant(
+        "gemm_statistics_not_centred", GEMM,
+        "centred = runs - (total / STATISTICS_ROWS)[:, :, None]",
+        "centred = runs",
+        TEST_CONV2D, "test_statistics_are_those_of_the_stored_result and triton",
+    ),
+    # Quantization
+    Mutant(
+        "quantize_halves_down", QUANTIZE,
+        "return floor_to_int(q + 0.5, PTX) + zero_point",
+        "return zero_point - floor_to_int(0.5 - q, PTX)",
+        TEST_QUANTIZE, "test_halves_round_up_whatever_their_sign and triton",
+    ),
+    Mutant(
+        "quantize_wraps_at_the_top", QUANTIZE,
+        "(2 ** (BITS - 1) - 1 - zero_point)",
+        "(2 ** (BITS - 1) - zero_point)",
+        TEST_QUANTIZE, "test_saturates_at_the_ends_of_the_range_after_the_shift and triton",
+    ),
+    Mutant(
+        "quantize_odd_channel_not_written", QUANTIZE,
+        "(k < padded_channels)[None, :]",
+        "(k < channels)[None, :]",
+        TEST_QUANTIZE, "test_odd_channel_count_is_padded_with_the_zero_point and triton",
+    ),
+    Mutant(
+        "quantize_border_of_rows", QUANTIZE,
+        "row = position // padded_width - pad_h",
+        "row = position // padded_width - pad_w",
+        TEST_QUANTIZE, "test_border_holds_the_quantized_zero_of_its_sample and triton",
+    ),
+    Mutant(
+        "quantize_timestep_beyond_the_tables", QUANTIZE,
+        "tl.minimum(tl.maximum(tl.load(timestep_index_ptrs), 0), num_timesteps - 1)",
+        "tl.maximum(tl.load(timestep_index_ptrs), 0)",
+        TEST_OPS, "test_timestep_outside_the_tables_is_clamped_and_nothing_is_read_there and triton",
+    ),
+    # Norms
+    Mutant(
+        "norm_means_of_runs_ignored", NORM,
+        "centred + run_length * shift * shift",
+        "centred",
+        TEST_NORM, "test_group_norm_is_the_references and triton and one-group",
+    ),
+    Mutant(
+        "norm_last_run_is_shorter", NORM,
+        "tl.maximum(tl.minimum(length - run * ROWS, ROWS), 1)",
+        "(run * 0 + ROWS)",
+        TEST_NORM, "test_group_norm_is_the_references and triton and one-group",
+    ),
+    Mutant(
+        "norm_group_without_eps", NORM,
+        "tl.sqrt_rn(variance + eps)",
+        "tl.sqrt_rn(variance)",
+        TEST_NORM, "test_group_norm_is_the_references and triton and a-group-a-channel",
+    ),
+    Mutant(
+        "norm_layer_without_eps", NORM,
+        "tl.sum(centred * centred, 1) / channels + eps",
+        "tl.sum(centred * centred, 1) / channels",
+        TEST_NORM, "test_layer_norm and triton",
+        note="No test has a row of equal values, whose result would be NaN.",
+    ),
+    Mutant(
+        "norm_variance_of_the_skip", NORM,
+        "centred += tl.load(ptrs + skip_channels,",
+        "centred += tl.load(ptrs,",
+        TEST_NORM, "test_group_norm_is_the_references and triton and third-group-straddles",
+    ),
+    Mutant(
+        "norm_border_is_normalized", NORM,
+        "q = tl.where(inside[:, None], q, quantized_zero)",
+        "q = tl.where(inside[:, None], q, q)",
+        TEST_NORM, "test_group_norms_border_holds_the_quantized_zero and triton",
+    ),
+    # Attention
+    Mutant(
+        "attention_total_does_not_fade", ATTENTION,
+        "total = total * fade + tl.sum(p, 1)[:, None]",
+        "total = total + tl.sum(p, 1)[:, None]",
+        TEST_ATTENTION, "test_attention_of_any_lengths_is_the_references and triton",
+    ),
+    Mutant(
+        "attention_largest_of_the_block", ATTENTION,
+        "so_far = tl.maximum(largest, highest * scale)",
+        "so_far = highest * scale",
+        TEST_ATTENTION, "test_attention_of_any_lengths_is_the_references and triton",
+    ),
+    Mutant(
+        "attention_keys_not_smoothed", ATTENTION,
+        "key - tl.load(key_mean_ptr + mean_offsets, mask=d_inside, other=0.0)",
+        "key",
+        TEST_ATTENTION, "test_what_all_keys_have_in_common_changes_nothing and triton",
+    ),
+    Mutant(
+        "attention_one_key_beyond", ATTENTION,
+        "(block * BLOCK_N + n - (key_length - 1))",
+        "(block * BLOCK_N + n - key_length)",
+        TEST_ATTENTION, "test_attention_of_any_lengths_is_the_references and triton",
+    ),
+    Mutant(
+        "attention_offset_of_probabilities", ATTENTION,
+        "+ 128 * tl.load(sums_ptrs)",
+        "+ 127 * tl.load(sums_ptrs)",
+        TEST_ATTENTION, "test_attention_of_any_lengths_is_the_references and triton",
+    ),
+    # The packing
+    Mutant(
+        "packing_sign_of_the_low_nibble", PACKING,
+        "return (low & 0x0F) | (high << 4)",
+        "return low | (high << 4)",
+        TEST_PACKING, "test_byte_j_holds_channel_j_low",
+    ),
+    Mutant(
+        "packing_range_not_checked", PACKING,
+        "values.max() > INT4_MAX",
+        "values.max() > -INT4_MIN",
+        TEST_PACKING, "test_value_outside_four_bits_is_refused",
+    ),
+    Mutant(
+        "packing_high_nibble_keeps_the_low", PACKING,
+        "high = (packed & 0xF0).to(tl.int8, bitcast=True)",
+        "high = packed.to(tl.int8, bitcast=True)",
+        TEST_LINEAR, "test_integer_sums_are_exact and triton",
+    ),
+    # CPUs
+    Mutant(
+        "cpu_rows_not_shifted", CPU,
+        "rows = (samples.view(torch.uint8) ^ 0x80)",
+        "rows = samples.view(torch.uint8)",
+        TEST_LINEAR, "test_integer_sums_are_exact and cpu",
+    ),
+    Mutant(
+        "cpu_zero_point_of_convolutions", CPU,
+        "pixels, float(act_scale[t]), int(act_zero_point[t]) + 128",
+        "pixels, float(act_scale[t]), int(act_zero_point[t]) + 127",
+        TEST_CONV2D, "test_integer_sums_are_exact and cpu and 1x1",
+    ),
+    Mutant(
+        "cpu_samples_out_of_order", CPU,
+        "index = torch.tensor(indices)",
+        "index = torch.tensor(sorted(indices))",
+        TEST_LINEAR, "test_integer_sums_are_exact and cpu",
+    ),
+    Mutant(
+        "cpu_stale_prepacked_weight", CPU,
+        "if entry is None or entry.made_from != made_from:",
+        "if entry is None:",
+        TEST_CPU, "test_copy_is_refreshed_when_the_weight_changes",
+    ),
+    Mutant(
+        "cpu_upsampled_pixel", CPU,
+        "(torch.arange(2 * size - 2) + 1) // 2",
+        "torch.arange(2 * size - 2) // 2",
+        TEST_CONV2D, "test_integer_sums_of_an_upsampled_image_are_exact and cpu",
+    ),
+    Mutant(
+        "cpu_unbiased_statistics", CPU,
+        "runs.var(2, correction=0)",
+        "runs.var(2)",
+        TEST_CONV2D, "test_statistics_are_those_of_the_stored_result and cpu",
+    ),
+    Mutant(
+        "cpu_attention_beyond_the_keys", CPU,
+        "p[:, :, -1, -beyond:] = -torch.inf",
+        "p[:, :, -1, -beyond:] = 0.0",
+        TEST_ATTENTION, "test_attention_of_any_lengths_is_the_references and cpu",
+    ),
+    # The oracle
+    Mutant(
+        "reference_rounds_to_even", REFERENCE,
+        "q = torch.floor(x * (1 / weight_dilation) * (1 / scale) + 0.5)",
+        "q = torch.round(x * (1 / weight_dilation) * (1 / scale))",
+        TEST_QUANTIZE, "test_halves_round_up_whatever_their_sign or test_values_at_and_beside_half_steps",
+    ),
+    Mutant(
+        "reference_sign_of_the_zero_point", REFERENCE,
+        "linear_accumulator(x, weight) - zero_point *",
+        "linear_accumulator(x, weight) + zero_point *",
+        TEST_LINEAR, "test_reference_agrees_with_torchs_linear_in_float64",
+    ),
+    Mutant(
+        "reference_probability_steps", REFERENCE,
+        "p8 = torch.floor(255 * p + 0.5).long()",
+        "p8 = torch.floor(254 * p + 0.5).long()",
+        TEST_ATTENTION, "test_attention_of_any_lengths_is_the_references and cpu",
+    ),
+    # What is asked of arguments
+    Mutant(
+        "checks_size_of_the_result", CHECKS,
+        "if x.numel() >= 2**31 or rows * out_channels >= 2**31:",
+        "if x.numel() >= 2**31:",
+        TEST_OPS, "test_result_with_more_elements_than_int32_counts_is_refused",
+    ),
+    Mutant(
+        "checks_strides", CHECKS,
+        "(any_strides or tensor.is_contiguous())",
+        "(any_strides or tensor.numel() >= 0)",
+        TEST_OPS, "test_bad_argument_is_refused_by_name_with_what_was_expected",
+    ),
+    Mutant(
+        "checks_bits", CHECKS,
+        "if bits < 2 or bits > 8:",
+        "if bits < 2 or bits > 16:",
+        TEST_OPS, "test_bad_argument_is_refused_by_name_with_what_was_expected",
+    ),
+    # Launch configurations
+    Mutant(
+        "tuning_reduction_does_not_count", TUNING,
+        "abs(math.log2(self.reduction / reduction))",
+        "0.0 * abs(math.log2(self.reduction / reduction))",
+        TEST_TUNING, "test_lookup_takes_the_shape_that_is_fewest_doublings_away",
+    ),
+    Mutant(
+        "tuning_part_of_a_run", TUNING,
+        "return self if self.block_m % rows == 0 else",
+        "return self if rows % self.block_m == 0 else",
+        TEST_TUNING, "test_tiles_of_whole_runs_keep_all_else",
+    ),
+    Mutant(
+        "tuning_registers_at_the_limit", TUNING,
+        "if self.block_m * self.block_n < 64 * 32 * self.num_warps:",
+        "if self.block_m * self.block_n <= 64 * 32 * self.num_warps:",
+        TEST_TUNING, "test_tiles_with_fewer_registers_hold_fewer_than_64_accumulators_a_thread",
+    ),
+    Mutant(
+        "tuning_architecture_itself", TUNING,
+        "if number <= 10 * major + minor",
+        "if number < 10 * major + minor",
+        TEST_TUNING, "test_nvidia_gpu_takes_the_file_of_what_it_resembles",
+    ),
+    # Registration
+    Mutant(
+        "ops_fake_dtype", OPS,
+        "query.new_empty(query.shape, dtype=torch.int8)",
+        "query.new_empty(query.shape)",
+        TEST_OPS, "test_meta_tensors_give_the_shape_dtype_and_strides_of_real_ones and int8_attention_quantize",
+    ),
+    Mutant(
+        "ops_fake_channels_of_the_skip", OPS,
+        "channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])",
+        "channels = x.shape[-1]",
+        TEST_OPS, "test_meta_tensors_give_the_shapes_of_real_ones_with_other_arguments",
+    ),
+    Mutant(
+        "ops_statistics_of_part_of_a_run", OPS,
+        "with_statistics and size[0] * size[1] % STATISTICS_ROWS == 0",
+        "with_statistics and size[0] * size[1] >= STATISTICS_ROWS",
+        TEST_OPS + TEST_FUSED,
+        "test_statistics_of_runs_that_would_not_be_whole_are_empty or test_sizes_that_no_doubling_reaches",
+    ),
+]  # fmt: skip
+
+LAYERS = "dq_runtime/layers.py"
+TIMESTEPS = "dq_runtime/timesteps.py"
+TABLES = "dq_runtime/tables.py"
+CONFIG = "dq_runtime/config.py"
+CONVERT = "dq_runtime/convert.py"
+FORWARD_STATE = "dq_runtime/forward_state.py"
+FUSED_BLOCKS = "dq_runtime/fused_blocks.py"
+FUSED = "dq_runtime/fused.py"
+GRAPHS = "dq_runtime/graphs.py"
+PROCESSOR = "dq_runtime/attention.py"
+QUANTIZER = "dq_runtime/diffusers_quantizer.py"
+
+TEST_LAYERS = ("tests/runtime/test_layers.py",)
+TEST_TIMESTEPS = ("tests/runtime/test_timesteps.py",)
+TEST_CONFIG = ("tests/runtime/test_config.py",)
+TEST_CONVERT = ("tests/runtime/test_convert.py",)
+TEST_FUSED_STATE = ("tests/runtime/test_fused_state.py",)
+TEST_GRAPHS = ("tests/runtime/test_graphs.py",)
+TEST_PROCESSOR = ("tests/runtime/test_attention.py",)
+TEST_CHECKPOINT = ("tests/runtime/test_checkpoint.py",)
+
+RUNTIME = [
+    # Layers, timesteps, tables
+    Mutant(
+        "layers_wrong_batch_of_mixed_timesteps", LAYERS,
+        "if not grid.uniform:",
+        "if grid.index.numel() == 0:",
+        TEST_LAYERS, "test_wrong_batch_is_refused_by_the_layer_s_name",
+    ),
+    Mutant(
+        "layers_gradient_lost", LAYERS,
+        "return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()",
+        "return False",
+        TEST_FUSED, "test_a_gradient_through_a_fused_block_is_refused",
+    ),
+    Mutant(
+        "layers_zero_point_at_the_limit", LAYERS,
+        "(self.act_zero_point < limit)",
+        "(self.act_zero_point <= limit)",
+        TEST_CHECKPOINT, "test_corrupt_values_are_refused_by_the_layer_s_name and act_zero_point",
+    ),
+    Mutant(
+        "layers_weight_keeps_its_dilation", LAYERS,
+        "return weight * per_output / self.weight_dilation",
+        "return weight * per_output",
+        TEST_CONVERT, "test_dequantized_unet_is_stock_with_the_rounded_weights",
+    ),
+    Mutant(
+        "timesteps_floor_of_the_grid", TIMESTEPS,
+        "self.boundaries = (values[1:] + values[:-1]) / 2",
+        "self.boundaries = values[1:]",
+        TEST_TIMESTEPS, "test_fractions_go_to_the_nearest_and_ties_to_the_smaller",
+    ),
+    Mutant(
+        "timesteps_ties_to_the_larger", TIMESTEPS,
+        "self.boundaries.to(device), out_int32=True)",
+        "self.boundaries.to(device), out_int32=True, right=True)",
+        TEST_TIMESTEPS, "test_fractions_go_to_the_nearest_and_ties_to_the_smaller",
+    ),
+    Mutant(
+        "timesteps_in_the_default_dtype", TIMESTEPS,
+        "torch.full((1,), float(timestep), dtype=torch.float32, device=device)",
+        "torch.full((1,), float(timestep), device=device)",
+        TEST_TIMESTEPS, "test_numbers_keep_their_precision_whatever_the_default_dtype",
+    ),
+    Mutant(
+        "timesteps_of_the_last_call", TIMESTEPS,
+        "self.index = self.index.new_empty(0)",
+        "self.index = self.index.clone()",
+        TEST_LAYERS, "test_a_forward_past_the_hooks_does_not_use_the_timestep_of_the_last_call",
+    ),
+    Mutant(
+        "tables_restored_from_the_cast", TABLES,
+        "restored = tensor.to(moved.device)",
+        "restored = moved.to(tensor.dtype)",
+        TEST_LAYERS, "test_no_cast_touches_tables_and_packed_weights and not unet2d_condition",
+    ),
+    Mutant(
+        "tables_memory_format", TABLES,
+        "if moved.dtype != tensor.dtype or moved.stride() != tensor.stride():",
+        "if moved.dtype != tensor.dtype:",
+        TEST_LAYERS, "test_no_cast_touches_tables_and_packed_weights and not unet2d_condition",
+    ),
+    # Config and conversion
+    Mutant(
+        "config_part_of_a_part", CONFIG,
+        'return f".{entry}." in f".{name}."',
+        "return entry in name",
+        TEST_CONVERT, "test_modules_are_kept_by_name_or_by_whole_parts_of_one",
+    ),
+    Mutant(
+        "config_shortest_entry_counts", CONFIG,
+        "[max(fitting, key=len)]",
+        "[min(fitting, key=len)]",
+        (*TEST_CONFIG, "tests/calibration/test_calibrate.py"), "test_single_layers_can_have_other_activation_bits",
+    ),
+    Mutant(
+        "convert_grouped_convolutions", CONVERT,
+        "module.groups > 1:",
+        "module.groups > 1_000:",
+        TEST_CONVERT, "test_grouped_convolution_stays_and_one_warning_says_so",
+    ),
+    Mutant(
+        "convert_padding_mode", CONVERT,
+        'module.padding_mode != "zeros" or',
+        'module.padding_mode == "" or',
+        TEST_CONVERT, "test_layers_without_a_kernel_stay_and_are_listed",
+    ),
+    Mutant(
+        "convert_fir_resampler", CONVERT,
+        "if name.startswith(fir_prefixes):",
+        "if name in fir_prefixes:",
+        TEST_CONVERT, "test_fir_resampler_keeps_its_convolution or test_unet_of_fir_blocks",
+    ),
+    Mutant(
+        "convert_training_mode", CONVERT,
+        "layer.train(plan.layers[name].training)",
+        "layer.train()",
+        TEST_CONVERT, "test_training_mode_is_kept",
+    ),
+    Mutant(
+        "dequantize_without_gradients", CONVERT,
+        "unet.requires_grad_(True)",
+        "unet.requires_grad_(False)",
+        TEST_CONVERT, "test_nothing_of_the_quantization_is_left_behind or test_dequantized_unet_is_stock",
+    ),
+    # Fused UNets
+    Mutant(
+        "statistics_of_a_changed_image", FORWARD_STATE,
+        "if known() is image and version == _version(image) else None",
+        "if known() is image else None",
+        TEST_FUSED, "test_no_norm_is_given_the_statistics_of_an_image_that_a_hook_has_changed",
+    ),
+    Mutant(
+        "statistics_of_an_image_that_will_change", FORWARD_STATE,
+        'kwargs.get("down_intrablock_additional_residuals") is None',
+        'kwargs.get("down_intrablock_additional_residuals") is not unet',
+        TEST_FUSED, "test_no_norm_is_given_the_statistics_of_an_image_before_it_was_changed",
+        note="The tests call the UNet under no_grad, where versions count; in inference mode they do not.",
+    ),
+    Mutant(
+        "group_does_not_follow_its_members", FORWARD_STATE,
+        "if not torch.compiler.is_compiling() and self._addresses != self._members_addresses():",
+        "if not self._addresses:",
+        TEST_FUSED_STATE, "test_weights_loaded_into_a_fused_unet_are_used or test_copy_of_a_fused_unet",
+    ),
+    Mutant(
+        "group_keeps_its_old_weights", FORWARD_STATE,
+        "self.weight.add_(0)",
+        "self.weight.abs()",
+        TEST_FUSED_STATE, "test_weights_loaded_into_a_fused_unet_are_used or test_weights_loaded_into_a_part",
+    ),
+    Mutant(
+        "group_keeps_its_results", FORWARD_STATE,
+        "self._read, self._results = None, ()",
+        "self._read, self._results = self._read, self._results",
+        TEST_FUSED_STATE, "test_prompt_changed_in_place_is_read_anew",
+    ),
+    Mutant(
+        "group_of_unlike_quantizers", FORWARD_STATE,
+        "all(_equal(getattr(layer, name), getattr(first, name)) for name in QUANTIZER)",
+        "True",
+        TEST_FUSED + TEST_FUSED_STATE, "test_blocks_with_layers_in_floating_point_compute_as_unfused",
+        note="Calibration gives the members of a group one quantizer, so that no test has a group of unlike ones.",
+    ),
+    Mutant(
+        "run_as_made_with_hooks", FORWARD_STATE,
+        'if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:',
+        'if "forward" in own or own["_forward_pre_hooks"]:',
+        TEST_FUSED, "test_whoever_changes_what_a_module_returns_is_heeded",
+    ),
+    Mutant(
+        "fused_scaled_output", FUSED_BLOCKS,
+        "and block.output_scale_factor == 1",
+        "and block.output_scale_factor > 0",
+        TEST_FUSED, "test_blocks_of_other_kinds_compute_as_unfused and resnet_out_scale_factor",
+    ),
+    Mutant(
+        "fused_residual_of_cross_attention", FUSED_BLOCKS,
+        "x = _attend(self.attn2, query, key, value, residual=x)",
+        "x = _attend(self.attn2, query, key, value, residual=hidden_states)",
+        TEST_FUSED, "test_fused_unet_computes_what_the_unfused_one_does",
+    ),
+    Mutant(
+        "fused_mask_of_the_prompt", FUSED_BLOCKS,
+        "or encoder_attention_mask is not None",
+        "or timestep is not None",
+        TEST_FUSED, "test_mask_of_the_prompt_is_heeded",
+    ),
+    Mutant(
+        "fused_other_processors", FUSED_BLOCKS,
+        "if type(attention.processor) not in (AttnProcessor2_0, Int8AttnProcessor):",
+        "if attention.processor is None:",
+        TEST_FUSED, "test_other_attention_processors_are_called",
+    ),
+    Mutant(
+        "fused_size_of_upsampling", FUSED_BLOCKS,
+        "list(output_size) != doubled",
+        "len(output_size) != 2",
+        TEST_FUSED, "test_sizes_that_no_doubling_reaches_are_upsampled_as_unfused",
+    ),
+    Mutant(
+        "fused_bits_of_the_next_layer", FUSED_BLOCKS,
+        "down.act_zero_point, down.activation_bits",
+        "down.act_zero_point, up.activation_bits",
+        TEST_FUSED, "test_four_bit_activations_compute_as_unfused",
+        note="Fused UNets are tested with one number of bits in all layers.",
+    ),
+    Mutant(
+        "fused_silu_before_a_transformer", FUSED_BLOCKS,
+        "silu=False",
+        "silu=True",
+        TEST_FUSED, "test_fused_unet_computes_what_the_unfused_one_does",
+    ),
+    Mutant(
+        "fused_skip_of_freeu", FUSED_BLOCKS,
+        "return not (freeu or block.training",
+        "return not (block.training",
+        TEST_FUSED, "test_freeu_is_heeded",
+    ),
+    Mutant(
+        "fused_time_embedding_without_silu", FUSED,
+        "LinearGroup(projections, F.silu)",
+        "LinearGroup(projections)",
+        TEST_FUSED, "test_fused_unet_computes_what_the_unfused_one_does",
+    ),
+    Mutant(
+        "unfuse_leaves_its_hooks", FUSED,
+        "hook.remove()",
+        "hook.id",
+        TEST_FUSED_STATE, "test_dequantized_fused_unet_is_a_stock_one or test_what_was_merged_goes",
+    ),
+    # CUDA graphs, attention, checkpoints
+    Mutant(
+        "graphs_strides_are_in_the_key", GRAPHS,
+        "(t.shape, t.dtype, t.stride())",
+        "(t.shape, t.dtype)",
+        TEST_GRAPHS, "test_new_signature_gets_a_graph_of_its_own_and_keeps_the_others",
+    ),
+    Mutant(
+        "graphs_result_is_overwritten", GRAPHS,
+        "return pytree.tree_map_only(torch.Tensor, torch.clone, result)",
+        "return result",
+        TEST_GRAPHS, "test_replay_computes_from_new_inputs_without_python",
+    ),
+    Mutant(
+        "processor_ignores_masks", PROCESSOR,
+        "if attention_mask is not None or reason_against_int8(attn)",
+        "if reason_against_int8(attn)",
+        TEST_PROCESSOR, "test_what_int8_cannot_do_is_done_in_floating_point",
+    ),
+    Mutant(
+        "processor_rescaled_output", PROCESSOR,
+        "return tokens / attn.rescale_output_factor",
+        "return tokens",
+        TEST_PROCESSOR, "test_processor_computes_what_the_stock_one_does",
+    ),
+    Mutant(
+        "processor_gradient_lost", PROCESSOR,
+        "differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in projected)",
+        "differentiable = False",
+        TEST_PROCESSOR, "test_gradients_are_those_of_the_stock_processor",
+    ),
+    Mutant(
+        "quantizer_dtype_of_a_table", QUANTIZER,
+        "if stored.dtype != empty.dtype:",
+        "if stored.is_complex():",
+        TEST_CHECKPOINT, "test_tensor_of_another_dtype_is_refused_by_name",
+    ),
+    Mutant(
+        "quantizer_unexpected_tensors", QUANTIZER,
+        'self._refuse("unexpected", unexpected_keys or [])',
+        'self._refuse("unexpected", [])',
+        TEST_CHECKPOINT, "test_unexpected_tensor_is_refused_by_name",
+    ),
+    Mutant(
+        "quantizer_corrupt_values", QUANTIZER,
+        "layer.check_tensors()",
+        "layer.eval()",
+        TEST_CHECKPOINT, "test_corrupt_values_are_refused_by_the_layer_s_name and act_zero_point",
+    ),
+]  # fmt: skip
+
+FOLDER = "dq_runtime/calibration"
+TESTS = "tests/calibration"
+
+CALIBRATION = [
+    Mutant(
+        "dilation_largest_of_the_layers", f"{FOLDER}/dilation.py",
+        "for weight in weights]).amin(0)",
+        "for weight in weights]).amax(0)",
+        (f"{TESTS}/test_dilation.py",), "test_the_shared_rule_is_the_smallest_of_the_layers",
+    ),
+    Mutant(
+        "dilation_timesteps_alike", f"{FOLDER}/dilation.py",
+        "- y).square() * factor",
+        "- y).square() * 1.0",
+        (f"{TESTS}/test_dilation.py",), "test_timesteps_count_by_their_importance",
+    ),
+    Mutant(
+        "dilation_chosen_on_few_samples", f"{FOLDER}/dilation.py",
+        "return best if bool(with_best < with_none) else none",
+        "return best",
+        (f"{TESTS}/test_dilation.py",), "test_joint_dilation_never_errs_more_than_the_papers_rule_or_none",
+        note="No test has samples whose first rows favour a dilation that loses on all of them.",
+    ),
+    Mutant(
+        "temporal_lower_end_is_not_searched", f"{FOLDER}/temporal.py",
+        "low = _best_end(values, bits, [(lowest * fraction, high) for fraction in fractions])[0]",
+        "low = lowest",
+        (f"{TESTS}/test_temporal.py",), "test_either_end_is_clipped_when_that_pays",
+    ),
+    Mutant(
+        "temporal_zero_point_not_rounded", f"{FOLDER}/temporal.py",
+        "- low / scale + 0.5)",
+        "- low / scale)",
+        (f"{TESTS}/test_temporal.py",), "test_zero_is_exact or test_one_sided or test_the_search_is_never_worse",
+    ),
+    Mutant(
+        "temporal_rows_of_all_timesteps", f"{FOLDER}/temporal.py",
+        "members = (index == t).nonzero()[:, 0]",
+        "members = (index >= 0).nonzero()[:, 0]",
+        (f"{TESTS}/test_temporal.py",), "test_each_sample_of_a_mixed_batch_counts_for_its_own_timestep",
+    ),
+    Mutant(
+        "weights_last_scale_wins", f"{FOLDER}/weights.py",
+        "best_error = torch.minimum(error, best_error)",
+        "best_error = error",
+        (f"{TESTS}/test_weights.py",), "test_the_search_is_never_worse_than_rounding_to_nearest",
+    ),
+    Mutant(
+        "weights_symmetric_range", f"{FOLDER}/weights.py",
+        "clamp_(INT4_MIN, INT4_MAX)",
+        "clamp_(-INT4_MAX, INT4_MAX)",
+        (f"{TESTS}/test_weights.py",), "test_the_negative_end_of_four_bits_is_used",
+    ),
+    Mutant(
+        "feedback_smallest_inputs_first", f"{FOLDER}/error_feedback.py",
+        "order = second_moment.diagonal().argsort(descending=True)",
+        "order = second_moment.diagonal().argsort()",
+        (f"{TESTS}/test_error_feedback.py",), "test_error_feedback_is_optimal_brain_quantization",
+    ),
+    Mutant(
+        "feedback_stops_at_the_block", f"{FOLDER}/error_feedback.py",
+        "-= errors @ factor[block, start + BLOCK :]",
+        "-= 0 * errors @ factor[block, start + BLOCK :]",
+        (f"{TESTS}/test_error_feedback.py",), "test_error_feedback_is_optimal_brain_quantization",
+    ),
+    Mutant(
+        "feedback_keeps_the_scale", f"{FOLDER}/error_feedback.py",
+        "squares += (seen * values).sum(1)",
+        "squares += (seen * exact).sum(1)",
+        (f"{TESTS}/test_error_feedback.py",), "test_the_new_scale_is_the_best_one_for_the_rounded_values",
+    ),
+    Mutant(
+        "batches_equal_shares", f"{FOLDER}/batches.py",
+        "count / sum(counts.values())",
+        "1 / len(counts)",
+        (f"{TESTS}/test_batches.py",), "test_importance_and_share_are_those_of_each_samples_timestep",
+    ),
+    Mutant(
+        "batches_in_proportion_to_importance", f"{FOLDER}/batches.py",
+        "round(samples * value**0.5 / total)",
+        "round(samples * value / total)",
+        (f"{TESTS}/test_batches.py",), "test_timesteps_are_drawn_in_proportion_to_the_root_of_their_importance",
+    ),
+    Mutant(
+        "batches_latent_with_another_prompt", f"{FOLDER}/batches.py",
+        "if _latent(row) not in judged[timestep]",
+        "if _latent(row)",
+        (f"{TESTS}/test_batches.py",), "test_a_latent_that_is_judged_by_is_not_trained_on_with_another_prompt",
+    ),
+    Mutant(
+        "replay_remembers_a_second_call", f"{FOLDER}/replay.py",
+        "if reached:",
+        "if name not in store and reached:",
+        (f"{TESTS}/test_replay.py",), "test_a_block_that_is_called_again_computes_again",
+    ),
+    Mutant(
+        "replay_memory_layout", f"{FOLDER}/replay.py",
+        "leaves[i] = dense.shape, dense.stride()",
+        "leaves[i] = dense.shape, torch.empty(dense.shape).stride()",
+        (f"{TESTS}/test_replay.py",), "test_memory_layouts_come_back_too",
+    ),
+    Mutant(
+        "collect_records_a_view", f"{FOLDER}/collect.py",
+        'return tensor.detach().to("cpu", copy=True)',
+        'return tensor.detach().to("cpu")',
+        (f"{TESTS}/test_collect.py",), "test_later_changes_in_place_do_not_reach_the_record",
+    ),
+    Mutant(
+        "collect_noise_of_unit_variance", f"{FOLDER}/collect.py",
+        "noise[rows].to(device, dtype) * scheduler.init_noise_sigma",
+        "noise[rows].to(device, dtype)",
+        (f"{TESTS}/test_collect.py",), "test_collecting_follows_the_real_trajectory",
+    ),
+    Mutant(
+        "importance_of_v_prediction", f"{FOLDER}/importance.py",
+        "return 1 / (1 + level**2)",
+        "return 1 / level**2",
+        (f"{TESTS}/test_importance.py",), "test_the_importance_is_what_ddim_makes_of_an_error_where_images_are_normal",
+    ),
+    Mutant(
+        "importance_does_not_contract", f"{FOLDER}/importance.py",
+        "(level - following) ** 2 / (1 + following**2)",
+        "(level - following) ** 2",
+        (f"{TESTS}/test_importance.py",), "test_two_steps_by_hand",
+    ),
+    Mutant(
+        "simulated_gradient_of_zero_points", f"{FOLDER}/simulated.py",
+        "grad_zero_point = _row_sum(through - grad) * scale",
+        "grad_zero_point = _row_sum(grad - through) * scale",
+        (f"{TESTS}/test_simulated.py",), "test_gradients_are_those_of_the_straight_through_estimator",
+    ),
+    Mutant(
+        "simulated_weight_crosses_the_middle", f"{FOLDER}/simulated.py",
+        "torch.where(round_to_int4(halves.float()) == values, halves, values.half())",
+        "halves",
+        (f"{TESTS}/test_simulated.py",), "test_thawing_and_freezing_without_a_step_changes_nothing",
+    ),
+    Mutant(
+        "distillation_keeps_the_last_state", f"{FOLDER}/distillation.py",
+        "set_states(layers, states[best])",
+        "set_states(layers, states[-1])",
+        (f"{TESTS}/test_distillation.py",), "test_a_polish_that_diverges_is_undone_and_named",
+    ),
+    Mutant(
+        "distillation_shares_ignored", f"{FOLDER}/distillation.py",
+        "1 / present[self.indices[i]] / self.shares[i]",
+        "1 / present[self.indices[i]]",
+        (f"{TESTS}/test_lessons.py",), "test_in_a_block_every_timestep_counts_the_same",
+    ),
+    Mutant(
+        "finished_blocks_of_another_calibration", f"{FOLDER}/finished_blocks.py",
+        "if found != fingerprint:",
+        'if found == "unreadable":',
+        (f"{TESTS}/test_finished_blocks.py",), "test_the_folder_of_another_calibration_is_refused",
+    ),
+    Mutant(
+        "whole_unet_shares_ignored", f"{FOLDER}/whole_unet.py",
+        "batches.importance(i) / batches.share(i)",
+        "batches.importance(i)",
+        (f"{TESTS}/test_whole_unet.py",), "test_the_errors_are_those_of_the_packed_unets",
+    ),
+    Mutant(
+        "calibrate_dilation_that_helps_by_chance", f"{FOLDER}/calibrate.py",
+        "if not errors[0] < CLEARLY_LESS * errors[1]:",
+        "if not errors[0] < errors[1]:",
+        (f"{TESTS}/test_whole_unet.py",), "test_dilation_that_clearly_helps_the_whole_unet_stays",
+    ),
+]  # fmt: skip
+
+MUTANTS = [*KERNELS, *RUNTIME, *CALIBRATION]
