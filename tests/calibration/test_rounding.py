@@ -1,7 +1,7 @@
 """Calibration and training round activations to the integers that the operators compute.
 
-``kernels/reference.py`` defines the formula. The search for ranges and the training multiply in another order, so values
-within fp32's error of a half step are left out.
+``kernels/reference.py`` defines the formula. The search for ranges and the training multiply in another order, so
+values within fp32's error of a half step are left out.
 """
 
 import pytest
