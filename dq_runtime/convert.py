@@ -139,7 +139,8 @@ def _reason_to_keep(
         return "groups > 1"
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"padding {module.padding!r}, mode {module.padding_mode!r}"
-    in_channels, taps = module.weight.shape[1], module.weight[0, 0].numel()
+    weight: Any = module.weight
+    in_channels, taps = weight.shape[1], weight[0, 0].numel()
     if (in_channels + in_channels % 2) * taps > ops.MAX_REDUCTION:
         return f"sums of more than {ops.MAX_REDUCTION} products may exceed int32"
     return None

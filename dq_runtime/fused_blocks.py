@@ -33,6 +33,11 @@ def quantized(layer: Any) -> QuantizedLayer:
     return layer
 
 
+def layer_norm(norm: Any) -> nn.LayerNorm:
+    """A block's norm, which ``can_fuse`` has found to be a layer norm; diffusers annotates it as an adaptive one."""
+    return norm
+
+
 class FusedResnetBlock2D(ResnetBlock2D):
     """Group norm + SiLU + quantize, conv + time embedding + statistics, norm again, conv + residual."""
 
@@ -107,9 +112,6 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
 
     state: ForwardState
     self_attention: LinearGroup
-    norm1: nn.LayerNorm
-    norm2: nn.LayerNorm
-    norm3: nn.LayerNorm
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
@@ -178,12 +180,12 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
         x, dtype = hidden_states, hidden_states.dtype
-        q = quantized(self.attn1.to_q).layer_norm_quantize(x, self.norm1)
+        q = quantized(self.attn1.to_q).layer_norm_quantize(x, layer_norm(self.norm1))
         query, key, value = self.self_attention.multiply(q, dtype).chunk(3, dim=-1)
         x = _attend(self.attn1, query, key, value, residual=x)
         if self.attn2 is not None:
             to_q = quantized(self.attn2.to_q)
-            query = to_q.multiply(to_q.layer_norm_quantize(x, self.norm2), dtype)
+            query = to_q.multiply(to_q.layer_norm_quantize(x, layer_norm(self.norm2)), dtype)
             if encoder_hidden_states is None:
                 normed = self.norm2(x)
                 key, value = self.attn2.to_k(normed), self.attn2.to_v(normed)
@@ -194,7 +196,7 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             x = _attend(self.attn2, query, key, value, residual=x)
         net: Any = self.ff.net
         up, down = quantized(net[0].proj), quantized(net[2])
-        q = up.geglu_quantize(up.layer_norm_quantize(x, self.norm3), down)
+        q = up.geglu_quantize(up.layer_norm_quantize(x, layer_norm(self.norm3)), down)
         return down.multiply(q, dtype, residual=x)
 
     def _of_encoder(self, layer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:

@@ -494,6 +494,16 @@ def test_four_bit_activations_compute_as_unfused(assert_same_output):
     assert_same_output(actual, expected)
 
 
+def test_layers_of_other_bits_compute_as_unfused(assert_same_output):
+    """The gates' GEMM rounds to the bits of the layer that follows it, not to its own."""
+    expected = calibrate(new_unet("conv projections"), layer_activation_bits={"ff.net.2": 4})
+    actual = copy.deepcopy(expected)
+
+    fuse(actual)
+
+    assert_same_output(actual, expected)
+
+
 def test_residuals_of_a_controlnet_are_added(assert_same_output):
     assert_same_output(
         fused(),
