@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.utils.backend_registration
 
-TESTS = Path(__file__).parents[1]
+SUPPORT = Path(__file__).parents[1] / "support"
 CALIBRATE = """
 import copy, json, sys
 import torch
@@ -49,7 +49,7 @@ print(json.dumps(errors))
 def test_everything_is_calibrated_where_the_unet_is(make, settings):
     done = subprocess.run(
         [sys.executable, "-c", CALIBRATE, make, json.dumps(settings)],
-        cwd=TESTS, capture_output=True, text=True, check=False,
+        cwd=SUPPORT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     errors = json.loads(done.stdout.splitlines()[-1])
