@@ -128,10 +128,10 @@ def test_inference_imports_no_evaluation(module):
     assert not {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_runtime.evaluation")}
 
 
-def map_of_the_house():
-    """The modules in the order of CONTRIBUTING's map, from its top to its bottom."""
+def layout():
+    """The modules in the order of the map in CONTRIBUTING, from top to bottom."""
     text = (REPOSITORY / "CONTRIBUTING.md").read_text()
-    block = text.split("## The house")[1].split("```")[1]
+    block = text.split("## Layout")[1].split("```")[1]
     package, modules = None, []
     for line in block.strip().splitlines():
         path = line.split()[0]
@@ -145,7 +145,7 @@ def map_of_the_house():
 def test_every_module_is_in_the_map_once():
     files = [name for name, path in MODULES.items() if path.name != "__init__.py"]
 
-    assert sorted(map_of_the_house()) == sorted(files)
+    assert sorted(layout()) == sorted(files)
 
 
 def imported_modules(module):
@@ -160,9 +160,9 @@ def imported_modules(module):
             yield target
 
 
-@pytest.mark.parametrize("module", map_of_the_house())
+@pytest.mark.parametrize("module", layout())
 def test_a_module_imports_only_what_stands_below_it_in_the_map(module):
-    order = map_of_the_house()
+    order = layout()
     below = set(order[order.index(module) + 1 :])
 
     assert set(imported_modules(module)) <= below
