@@ -4,6 +4,9 @@ oneDNN multiplies uint8 by int8, so activations are shifted by 128 together with
 activation scale per call, so samples are grouped by timestep index; most batches have one. It needs int8 weights in a
 layout of its own: this copy is made at a layer's first call, lives as long as the packed weight, and is counted by
 ``prepacked_bytes``.
+
+Without VNNI, oneDNN adds pairs of products in int16, which saturates if weights exceed 64 in magnitude. 4-bit values
+are therefore exact on every processor; their multiples by 16, which the Triton kernels use, would not be.
 """
 
 from __future__ import annotations

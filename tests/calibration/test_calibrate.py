@@ -1,13 +1,11 @@
 """Calibration end to end: tiny random UNets, and the trained digits UNet where accuracy is the claim."""
 
 import copy
-import importlib
 import logging
 import math
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +18,8 @@ import dq_runtime
 from dq_kernels import reference
 from dq_runtime import CalibrationSet, DilateQuantConfig, QuantConv2d, QuantLinear, calibrate, record
 from dq_runtime.calibration.temporal import VALUES_PER_TIMESTEP
+from examples.small_unets.digits import CLASS_CONDITIONAL
 
-SMALL_UNETS = Path(__file__).parents[2] / "examples" / "small_unets"
 KEPT = {"conv_in", "conv_out"}
 TIMESTEPS = [10.5, 250.0, 900.0]
 SAMPLE_SIZES = (1, 5, 20)  # how large the samples are at each of them
@@ -436,9 +434,8 @@ def test_a_layer_reached_at_some_timesteps_only_is_named_and_the_unet_unchanged(
     assert_unchanged(unet, before)
 
 
-def test_more_activation_bits_come_closer_to_a_trained_unet(monkeypatch):
-    monkeypatch.syspath_prepend(SMALL_UNETS)
-    digits = importlib.import_module("digits").CLASS_CONDITIONAL
+def test_more_activation_bits_come_closer_to_a_trained_unet():
+    digits = CLASS_CONDITIONAL
     unet, condition = digits.unet(), digits.condition(digits.labels(10))
     scheduler, noise = digits.noise_scheduler(), digits.noise(10, seed=1)
     calibration_set = dq_runtime.collect_from_scheduler(unet, scheduler, noise, 2, condition)
