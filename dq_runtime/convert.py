@@ -27,7 +27,7 @@ GRID_NAME = "timestep_grid"
 
 # Methods of diffusers' models that would change the packed weights -> the remedy in the error.
 REFUSED = {
-    "fuse_lora": "Packed INT4 weights cannot be merged with an adapter: keep it loaded, or merge and unload it "
+    "fuse_lora": "Packed INT4 weights cannot be merged with an adapter: leave it loaded, or merge and unload it "
     "before the floating-point UNet is calibrated",
     "fuse_qkv_projections": "Packed INT4 weights are joined by dq_runtime.fuse(unet), which makes q, k and v one GEMM",
 }
