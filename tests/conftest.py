@@ -14,7 +14,7 @@ from flat_operators import ops, triton
 from dq_kernels.packing import pack_int4
 from dq_kernels.triton import tuning
 
-ZERO_POINTS = (-128, 3, 127)  # one a timestep; the ends of int8 are uint8 0 and 255 to oneDNN
+ZERO_POINTS = (-128, 3, 127)  # one for each timestep; the ends of int8 are 0 and 255 in oneDNN's uint8
 
 
 def pytest_collection_modifyitems(items):
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def triton_device():
-    """The device of tensors for Triton's launchers: a GPU, or the CPU by way of Triton's interpreter."""
+    """The device of tensors for Triton's launchers: a GPU, or the CPU with Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -37,7 +37,7 @@ def implementation(request):
 
 @pytest.fixture(scope="session")
 def to_device():
-    """Moves the tensors among keyword arguments. A view stays a view, of all the memory that it was one of."""
+    """Moves the tensors among keyword arguments. A view remains a view of the same, moved, memory."""
 
     def move(tensor, device):
         if tensor._base is None:
@@ -65,7 +65,7 @@ def run(implementation, triton_device, to_device):
 
 @pytest.fixture
 def use_config(monkeypatch):
-    """Makes one configuration that of every GEMM, before it is adjusted to the launch."""
+    """Gives every GEMM one configuration, before it is adjusted to the launch."""
 
     def use_config(config):
         monkeypatch.setattr(tuning, "tuned_config", lambda *shape: config)
@@ -75,9 +75,10 @@ def use_config(monkeypatch):
 
 @pytest.fixture
 def assert_quantized_alike(implementation, triton_device):
-    """Of int8 results that floats were rounded to: equal, but for the last bit of a GPU's exp, erf and order of sums.
+    """Asserts that int8 results, rounded from floats, are equal.
 
-    On a GPU at most 1 in 1000 values, which lay at a rounding boundary, may be one step away.
+    On a GPU the last bits of exp, erf and sums differ: there at most 1 in 1000 values, at a rounding boundary, may be
+    one step away.
     """
 
     def assert_quantized_alike(actual, expected):
@@ -96,7 +97,7 @@ def assert_quantized_alike(implementation, triton_device):
 
 @pytest.fixture(scope="session")
 def relative_rms():
-    """rms(actual - expected) / rms(expected); infinite where that is no number, so that NaN never passes."""
+    """rms(actual - expected) / rms(expected); infinite instead of NaN, so that NaN never passes."""
 
     def relative_rms(actual, expected):
         assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
@@ -120,13 +121,13 @@ VIEWS = {
 
 @pytest.fixture(params=VIEWS)
 def strided_view(request):
-    """A view of an image [B, H, W, K], with another layout in memory."""
+    """Makes a view of an image [B, H, W, K] with another memory layout."""
     return VIEWS[request.param]
 
 
 @pytest.fixture(scope="session")
 def quantizer_arguments():
-    """Makes the keyword arguments by which all operators quantize: random dilation, mixed timesteps, 8 bits."""
+    """Makes the keyword arguments of a quantizer: random dilation, mixed timesteps, 8 bits."""
 
     def quantizer_arguments(batch, channels, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -161,7 +162,7 @@ def layer_norm_arguments(quantizer_arguments):
 
 @pytest.fixture(scope="session")
 def group_norm_arguments(layer_norm_arguments):
-    """Makes keyword arguments for group_norm_quantize of images x, beside a skip if that has channels."""
+    """Makes keyword arguments for group_norm_quantize of images x, and of a skip if it has channels."""
 
     def group_norm_arguments(x_shape, num_groups, skip_channels=0, dtype=torch.float32, padding=(0, 0), seed=0):
         *leading, channels = x_shape
@@ -214,7 +215,7 @@ def geglu_quantize_arguments(linear_arguments, quantizer_arguments):
 
 @pytest.fixture(scope="session")
 def conv2d_arguments():
-    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K]; for ``dtype`` see linear.
+    """Makes keyword arguments for int4_conv2d, and the 4-bit values [N, KH, KW, K]; ``dtype`` as for a linear layer.
 
     The images have the zero point of their timestep in a border of ``padding``.
     """
@@ -287,7 +288,7 @@ def _with_border(image, zero_point, padding):
 
 
 def _operands(x_shape, values, dtype, generator):
-    """What both operators take. An odd K is padded in x with noise, which must not count: the weight there is 0."""
+    """Arguments of both operators. An odd K is padded in x with noise, which must not count: its weight is 0."""
     batch, channels, out_channels, num_timesteps = x_shape[0], x_shape[-1], values.shape[0], len(ZERO_POINTS)
     x_shape = (*x_shape[:-1], channels + channels % 2)
     arguments = {

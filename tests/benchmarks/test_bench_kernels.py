@@ -1,12 +1,7 @@
-"""The kernel benchmarks: which shapes they cover, what they refuse to time, and their arithmetic."""
+"""The kernel benchmarks: the shapes that they cover, the results that they refuse to time, and their arithmetic."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,7 +12,6 @@ import torch
 
 from benchmarks import unets
 from benchmarks.peers import linears
-from benchmarks.result_files import ROOT
 from benchmarks.speed import bench_kernels, kernel_cases, kernel_report, kernel_sides, timing
 from benchmarks.static_analysis.devices import DEVICES
 from benchmarks.static_analysis.kernel_bounds import layer_bound
@@ -199,26 +193,3 @@ def test_peers_are_left_out_by_name_with_the_reason(monkeypatch):
     assert {name: linears.missing(name) for name in linears.PEERS} == {
         name: f"{name.split()[0]} is not installed" for name in linears.PEERS
     }
-
-
-def test_tiny_run_times_every_row_and_prints_the_summary(tmp_path):
-    rows, report = tmp_path / "rows.jsonl", tmp_path / "benchmark.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["benchmarks/speed/bench_kernels.py", "--tiny"]
-    # A process that is told of xdist measures nothing.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    run = subprocess.run(
-        [*command, f"--rows={rows}", f"--benchmark-json={report}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**environment, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout
-    written = [json.loads(line) for line in rows.read_text().splitlines()]
-    expected = [(case.group, case.implementation) for case in kernel_cases.cases(full=False, tiny=True)]
-    if not torch.cuda.is_available():
-        assert [(line["group"], line["implementation"]) for line in written] == expected
-    assert all(line["us"] > 0 and math.isfinite(line["tflops"]) for line in written)
-    assert "tiny, conv2d:" in run.stdout
-    assert "slower than fp32:" in run.stdout
-    document = json.loads(report.read_text())
-    assert document["machine_info"]["versions"]["torch"] == torch.__version__
-    assert [benchmark["extra_info"]["us"] for benchmark in document["benchmarks"]] == [line["us"] for line in written]

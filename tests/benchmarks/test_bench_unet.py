@@ -1,4 +1,4 @@
-"""The benchmark of whole UNets: its rows, what it keeps when it is stopped, and that it runs."""
+"""The benchmark of whole UNets: its rows, the results that it keeps when it is stopped, and that it runs."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,9 +11,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks.result_files import ROOT
-from benchmarks.speed import gpu_suite
+from benchmarks.speed import gpu_suite, kernel_cases
 
 ABOUT = {"device": "none"}
 
@@ -27,20 +29,22 @@ def run(tmp_path, *stages, seconds=60.0):
     return exit_code, json.loads(output.read_text())
 
 
-def test_dry_run_works_end_to_end(tmp_path):
-    output = tmp_path / "results.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.speed.gpu_suite",
-        "--dry-run",
-        "--minutes",
-        "2",
-        "--output",
-        str(output),
-    ]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The finished process of a dry run, its document, and the report of pytest-benchmark in its stage of kernels."""
+    folder = tmp_path_factory.mktemp("dry_run")
+    output, report = folder / "results.json", folder / "benchmark.json"
+    command = [sys.executable, "-m", "benchmarks.speed.gpu_suite", "--dry-run", "--minutes", "8", "--output", output]
+    # pytest-benchmark measures nothing in a process with variables of xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": f"--benchmark-json={report}"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=480)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished, output, report
+
+
+def test_dry_run_works_end_to_end(dry_run):
+    _, output, _ = dry_run
     document = json.loads(output.read_text())
     assert {name: each["outcome"] for name, each in document["stages"].items()} == dict.fromkeys(
         ("tests", "kernels", "unet"), "passed"
@@ -52,6 +56,21 @@ def test_dry_run_works_end_to_end(tmp_path):
     assert document["results"]["unet"]["unets"]["ddpm_cifar"][0]["median_ms"] > 0
     lines = output.read_text().splitlines()
     assert sum(line.startswith("[") for line in lines) == 27  # one line a row
+
+
+def test_kernels_of_a_dry_run_are_timed_row_by_row_with_a_summary(dry_run):
+    finished, output, report = dry_run
+    kernels = json.loads(output.read_text())["results"]["kernels"]
+    rows = [dict(zip(kernels["columns"], row, strict=True)) for row in kernels["rows"]]
+    expected = [(case.group, case.implementation) for case in kernel_cases.cases(full=False, tiny=True)]
+    if not torch.cuda.is_available():
+        assert [(row["group"], row["implementation"]) for row in rows] == expected
+    assert all(row["us"] > 0 and math.isfinite(row["tflops"]) for row in rows)
+    assert "tiny, conv2d:" in finished.stdout
+    assert "slower than fp32:" in finished.stdout
+    document = json.loads(report.read_text())
+    assert document["machine_info"]["versions"]["torch"] == torch.__version__
+    assert [benchmark["extra_info"]["us"] for benchmark in document["benchmarks"]] == [row["us"] for row in rows]
 
 
 def test_a_failed_stage_is_recorded_and_the_others_run(tmp_path):
@@ -117,18 +136,27 @@ sys.exit(run_suite(stages, 60, Path(sys.argv[1]), {}, interruption))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_keeps_finished_stages(tmp_path, number):
+def test_an_interrupted_run_keeps_finished_stages(tmp_path):
     output = tmp_path / "results.json"
     process = subprocess.Popen([sys.executable, "-c", DRIVER, output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert any(line == "waiting\n" for line in process.stdout)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 1
     document = json.loads(output.read_text())
     outcomes = {name: each["outcome"] for name, each in document["stages"].items()}
     assert outcomes == {"tests": "passed", "kernels": "interrupted", "unet": "not run"}
     assert document["results"] == {"tests": {"finished": True}}
+
+
+def test_ctrl_c_interrupts_as_termination_does(monkeypatch):
+    installed = {}
+    monkeypatch.setattr(gpu_suite.signal, "signal", installed.__setitem__)
+    interruption = gpu_suite.Interruption()
+
+    interruption.install()
+
+    assert installed == dict.fromkeys((signal.SIGINT, signal.SIGTERM), interruption)
 
 
 def test_stages_can_be_chosen_and_the_tests_leave_out_what_needs_no_gpu(tmp_path):

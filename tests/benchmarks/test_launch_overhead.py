@@ -1,4 +1,4 @@
-"""The benchmark of what Python takes: it goes through every launch of a forward pass, and needs no GPU."""
+"""The benchmark of Python's overhead makes every launch of a forward pass, and needs no GPU."""
 
 from __future__ import annotations
 

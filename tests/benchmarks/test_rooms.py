@@ -1,4 +1,4 @@
-"""The benchmarks are a package of rooms: who imports whom, that imports do nothing else, and that commands exist."""
+"""The benchmarks are a package of rooms: allowed imports, imports without side effects, existing commands."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_shared_modules_import_no_room():
     assert {name for name, modules in shared.items() if any(map(room, modules))} == set()
 
 
-# In a process of its own, where nothing is imported yet. Libraries come first: what they do is not ours.
+# In its own process, where nothing is imported yet. Libraries are imported first: their side effects do not count.
 PROBE = """
 import importlib, os, random, signal, sys, threading, warnings
 import diffusers, matplotlib.figure, numpy, pytest, sklearn.datasets, triton

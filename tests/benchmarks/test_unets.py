@@ -1,6 +1,8 @@
-"""The benchmarks' UNets are the published ones; the counts here are those of the models' authors and of PyTorch."""
+"""The benchmarks' UNets are the published ones, by the counts of the models' authors and of PyTorch."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -13,20 +15,24 @@ PARAMETERS = {"sd15": 859.5, "sdxl": 2567.5, "ldm4": 274.1, "ddpm_cifar": 35.7}
 LAYERS = {"sd15": (282, 54), "sdxl": (794, 40), "ldm4": (155, 46), "ddpm_cifar": (113, 30)}  # layers, distinct shapes
 
 
+@pytest.fixture(scope="module")
+def build():
+    """Builds a UNet without weights, once."""
+    return functools.cache(functools.partial(unets.build, device="meta"))
+
+
 @pytest.mark.parametrize("name", unets.CONFIGS)
-def test_parameters_are_those_of_the_published_model(name):
-    unet = unets.build(name, "meta")
+def test_parameters_are_those_of_the_published_model(build, name):
+    unet = build(name)
     assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(PARAMETERS[name], abs=0.06)
     assert not unet.training
     assert all(p.is_meta and p.dtype == torch.float16 for p in unet.parameters())
 
 
 @pytest.mark.parametrize("name", unets.CONFIGS)
-def test_every_layer_is_called_once_and_belongs_to_one_shape(name):
+def test_every_layer_is_called_once_and_belongs_to_one_shape(build, name):
     names = [layer for shape in unets.layers(name, 2) for layer in shape.names]
-    called = {
-        n for n, m in unets.build(name, "meta").named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
-    }
+    called = {n for n, m in build(name).named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     assert len(names) == len(set(names)) == LAYERS[name][0]
     assert set(names) == called
 
@@ -38,8 +44,8 @@ def test_shapes_are_distinct_by_their_label_too(name):
 
 
 @pytest.mark.parametrize("name", unets.CONFIGS)
-def test_operations_agree_with_pytorchs_counter(name):
-    unet, arguments = unets.build(name, "meta"), unets.inputs(name, 2, "meta")
+def test_operations_agree_with_pytorchs_counter(build, name):
+    unet, arguments = build(name), unets.inputs(name, 2, "meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         unet(**arguments)
     counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}

@@ -1,4 +1,4 @@
-"""oneDNN's copies of the weights: counted, dropped and refreshed with the weight, and exact for every later call."""
+"""oneDNN's copies of weights: counted, dropped and refreshed with the weight, and exact in every later call."""
 
 import gc
 
@@ -58,7 +58,7 @@ def test_every_weight_has_a_copy_of_its_own(make, op):
     assert ops.prepacked_bytes() == before + 2 * WEIGHTS[op]
 
 
-def test_copies_of_some_weights_can_be_counted_alone(make):
+def test_copies_of_some_weights_can_be_counted(make):
     used, unused = make("int4_linear", seed=0)["weight_values"], make("int4_linear", seed=1)["weight_values"]
     conv = make("int4_conv2d")
     ops.int4_linear(**make("int4_linear") | {"weight_values": used})
@@ -154,7 +154,7 @@ def test_conv_copy_serves_other_weight_scales(make):
 @pytest.mark.parametrize("zero_points", [(5, -128, 5), (-128, 127, -128), (127, -128, 0, -1)], ids=str)
 @OPERATORS
 def test_every_zero_point_is_exact_whichever_came_first(make, op, zero_points):
-    """-128 is 0 to oneDNN's uint8, where it could drop the correction for good."""
+    """-128 is 0 in oneDNN's uint8, for which a cached primitive could omit the correction."""
     arguments = make(op)
 
     for zero_point in zero_points:
@@ -181,7 +181,7 @@ def test_torch_without_onednn_is_reported_as_such(make, monkeypatch):
 
 
 def test_both_halves_of_a_byte_reach_onednn():
-    """One channel at a time: x picks it out, and the result is its weight."""
+    """x selects one channel at a time, so that the result is its weight."""
     values = torch.tensor([[1, -2, 3, -4, 5, -6, 7, -8]], dtype=torch.int8)
     one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     weight = PackedWeight(pack_int4(values), one, zero)

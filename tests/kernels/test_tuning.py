@@ -1,4 +1,4 @@
-"""Launch configurations: the shipped files, and which entry a launch takes."""
+"""Launch configurations: the shipped files, and the entry that a launch takes."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def file(request):
 
 @pytest.fixture
 def lookup(monkeypatch):
-    """tuned_config among these shapes alone, without its cache."""
+    """tuned_config among these shapes only, without its cache."""
 
     def lookup(shapes, *query):
         monkeypatch.setattr(tuning, "tuned_shapes", lambda architecture: shapes)
@@ -34,11 +34,11 @@ def lookup(monkeypatch):
     return lookup
 
 
-def test_there_is_a_file_for_every_architecture_that_we_serve():
+def test_there_is_a_file_for_every_supported_architecture():
     assert [path.stem for path in FILES] == sorted({*tuning.FILES.values(), tuning.AMD_FILE})
 
 
-def test_file_says_for_what_and_whence_it_is(file):
+def test_file_names_its_architecture_and_source(file):
     document, shapes = tuning.read_tuning(file)
 
     assert document["architecture"] == file.stem
@@ -121,7 +121,7 @@ def test_lookup_takes_the_shape_that_is_fewest_doublings_away(lookup, query, exp
     assert lookup(shapes, "linear", *query) == expected
 
 
-def test_lookup_takes_shapes_of_the_same_operator_alone(lookup):
+def test_lookup_takes_shapes_of_the_same_operator_only(lookup):
     shapes = [TunedShape("linear", 64, 64, 64, A), TunedShape("conv2d", 2**20, 2**20, 2**20, B)]
 
     assert lookup(shapes, "conv2d", 64, 64, 64) == B
@@ -157,7 +157,7 @@ def test_tiles_of_whole_runs_keep_all_else(block_m, expected):
 
 
 class Driver:
-    """In the place of Triton's: GPUs of several kinds, of which one is current."""
+    """A driver in place of Triton's, with GPUs of several kinds, of which one is current."""
 
     def __init__(self, *targets):
         self.targets, self.current = targets, 0

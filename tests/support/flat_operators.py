@@ -16,7 +16,7 @@ OPERATORS = dq_kernels.triton.__all__
 
 
 def _parameters(operator):
-    """Of each parameter: its name, and the fields of its record under their flat names."""
+    """Yields each parameter's name, its record, and the flat names of the record's fields."""
     oracle = getattr(dq_kernels.reference, operator)
     hints = get_type_hints(oracle)
     for name in inspect.signature(oracle).parameters:
@@ -28,7 +28,7 @@ PARAMETERS = {operator: list(_parameters(operator)) for operator in OPERATORS}
 
 
 class FlatOperators:
-    """A module whose operators take the fields of records; all else is the module's."""
+    """A module whose operators take the fields of records; its other functions are unchanged."""
 
     def __init__(self, module: ModuleType):
         self.module = module
