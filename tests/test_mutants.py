@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from mutation.mutants import MUTANTS
+
+from tests.mutation.mutants import MUTANTS
 
 REPOSITORY = Path(__file__).parents[1]
 

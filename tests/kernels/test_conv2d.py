@@ -177,6 +177,14 @@ def test_each_addend_is_optional(run, conv2d_arguments, relative_rms, absent):
     assert relative_rms(result(run, arguments), float64_conv2d(arguments, values, (1, 1))) < 1e-6
 
 
+def test_added_channels_may_be_a_view_of_more(run, conv2d_arguments, relative_rms):
+    """Fused UNets project the time embedding for all resnets at once."""
+    arguments, values = conv2d_arguments((2, 4, 5, 34), 9, dtype=torch.float32)
+    arguments["channel_add"] = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))[:, 7:16]
+
+    assert relative_rms(result(run, arguments), float64_conv2d(arguments, values, (1, 1))) < 1e-6
+
+
 def test_addends_may_have_another_dtype_than_the_result(run, conv2d_arguments, relative_rms):
     arguments, values = conv2d_arguments((2, 4, 5, 34), 9, dtype=torch.bfloat16)
     arguments |= {"residual": arguments["residual"].half(), "out_dtype": torch.float32}

@@ -194,6 +194,13 @@ def test_layer_norm_needs_no_parameters(run, layer_norm_arguments, assert_quanti
     assert_quantized_alike(run("layer_norm_quantize", arguments), reference.layer_norm_quantize(**arguments))
 
 
+def test_layer_norm_adds_eps_to_the_variance(run, layer_norm_arguments, assert_quantized_alike):
+    arguments = layer_norm_arguments((3, 7, 34))
+    arguments["x"] /= 1000  # a variance of 9e-6, beside an eps of 1e-5
+
+    assert_quantized_alike(run("layer_norm_quantize", arguments), reference.layer_norm_quantize(**arguments))
+
+
 def test_layer_norm_of_a_row_that_fills_a_program_is_the_references(run, layer_norm_arguments, assert_quantized_alike):
     arguments = layer_norm_arguments((2, 3, 8192))
 

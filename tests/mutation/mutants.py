@@ -157,8 +157,7 @@ KERNELS = [
         "gemm_time_embedding_of_a_view", GEMM,
         "sample * channel_add_stride + channel",
         "sample * out_channels + channel",
-        TEST_CONV2D + TEST_OPS, "test_each_addend_is_optional or test_addends_may_have_another_dtype",
-        note="No test in Triton's interpreter has a channel_add that is a view of more channels; fused UNets do.",
+        TEST_CONV2D, "test_added_channels_may_be_a_view_of_more and triton",
     ),
     Mutant(
         "gemm_statistics_not_centred", GEMM,
@@ -220,8 +219,7 @@ KERNELS = [
         "norm_layer_without_eps", NORM,
         "tl.sum(centred * centred, 1) / channels + eps",
         "tl.sum(centred * centred, 1) / channels",
-        TEST_NORM, "test_layer_norm and triton",
-        note="No layer norm is tested on values whose variance is near eps; equal values would give NaN.",
+        TEST_NORM, "test_layer_norm_adds_eps_to_the_variance and triton",
     ),
     Mutant(
         "norm_variance_of_the_skip", NORM,
@@ -553,7 +551,6 @@ RUNTIME = [
         'kwargs.get("down_intrablock_additional_residuals") is None',
         'kwargs.get("down_intrablock_additional_residuals") is not unet',
         TEST_FUSED, "test_no_norm_is_given_the_statistics_of_an_image_before_it_was_changed",
-        note="The tests use no_grad, where tensors count their versions; in inference mode they do not.",
     ),
     Mutant(
         "group_does_not_follow_its_members", FORWARD_STATE,
@@ -577,8 +574,7 @@ RUNTIME = [
         "group_of_unlike_quantizers", FORWARD_STATE,
         "all(_equal(getattr(layer, name), getattr(first, name)) for name in QUANTIZER)",
         "True",
-        TEST_FUSED + TEST_FUSED_STATE, "test_blocks_with_layers_in_floating_point_compute_as_unfused",
-        note="Calibration gives the members of a group one quantizer, so that no test has a group of unlike ones.",
+        TEST_FUSED_STATE, "test_layers_of_unlike_quantizers_are_no_group",
     ),
     Mutant(
         "run_as_made_with_hooks", FORWARD_STATE,
@@ -590,8 +586,7 @@ RUNTIME = [
         "fused_scaled_output", FUSED_BLOCKS,
         "and block.output_scale_factor == 1",
         "and block.output_scale_factor > 0",
-        TEST_FUSED, "test_blocks_of_other_kinds_compute_as_unfused and resnet_out_scale_factor",
-        note="resnet_out_scale_factor reaches none of the UNet's blocks; mid_block_scale_factor would.",
+        TEST_FUSED, "test_blocks_of_other_kinds_compute_as_unfused and mid_block_scale_factor",
     ),
     Mutant(
         "fused_residual_of_cross_attention", FUSED_BLOCKS,

@@ -190,6 +190,17 @@ def test_group_applies_what_its_layers_do(new_layer):
         assert torch.equal(layer(F.silu(x)), result)
 
 
+@pytest.mark.parametrize("table", ["weight_dilation", "act_scale", "act_zero_point"])
+def test_layers_of_unlike_quantizers_are_no_group(table):
+    unet = quantized()
+    changed = getattr(modules_of(unet, BasicTransformerBlock)[0].attn2.to_k, table)
+    changed.copy_(changed + 1)
+
+    fuse(unet)
+
+    assert "encoder_hidden_states" not in modules_of(unet, ResnetBlock2D)[0].state.groups
+
+
 # State that blocks share lasts for one forward pass.
 
 
