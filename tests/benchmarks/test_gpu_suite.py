@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.result_files import ROOT
 from benchmarks.speed import gpu_suite, kernel_cases
+from benchmarks.speed.kernel_sides import CHAINS
 
 ABOUT = {"device": "none"}
 
@@ -52,10 +53,10 @@ def test_dry_run_works_end_to_end(dry_run):
     assert {"device", "date", "cpu_model", "threads", "versions"} <= set(document)
     kernels = document["results"]["kernels"]
     assert kernels["columns"][:5] == ["group", "unet", "kind", "implementation", "us"]
-    assert len(kernels["rows"]) == 27  # 3 layers by 3 implementations, 9 chains by 2
+    assert len(kernels["rows"]) == 3 * 3 + 2 * len(CHAINS)  # layers by implementations, chains by implementations
     assert document["results"]["unet"]["unets"]["ddpm_cifar"][0]["median_ms"] > 0
     lines = output.read_text().splitlines()
-    assert sum(line.startswith("[") for line in lines) == 27  # one line a row
+    assert sum(line.startswith("[") for line in lines) == len(kernels["rows"])  # one line a row
 
 
 def test_kernels_of_a_dry_run_are_timed_row_by_row_with_a_summary(dry_run):
