@@ -60,7 +60,9 @@ def test_the_errors_are_those_of_the_packed_unets(stock, calibration_set, monkey
     original = module.prediction_errors
     monkeypatch.setattr(module, "prediction_errors", noting)
     sizes = []
-    handle = stock.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    handle = stock.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["sample"])), with_kwargs=True
+    )
     chosen = calibrated(stock, calibration_set, timestep_groups=timestep_groups)
     without = calibrated(stock, calibration_set, "none", timestep_groups=timestep_groups)
     handle.remove()

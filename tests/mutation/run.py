@@ -55,7 +55,9 @@ class Copy:
 
     def pytest(self, tests: Sequence[str], select: str | None, timeout: float | None = None) -> tuple[int | None, str]:
         """The exit code, None after the timeout, and the output."""
-        arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests, *(() if select is None else ("-k", select))]
+        search_path = f"pythonpath={self.import_path} . tests/support"  # the copy's, before the repository's own
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-o", search_path]
+        arguments = [*options, *tests, *(() if select is None else ("-k", select))]
         log = self.root.parent / "output.txt"
         process = multiprocessing.get_context("fork").Process(target=self._run_pytest, args=(arguments, log))
         process.start()
@@ -75,7 +77,6 @@ class Copy:
         os.environ["PYTHONPATH"] = str(self.import_path)  # for what tests start
         os.environ["COLUMNS"] = "200"  # of pytest's line about a failure
         # Without the repository that this file came from.
-        sys.path[:] = [str(self.import_path), *(path for path in sys.path if Path(path).resolve() != REPOSITORY)]
         for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
             del sys.modules[name]
         code = pytest.main(arguments)
