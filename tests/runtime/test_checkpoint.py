@@ -48,7 +48,7 @@ def test_saved_files_are_safetensors_and_a_config(saved):
         "weight_bits": 4,
         "activation_bits": 8,
         "layer_activation_bits": {"conv_shortcut": 8},
-        "dilation": "joint",
+        "dilation": "weight",
         "max_dilation": 8.0,
         "timestep_groups": None,
         "modules_to_not_convert": ["conv_in", "conv_out"],
