@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dq_runtime.architectures.architecture import result_tensor as result_tensor
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.collect import RecordedCall
 

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from dq_runtime import DilateQuantConfig
+from dq_runtime.architectures.architecture import result_tensor
 from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.replay import (
     TensorStore,
@@ -15,7 +16,6 @@ from dq_runtime.calibration.replay import (
     cached_outputs,
     inputs_of,
     outputs_of,
-    result_tensor,
 )
 from dq_runtime.convert import plan_conversion
 
