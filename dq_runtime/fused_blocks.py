@@ -52,8 +52,8 @@ class FusedResnetBlock2D(ResnetBlock2D):
         return (
             block.upsample is None
             and block.downsample is None
-            and (block.time_embedding_norm, block.time_emb_proj is None) != ("group", False)
-            and block.time_embedding_norm in ("default", "group")  # the latter, without a projection, in autoencoders
+            and block.time_embedding_norm in ("default", "group")
+            and (block.time_embedding_norm == "default" or block.time_emb_proj is None)  # "group": autoencoders
             and not block.skip_time_act
             and block.output_scale_factor == 1
             and isinstance(block.nonlinearity, nn.SiLU)
