@@ -122,7 +122,9 @@ class QuantizedLayer(TableModule):
     def quantizer(self, x: torch.Tensor) -> Quantizer:
         """The input quantizer for the samples of x, the floating-point or quantized input."""
         tables: Any = self._buffers
-        index = self.index_of_batch(x.shape[0]).to(x.device)
+        index = self.index_of_batch(x.shape[0])
+        if index.device != x.device:
+            index = index.to(x.device)
         return Quantizer(
             tables["weight_dilation"], tables["act_scale"], tables["act_zero_point"], index, self.activation_bits
         )
@@ -164,12 +166,14 @@ class QuantizedLayer(TableModule):
 
     def multiply(self, q: torch.Tensor, out_dtype: torch.dtype, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output [B, ..., N] for its int8 input; a 1x1 convolution multiplies each pixel."""
-        return ops.int4_linear(q, self.packed_weight(2), self.quantizer(q), self.bias, residual, out_dtype)
+        return ops.int4_linear(
+            q, self.packed_weight(2), self.quantizer(q), self._parameters["bias"], residual, out_dtype
+        )
 
     def geglu_quantize(self, q: torch.Tensor, following: QuantizedLayer) -> torch.Tensor:
         """The int8 input [B, ..., N / 2] of the following layer: the product, GEGLU, then quantization."""
         weight = self.packed_weight(2)
-        return ops.int4_geglu_quantize(q, weight, self.quantizer(q), following.quantizer(q), self.bias)
+        return ops.int4_geglu_quantize(q, weight, self.quantizer(q), following.quantizer(q), self._parameters["bias"])
 
     def convolve(
         self,
@@ -185,8 +189,9 @@ class QuantizedLayer(TableModule):
         A linear layer runs as a 1x1 convolution.
         """
         stride, dilation = (self.stride, self.dilation) if isinstance(self, nn.Conv2d) else ((1, 1), (1, 1))
+        bias = self._parameters["bias"]
         return ops.int4_conv2d(
-            q, self.packed_weight(4), self.quantizer(q), self.bias, channel_add, residual, stride, dilation, upsample,
+            q, self.packed_weight(4), self.quantizer(q), bias, channel_add, residual, stride, dilation, upsample,
             out_dtype, with_statistics,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ def check_tensor(
     The message is made only when it is needed: formatting sizes makes torch.compile specialize on them.
     """
     fits = tensor.dtype in dtypes and tensor.ndim == len(shape) and (any_strides or tensor.is_contiguous())
-    if fits:
+    if fits and tensor.shape != shape:  # one comparison, without a loop, for most tensors
         for actual, wanted in zip(tensor.shape, shape, strict=True):
             if not isinstance(wanted, str) and actual != wanted:
                 fits = False
