@@ -33,7 +33,7 @@ tune: $(GPU_INSTALLED)  ## on a GPU: search launch configurations: kernels/trito
 	$(GPU_PYTHON) -m benchmarks.tuning.tune
 
 # CPU wheels are enough for `make demo` and `make test`; on a GPU machine install the package into an environment with CUDA's torch.
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/*/*.py kernels/triton/tuning/*.json dq_runtime/*.py dq_runtime/*/*.py)
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/*/*.py kernels/triton/tuning/*.json kernels/cpu/*.cpp dq_runtime/*.py dq_runtime/*/*.py)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt setuptools torch

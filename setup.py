@@ -26,7 +26,7 @@ setup(
         "dq_kernels.triton",
     ],
     package_dir={"dq_kernels": "kernels"},
-    package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "triton/tuning/*.json"]},
+    package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "triton/tuning/*.json", "cpu/*.cpp"]},
     install_requires=[
         "torch>=2.9",
         "triton>=3.5",

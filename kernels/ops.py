@@ -25,7 +25,7 @@ from dq_kernels.checks import (
     check_size,
     check_tensor,
 )
-from dq_kernels.cpu import prepacked_bytes
+from dq_kernels.cpu import free_prepacked, prepacked_bytes
 from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.registration import register
@@ -49,6 +49,7 @@ __all__ = [
     "Norm",
     "PackedWeight",
     "Quantizer",
+    "free_prepacked",
     "group_norm_quantize",
     "int4_conv2d",
     "int4_geglu_quantize",

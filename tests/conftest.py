@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 from flat_operators import ops, triton
 
+from dq_kernels.cpu import compiled
 from dq_kernels.packing import pack_int4
 from dq_kernels.triton import tuning
 
@@ -30,8 +31,10 @@ def triton_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["triton", "cpu"])
-def implementation(request):
+@pytest.fixture(params=["triton", "cpu", "cpu without a compiler"])
+def implementation(request, monkeypatch):
+    if request.param == "cpu without a compiler":
+        monkeypatch.setattr(compiled, "library", lambda: None)
     return request.param
 
 
@@ -55,7 +58,7 @@ def run(implementation, triton_device, to_device):
     """Calls one implementation of an operator, by the operator's name; the results are on the CPU."""
 
     def run(op, arguments):
-        if implementation == "cpu":
+        if implementation != "triton":
             return getattr(ops, op)(**arguments)
         result = getattr(triton, op)(**to_device(arguments, triton_device))
         return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()

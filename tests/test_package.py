@@ -212,7 +212,12 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     expected = {
         f"{package}/{path.relative_to(root).as_posix()}"
         for package, root in PACKAGES.items()
-        for path in [*root.rglob("*.py"), *root.glob("triton/tuning/*.json"), root / "py.typed"]
+        for path in [
+            *root.rglob("*.py"),
+            *root.glob("triton/tuning/*.json"),
+            *root.glob("cpu/*.cpp"),
+            root / "py.typed",
+        ]
     }
 
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected

@@ -1,9 +1,9 @@
 """INT4 layers on CPUs: exact integers through oneDNN's int8 linear and convolution (VNNI, AMX where there is).
 
 oneDNN multiplies uint8 by int8, so activations are shifted by 128 together with their zero point. It takes one
-activation scale per call, so samples are grouped by timestep index; most batches have one. It needs int8 weights in a
-layout of its own: this copy is made at a layer's first call, lives as long as the packed weight, and is counted by
-``prepacked_bytes``.
+activation scale per call, so the scales of a batch with several timesteps follow in a pass of their own. It needs int8
+weights in a layout of its own: this copy is made at a layer's first call, lives as long as the packed weight, and is
+counted by ``prepacked_bytes``.
 
 Without VNNI, oneDNN adds pairs of products in int16, which saturates if weights exceed 64 in magnitude. 4-bit values
 are therefore exact on every processor; their multiples by 16, which the Triton kernels use, would not be.
@@ -12,6 +12,7 @@ are therefore exact on every processor; their multiples by 16, which the Triton 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dq_kernels.cpu import compiled
 from dq_kernels.cpu.quantization import quantize
 from dq_kernels.packing import unpack_int4
 from dq_kernels.records import PackedWeight, Quantizer
-from dq_kernels.shapes import STATISTICS_ROWS, statistics_shape
+from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
 
 
 class _Prepacked(NamedTuple):
@@ -46,6 +48,18 @@ def prepacked_bytes(weights: Iterable[Tensor] | None = None) -> int:
     return sum(entry.values.numel() for entry in entries)
 
 
+def free_prepacked(weights: Iterable[Tensor] | None = None) -> None:
+    """Frees the int8 copies for oneDNN; the next call of a layer makes its copy again.
+
+    Args:
+        weights: packed values, of which views count as well; by default all that there are.
+    """
+    addresses = None if weights is None else {weight.data_ptr() for weight in weights}
+    for values, entry in list(_prepacked_weights.items()):
+        if addresses is None or entry.made_from[0] in addresses:
+            del _prepacked_weights[values]
+
+
 def _prepack(values: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
     # Inference tensors have no version counter; torch forbids in-place changes outside of inference mode.
     made_from = (values.data_ptr(), 0 if values.is_inference() else values._version)
@@ -58,20 +72,79 @@ def _prepack(values: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
     return entry.values
 
 
-def _by_timestep(x: Tensor, quantizer: Quantizer, run: Callable[[Tensor, float, int], Tensor]) -> Tensor:
-    """Calls ``run(samples of x, scale, zero point)`` once for every timestep in the batch; keeps the samples' order."""
+def _samples_by_timestep(quantizer: Quantizer) -> list[tuple[int, list[int]]]:
+    """The timesteps of a batch, each with its samples."""
     most = quantizer.scale.numel() - 1
-    indices = [min(max(t, 0), most) for t in quantizer.timestep_index.tolist()]
-    present = sorted(set(indices))
-    tables = {t: (float(quantizer.scale[t]), int(quantizer.zero_point[t])) for t in present}
-    if len(present) == 1:
-        return run(x, *tables[present[0]])
-    index = torch.tensor(indices)
-    parts = {t: run(x[index == t], *tables[t]) for t in present}
-    out = x.new_empty(x.shape[0], *parts[present[0]].shape[1:], dtype=torch.float32)
-    for t, part in parts.items():
-        out[index == t] = part
-    return out
+    samples: dict[int, list[int]] = {}
+    for sample, timestep in enumerate(quantizer.timestep_index.tolist()):
+        samples.setdefault(min(max(timestep, 0), most), []).append(sample)
+    return sorted(samples.items())
+
+
+@lru_cache(maxsize=256)
+def _no_zero_points(channels: int) -> Tensor:
+    """The zero points of a symmetric weight."""
+    with torch.inference_mode(False):
+        return torch.zeros(channels, dtype=torch.int32)
+
+
+def _multiply(
+    run: Callable[[Tensor, float, int, Tensor | None], Tensor],
+    x: Tensor,
+    weight: PackedWeight,
+    quantizer: Quantizer,
+    bias: Tensor | None,
+    channel_add: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    statistics: Tensor | None = None,
+) -> Tensor:
+    """The product of ``run(uint8 samples, scale, zero point, bias)`` with everything that follows it.
+
+    oneDNN takes one activation scale a call. A batch of several timesteps runs in one call without scale and zero
+    point, which follow in the pass of the addends; in plain torch, each timestep runs alone.
+    """
+    unsigned = x.view(torch.uint8) ^ 0x80
+    addends = [addend for addend in (channel_add, residual) if addend is not None]
+    functions = compiled.library() if all(addend.dtype == out_dtype for addend in addends) else None
+    timesteps = _samples_by_timestep(quantizer)
+    bias = None if bias is None else bias.float()
+    if len(timesteps) > 1 and functions is not None:
+        y = run(unsigned, 1.0, 128, None)
+        correction = weight.sum * weight.scale
+        return compiled.finish(functions, y, out_dtype, correction, quantizer, bias, channel_add, residual, statistics)
+    parts = [
+        run(
+            unsigned if len(timesteps) == 1 else unsigned[samples],
+            float(quantizer.scale[t]),
+            int(quantizer.zero_point[t]) + 128,
+            bias,
+        )
+        for t, samples in timesteps
+    ]
+    y = parts[0] if len(parts) == 1 else _in_order(parts, [samples for _, samples in timesteps])
+    if not addends and statistics is None:
+        return y.to(out_dtype)
+    if functions is not None:
+        return compiled.finish(
+            functions, y, out_dtype, channel_add=channel_add, residual=residual, statistics=statistics
+        )
+    if channel_add is not None:
+        y = y + channel_add[:, None, None, :]
+    if residual is not None:
+        y = y + residual
+    y = y.to(out_dtype).contiguous()
+    if statistics is not None:
+        runs = y.float().reshape(y.shape[0], -1, STATISTICS_ROWS, y.shape[3])
+        statistics[:, :, 0] = runs.sum(2)
+        statistics[:, :, 1] = runs.var(2, correction=0) * STATISTICS_ROWS
+    return y
+
+
+def _in_order(parts: list[Tensor], samples: list[list[int]]) -> Tensor:
+    """The samples of all parts in the order of their numbers."""
+    joined = torch.cat(parts)
+    return joined[torch.tensor([number for numbers in samples for number in numbers]).argsort()]
 
 
 def int4_linear(
@@ -81,28 +154,25 @@ def int4_linear(
     """As ``reference.int4_linear``."""
     out_channels = weight.scale.numel()
     prepacked = _prepack(weight.values, lambda w: torch.ops.onednn.qlinear_prepack(w, None))
-    bias = None if bias is None else bias.float()
-    no_zero_points = torch.zeros(out_channels, dtype=torch.int32)
 
-    def run(samples: Tensor, scale: float, zero_point: int) -> Tensor:
-        rows = (samples.view(torch.uint8) ^ 0x80).flatten(0, -2)
+    def run(samples: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         y = torch.ops.onednn.qlinear_pointwise(
-            rows, scale, zero_point + 128, prepacked, weight.scale, no_zero_points, bias,
+            samples.flatten(0, -2), scale, zero_point, prepacked, weight.scale, _no_zero_points(out_channels), bias,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return y.view(*samples.shape[:-1], out_channels)
 
-    y = _by_timestep(x, quantizer, run)
-    if residual is not None:
-        y = y + residual
-    return y.to(out_dtype)
+    return _multiply(run, x, weight, quantizer, bias, None, residual, out_dtype)
 
 
 def int4_geglu_quantize(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, next_quantizer: Quantizer, bias: Tensor | None
 ) -> Tensor:
     """As ``reference.int4_geglu_quantize``."""
-    hidden, gate = int4_linear(x, weight, quantizer, bias, None, torch.float32).chunk(2, dim=-1)
+    product = int4_linear(x, weight, quantizer, bias, None, torch.float32)
+    if (functions := compiled.library()) is not None:
+        return compiled.geglu_quantize(functions, product, next_quantizer)
+    hidden, gate = product.chunk(2, dim=-1)
     return quantize(hidden * F.gelu(gate), next_quantizer, (0, 0), None)
 
 
@@ -112,6 +182,8 @@ def int4_conv2d(
     out_dtype: torch.dtype, with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.int4_conv2d``."""
+    batch, out_channels, kernel_h, kernel_w = x.shape[0], *weight.values.shape[:3]
+    size = conv2d_output_size(x.shape[1:3], (kernel_h, kernel_w), stride, dilation, upsample)
     if upsample:
         # Pixel i of the doubled and then padded image is pixel (i + 1) // 2 of the padded one.
         rows, columns = ((torch.arange(2 * size - 2) + 1) // 2 for size in x.shape[1:3])
@@ -122,26 +194,14 @@ def int4_conv2d(
             w.permute(0, 3, 1, 2).contiguous(), weight.scale, 1.0, 128, stride, (0, 0), dilation, 1, None
         ),
     )
-    bias = None if bias is None else bias.float()
-    no_zero_points = torch.zeros(weight.scale.numel(), dtype=torch.int32)
 
-    def run(samples: Tensor, scale: float, zero_point: int) -> Tensor:
-        pixels = (samples.view(torch.uint8) ^ 0x80).permute(0, 3, 1, 2)
+    def run(samples: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         y = torch.ops.onednn.qconv2d_pointwise(
-            pixels, scale, zero_point + 128, prepacked, weight.scale, no_zero_points, bias,
-            stride, (0, 0), dilation, 1, 1.0, 0, torch.float32, "none", [], "",
+            samples.permute(0, 3, 1, 2), scale, zero_point, prepacked, weight.scale, _no_zero_points(out_channels),
+            bias, stride, (0, 0), dilation, 1, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        return y.permute(0, 2, 3, 1)
+        return y.permute(0, 2, 3, 1).contiguous()
 
-    y = _by_timestep(x, quantizer, run)
-    if channel_add is not None:
-        y = y + channel_add[:, None, None, :]
-    if residual is not None:
-        y = y + residual
-    y = y.to(out_dtype).contiguous()
-    statistics = torch.empty(statistics_shape(y.shape[0], y.shape[1:3], y.shape[3], with_statistics))
-    if with_statistics:
-        runs = y.float().reshape(y.shape[0], -1, STATISTICS_ROWS, y.shape[3])
-        statistics[:, :, 0] = runs.sum(2)
-        statistics[:, :, 1] = runs.var(2, correction=0) * STATISTICS_ROWS
-    return y, statistics
+    statistics = torch.empty(statistics_shape(batch, size, out_channels, with_statistics))
+    wanted = statistics if with_statistics else None
+    return _multiply(run, x, weight, quantizer, bias, channel_add, residual, out_dtype, wanted), statistics

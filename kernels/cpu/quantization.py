@@ -1,4 +1,4 @@
-"""Quantization on CPUs, alone and behind norms."""
+"""Quantization on CPUs, alone and behind norms: one pass if there is a C++ compiler, otherwise plain torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dq_kernels.cpu import compiled
 from dq_kernels.records import Norm, Quantizer
 from dq_kernels.shapes import quantized_shape
 
 
 def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None) -> Tensor:
-    """As ``reference.quantize``, in place on one fp32 buffer."""
+    """As ``reference.quantize``."""
+    if (functions := compiled.library()) is not None:
+        return compiled.quantize(functions, x, quantizer, padding, skip)
     dilation, scale, zero_point, timestep_index, bits = quantizer
     x = x if skip is None else torch.cat([x, skip], dim=-1)
     index = timestep_index.clamp(0, scale.numel() - 1)
@@ -37,6 +40,10 @@ def group_norm_quantize(
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     """As ``reference.group_norm_quantize``."""
+    if (functions := compiled.library()) is not None:
+        return compiled.group_norm_quantize(
+            functions, x, num_groups, norm, quantizer, silu, skip, statistics, skip_statistics, padding
+        )
     # Contiguous, since torch's group norm of channels-last images subtracts squares, which cancels.
     image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2).contiguous()
     y = F.group_norm(image, num_groups, *_float(norm))
@@ -46,6 +53,8 @@ def group_norm_quantize(
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     """As ``reference.layer_norm_quantize``."""
+    if (functions := compiled.library()) is not None:
+        return compiled.layer_norm_quantize(functions, x, norm, quantizer)
     y = F.layer_norm(x.float(), x.shape[-1:], *_float(norm))
     return quantize(y, quantizer, (0, 0), None)
 

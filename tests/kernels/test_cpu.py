@@ -1,13 +1,15 @@
 """oneDNN's copies of weights: counted, dropped and refreshed with the weight, and exact in every later call."""
 
 import gc
+import shutil
 
 import pytest
 import torch
 from flat_operators import ops, reference
 
+from dq_kernels.cpu import compiled
 from dq_kernels.ops import PackedWeight, Quantizer, int4_linear
-from dq_kernels.packing import pack_int4
+from dq_kernels.packing import pack_int4, unpack_int4
 
 
 def call(module, op, arguments):
@@ -69,6 +71,21 @@ def test_copies_of_some_weights_can_be_counted(make):
     assert ops.prepacked_bytes([used, unused, conv["weight_values"]]) == sum(WEIGHTS.values())
 
 
+def test_copies_can_be_freed_and_are_made_again(make):
+    freed, kept = make("int4_linear", seed=0), make("int4_linear", seed=1)
+    before = ops.prepacked_bytes()
+    for arguments in (freed, kept):
+        ops.int4_linear(**arguments)
+
+    ops.free_prepacked([freed["weight_values"]])
+
+    assert ops.prepacked_bytes() == before + WEIGHTS["int4_linear"]
+    assert_exact("int4_linear", freed)
+    assert ops.prepacked_bytes() == before + 2 * WEIGHTS["int4_linear"]
+    ops.free_prepacked()
+    assert ops.prepacked_bytes() == 0
+
+
 @OPERATORS
 def test_copy_goes_when_the_weight_goes(make, op):
     gc.collect()  # weights of other tests
@@ -103,7 +120,8 @@ def test_copy_is_refreshed_when_the_weight_changes(make, op, change):
     first = call(ops, op, arguments)
 
     change(arguments["weight_values"], other["weight_values"])
-    second = call(ops, op, arguments | {"weight_sum": other["weight_sum"]})
+    weight_sum = unpack_int4(arguments["weight_values"]).flatten(1).sum(1, dtype=torch.int32)
+    second = call(ops, op, arguments | {"weight_sum": weight_sum})
 
     assert not torch.equal(first, second)
     assert torch.equal(second, call(reference, op, arguments))
@@ -190,3 +208,58 @@ def test_both_halves_of_a_byte_reach_onednn():
     y = int4_linear(torch.eye(8, dtype=torch.int8), weight, quantizer, out_dtype=torch.float32)
 
     assert y.flatten().tolist() == values.flatten().tolist()
+
+
+class TestCompiler:
+    """The compiled functions: found, built once, and replaced by plain torch without a compiler."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        for function in (compiled.library, compiled._cache_folder):
+            function.cache_clear()
+        yield
+        for function in (compiled.library, compiled._cache_folder):
+            function.cache_clear()
+
+    @staticmethod
+    def _compiler(folder, monkeypatch, script):
+        """Makes a script the only compiler."""
+        path = folder / "c++"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+        monkeypatch.setenv("CXX", str(path))
+
+    def test_without_a_compiler_layers_run_in_plain_torch_and_say_so(self, make, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+
+        with pytest.warns(UserWarning, match=r"several times slower: no C\+\+ compiler was found"):
+            assert_exact("int4_conv2d", make("int4_conv2d"))
+
+    def test_compiler_that_fails_is_named_with_its_message(self, make, monkeypatch, tmp_path):
+        self._compiler(tmp_path, monkeypatch, "echo no such header >&2; exit 1")
+
+        with pytest.warns(UserWarning, match=r"c\+\+ failed: .*no such header"):
+            assert_exact("int4_conv2d", make("int4_conv2d"))
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+    def test_option_that_the_compiler_does_not_take_is_left_out(self, monkeypatch, tmp_path, recwarn):
+        real = shutil.which("c++")
+        script = f'for option; do [ "$option" = -march=native ] && exit 1; done; exec {real} "$@"'
+        self._compiler(tmp_path, monkeypatch, script)
+
+        assert compiled.library() is not None
+        assert not recwarn.list
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+    def test_library_is_built_once_a_machine(self, monkeypatch, tmp_path):
+        assert compiled.library() is not None
+        [built] = (tmp_path / "dq_runtime").iterdir()
+        made = built.stat().st_mtime_ns
+        compiled.library.cache_clear()
+
+        assert compiled.library() is not None
+
+        assert [path.stat().st_mtime_ns for path in (tmp_path / "dq_runtime").iterdir()] == [made]
