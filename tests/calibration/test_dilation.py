@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation, weight_dilation
+from dq_runtime.calibration.dilation import (
+    VALUES_PER_TIMESTEP,
+    joint_dilation,
+    shared_weight_dilation,
+    weight_dilation,
+)
 from dq_runtime.calibration.temporal import by_group, rounded, temporal_quantizer
 from dq_runtime.calibration.weights import quantize_weight
 
@@ -181,6 +186,19 @@ def test_joint_dilation_never_errs_more_than_the_papers_rule_or_none(group, bits
             assert error <= 1.03 * quantized_output_error(weights, x, bits, other)
         gained += error < 0.9 * quantized_output_error(weights, x, bits, shared_weight_dilation(weights, 8.0))
     assert gained
+
+
+def test_joint_dilation_is_judged_on_all_samples():
+    """The first rows favour a dilation that loses on the others, which are large in the other channels."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 12, generator=generator)
+    first = torch.randn(VALUES_PER_TIMESTEP // 12, 12, generator=generator)
+    others = torch.randn(2000, 12, generator=generator)
+    first[:, :6] *= 16
+    others[:, 6:] *= 16
+
+    assert not torch.equal(joint_dilation([weight], [first], 4, 8.0), torch.ones(12))
+    assert torch.equal(joint_dilation([weight], [torch.cat([first, others])], 4, 8.0), torch.ones(12))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

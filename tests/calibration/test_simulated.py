@@ -284,6 +284,19 @@ def test_unfreezing_and_freezing_without_a_step_changes_nothing(kind):
     assert stand_in.values.dtype == torch.int8
 
 
+def test_weight_just_below_the_middle_of_two_values_keeps_its_value():
+    """In fp16, in which the unrounded weights are kept, it lies on the middle and would be rounded up."""
+    stand_in, _ = simulated_layer("linear", 8)
+    just_below = torch.full_like(stand_in.values, 3.49999, dtype=torch.float32)
+    stand_in.unfreeze((just_below, torch.ones_like(stand_in.weight_scale)))
+    stand_in.freeze()
+    assert (stand_in.values == 3).all()
+
+    stand_in.set_state(stand_in.state())
+
+    assert (stand_in.values == 3).all()
+
+
 def test_training_may_start_between_the_steps_and_from_another_scale(kind):
     stand_in, _ = simulated_layer(kind, 8)
     exact = 1.25 * stand_in.dilated_weight() / stand_in.weight_scale
