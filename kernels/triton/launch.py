@@ -28,6 +28,11 @@ def target_of(device: int | None) -> GPUTarget | None:
     return None if device is None else driver.active.get_current_target()
 
 
+def current_target() -> GPUTarget | None:
+    """The kind of the GPU on which Triton launches now; None in Triton's interpreter and without a GPU."""
+    return target_of(current_device())
+
+
 def launch_options(ptx: bool = True) -> dict[str, Any]:
     """Arguments of every launch on the current GPU.
 
@@ -43,7 +48,11 @@ def launch_options(ptx: bool = True) -> dict[str, Any]:
 
 @cache
 def _launch_options(device: int | None, ptx: bool) -> dict[str, Any]:
-    target = target_of(device)
+    return options_of(target_of(device), ptx)
+
+
+def options_of(target: GPUTarget | None, ptx: bool = True) -> dict[str, Any]:
+    """``launch_options`` on a GPU of this kind."""
     is_nvidia = target is not None and target.backend == "cuda"
     is_dependent = target is not None and is_nvidia and target.arch >= 90
     options = {"PTX": is_nvidia} if ptx else {}

@@ -109,6 +109,33 @@ def test_splitting_the_sum_does_not_change_a_bit(assert_bits_of_small_tiles, cas
     assert_bits_of_small_tiles(case, small(split_k=split_k))
 
 
+@pytest.mark.parametrize("case", OPERATORS)
+def test_joining_the_products_of_a_step_does_not_change_a_bit(monkeypatch, run, use_config, arguments_of, case):
+    """The products of both halves of K and, for GEGLU, of the hidden rows and the gates."""
+    use_config(small(split_k=2))
+
+    def launch(joins):
+        monkeypatch.setattr(gemm, "joins_halves", lambda target: joins)
+        return run(OPERATORS[case], arguments_of(case))
+
+    torch.testing.assert_close(launch(True), launch(False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", [64, 72], ids=["even", "ragged"])
+def test_joined_products_are_exact(
+    monkeypatch, run, use_config, linear_arguments, geglu_quantize_arguments, assert_quantized_alike, channels
+):
+    monkeypatch.setattr(gemm, "joins_halves", lambda target: True)
+    use_config(LaunchConfig(32, 16, 32, 4, 2))
+    arguments, _ = linear_arguments((3, 11, channels), 35)
+    geglu_arguments, _ = geglu_quantize_arguments((3, 11, channels), 34)
+
+    assert torch.equal(run("int4_linear", arguments), reference.int4_linear(**arguments))
+    assert_quantized_alike(
+        run("int4_geglu_quantize", geglu_arguments), reference.int4_geglu_quantize(**geglu_arguments)
+    )
+
+
 @pytest.mark.parametrize("split_k", [2, 3, 5])
 def test_split_sums_are_exact(run, use_config, linear_arguments, split_k):
     """Of 5 steps, the last of them ragged, in 2 tiles; repeated, because each launch counts its arrivals from 0."""

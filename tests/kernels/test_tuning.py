@@ -255,6 +255,15 @@ def test_options_are_for_gpus_that_have_the_instructions(install, target, interp
     assert launch.launch_options(ptx=False) == {name: value for name, value in expected.items() if name != "PTX"}
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [*((nvidia(arch), arch == 90) for arch in (80, 89, 90, 100, 120)), (AMD, False), (INTEL, False), (None, False)],
+    ids=str,
+)
+def test_products_are_joined_on_hopper_alone(target, expected):
+    assert tuning.joins_halves(target) is expected
+
+
 def test_every_gpu_of_a_machine_has_its_own_options_and_configurations(install):
     driver = install(nvidia(89), nvidia(90), AMD)
     expected = [("sm_89", False), ("sm_90", True), ("gfx942", False)]
