@@ -27,7 +27,7 @@ from torch import Tensor
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
 from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal, unpack_int4_x16
-from dq_kernels.triton.launch import cdiv, current_target, launch_options
+from dq_kernels.triton.launch import arrival_counters, cdiv, current_target, launch_options
 from dq_kernels.triton.quantization import quantize_tile, select_timestep
 from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config
 
@@ -125,6 +125,7 @@ def int4_gemm_kernel(
         tl.debug_barrier()
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != tl.num_programs(1) - 1:
             return
+        tl.store(arrivals_ptr + tile, 0)  # for the next launch, which does not fill it
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
         for split in range(tl.num_programs(1)):
             theirs = (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
@@ -322,7 +323,7 @@ def launch(
     if config.split_k > 1:
         tile = (config.block_n, config.block_m)
         partial = torch.empty(config.split_k, num_tiles, *tile, dtype=torch.int32, device=x.device)
-        arrivals = torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
+        arrivals = arrival_counters(num_tiles, x.device)
     return int4_gemm_kernel[(num_tiles, config.split_k)](
         x,
         weight.values,
