@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
-from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal, unpack_int4_x16
+from dq_kernels.triton.intrinsics import exp2, follow_previous_kernel, unpack_int4_x16
 from dq_kernels.triton.launch import arrival_counters, cdiv, current_target, launch_options
 from dq_kernels.triton.quantization import quantize_tile, select_timestep
 from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config
@@ -262,12 +262,14 @@ def _dequantize(accumulator, weight_sum_ptrs, weight_scale, act_scale_ptrs, act_
 
 @triton.jit
 def _gelu(x, PTX: tl.constexpr):
-    """x Phi(x); erf by formula 7.1.26 of Abramowitz and Stegun (error 1.5e-7), which is cheaper than libdevice's."""
-    z = tl.abs(x) * 0.7071067811865476
-    t = reciprocal(1 + 0.3275911 * z, PTX)
-    polynomial = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    tail = 0.5 * polynomial * exp(-z * z, PTX)  # 1 - Phi(|x|)
-    return x * tl.where(x < 0, tail, 1 - tail)
+    """x Phi(x) as max(x, 0) - u (1 - Phi(u)), u = |x|; 1 - Phi(u) is 2 to the power of a polynomial.
+
+    The polynomial has the least error of u (1 - Phi(u)), 4.4e-7; with rounding in fp32 it is 6.4e-7. A form with
+    ``tanh.approx`` saves an instruction or two, but its relative error of 2^-11 changes 6 of 10 000 int8 results.
+    """
+    u = tl.abs(x)
+    exponent = (((-0.00047329405 * u + 0.0070844616) * u - 0.05182717) * u - 0.45999264) * u - 1.1507878
+    return tl.maximum(x, 0.0) - u * exp2(exponent * u - 1.0000376, PTX)
 
 
 class Geometry(NamedTuple):

@@ -43,13 +43,19 @@ def reciprocal(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def exp(x, PTX: tl.constexpr):
-    """e^x; results below the smallest normal number may be 0."""
+def exp2(x, PTX: tl.constexpr):
+    """2^x; results below the smallest normal number may be 0."""
     if PTX:
         return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.exp(x)
+    return tl.exp2(x)
+
+
+@triton.jit
+def exp(x, PTX: tl.constexpr):
+    """e^x; results below the smallest normal number may be 0."""
+    return exp2(x * 1.4426950408889634, PTX) if PTX else tl.exp(x)
 
 
 @triton.jit
