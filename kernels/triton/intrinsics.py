@@ -62,12 +62,20 @@ def exp(x, PTX: tl.constexpr):
 def follow_previous_kernel(PDL: tl.constexpr):
     """With programmatic dependent launch: waits for the previous kernel, and allows the next one to launch.
 
-    It is the first statement of a kernel, before any memory access. So only the launches overlap, about a microsecond
-    each.
+    It stands before any memory access of a kernel but ``prefetch``. So only the launches overlap, about a microsecond
+    each, and prefetches of what no kernel writes.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """PTX only: fetches the cache lines of these addresses into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
