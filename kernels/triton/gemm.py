@@ -219,7 +219,7 @@ def _multiply(
         row, column = tap // KERNEL_W * DILATION_H, tap % KERNEL_W * DILATION_W
         if UPSAMPLE:
             # Pixel i of the doubled and then padded image is pixel (i + 1) // 2 of the padded one.
-            source = (top + row + 1) // 2 * width + (left + column + 1) // 2
+            source = (top + row + 1 >> 1) * width + (left + column + 1 >> 1)
             x_ptrs = image + (source * (2 * half_channels) + start)
         else:
             x_ptrs = x_rows + ((row * width + column) * (2 * half_channels) + start)

@@ -83,8 +83,8 @@ KERNELS = [
     ),
     Mutant(
         "gemm_upsampled_row", GEMM,
-        "source = (top + row + 1) // 2 * width",
-        "source = (top + row) // 2 * width",
+        "source = (top + row + 1 >> 1) * width",
+        "source = (top + row >> 1) * width",
         TEST_CONV2D, "test_integer_sums_of_an_upsampled_image_are_exact and triton",
     ),
     Mutant(
