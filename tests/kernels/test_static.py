@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 
 from benchmarks.result_files import ROOT
+from benchmarks.speed.launches import Launch
+from benchmarks.speed.problem import Problem
 from benchmarks.static_analysis import kernel_uses, machine_code, static_kernels
-from dq_kernels.triton import attention
+from dq_kernels.triton import attention, gemm
+from dq_kernels.triton.launch import options_of
 
 MMA_SYNC = r"mma\.sync\.\S*\.s32\.s8\.s8\.s32"
 MMA = {
@@ -208,6 +211,51 @@ def test_unpacking_takes_three_instructions_for_eight_nibbles(rows: list[Row]) -
         assert 0 < row["loop_unpack"] <= 6 * row["loop_mma"], name
     for name, row in gemms(rows, "sm_80", "sm_86", "sm_89").items():
         assert 0 < row["loop_unpack"] < row["loop_mma"] * max(1, 64 / row["block_m"]), name
+
+
+class Recorder:
+    """In place of the kernel: keeps the arguments of its last launch, by name."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names, self.last = kernel.arg_names, dict[str, Any]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.last.update(zip(self.names, arguments, strict=False), **options)
+
+
+@pytest.mark.parametrize(
+    ("use", "shape"),
+    [
+        ("linear, even K", Launch("linear", 512, 64, 512, (2, 256, 512), (64, 256))),
+        ("linear, GEGLU, quantized", Launch("linear_geglu", 512, 64, 352, (2, 256, 352), (128, 176))),
+        (
+            "conv 3x3, even K, addend, statistics",
+            Launch("conv2d", 512, 64, 4608, (2, 18, 18, 512), (64, 3, 3, 256), channel_add=True, statistics=True),
+        ),
+    ],
+    ids=["linear", "geglu", "conv2d"],
+)
+def test_report_compiles_what_the_runtime_and_the_tuner_launch(
+    monkeypatch: pytest.MonkeyPatch, use: str, shape: Launch
+) -> None:
+    recorder, compiled = Recorder(gemm.int4_gemm_kernel), []
+    annotations = gemm.int4_gemm_kernel.fn.__annotations__
+    constants = {name for name, kind in annotations.items() if kind == "tl.constexpr"}
+    monkeypatch.setattr(gemm, "int4_gemm_kernel", recorder)
+    monkeypatch.setattr(gemm, "current_target", lambda: kernel_uses.TARGETS["sm_90"])
+    monkeypatch.setattr(gemm, "launch_options", lambda: options_of(kernel_uses.TARGETS["sm_90"]))
+    monkeypatch.setattr(kernel_uses, "_compile", lambda *arguments: compiled.append(arguments))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    problem, gemm_use = Problem(shape, "cpu", copies=1), kernel_uses.USES["int4_gemm", use]
+    for config in gemm_use.configs("sm_90"):
+        problem.run(config)
+        kernel_uses.compile_use(gemm_use, "sm_90", config)
+        _, _, given, _, _, options = compiled.pop()
+        assert constants <= set(given)
+        expected = {name: value for name, value in (given | options).items() if name in recorder.last}
+        assert {name: recorder.last[name] for name in expected} == expected
+        assert set(options) <= set(expected)
 
 
 def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
