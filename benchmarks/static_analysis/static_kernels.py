@@ -8,11 +8,14 @@ the names of its columns, then rows:
 
 - ``registers`` of a thread, ``spills`` (instructions that access local memory), ``stack_bytes``, ``shared_bytes``;
   ``blocks``, the resident blocks per multiprocessor, and ``occupancy``, their share of its warps, as limited by these;
+- ``early_prefetches`` and ``early_accesses`` of global memory, before the wait for the previous kernel (programmatic
+  dependent launch);
 - ``mma``: matrix instructions by name, in PTX for NVIDIA, in the machine code for AMD;
 - ``loop_*``: instructions of the main loop, which is the innermost loop with a matrix instruction, or the whole kernel
   if there is none. ``loop_loads`` are loads from global memory by bytes per thread. ``loop_integer`` are integer, logic
   and move instructions, except scalar ones. ``loop_unpack`` are instructions that unpack nibbles (NVIDIA; see
-  ``machine_code.nibble_instructions``). ``loop_waits`` are barriers and waits.
+  ``machine_code.nibble_instructions``). ``loop_waits`` are barriers and waits, of
+  which ``loop_wgmma_waits`` wait for asynchronous matrix instructions (Hopper).
 - ``int8_*``: the same for ``int8_baseline``, the loop with int8 weights. ``ratio`` is the number of loop instructions
   per multiply-add, relative to int8; if the names of matrix instructions do not have their size (sm_100), it is per
   matrix instruction.
@@ -83,19 +86,22 @@ def describe(target: str, kernel: CompiledKernel) -> tuple[Row, list[Instruction
     blocks, share = machine_code.occupancy(
         target, allocation.registers, kernel.metadata.num_warps, shared, columns
     )  # fmt: skip
-    loop = main_loop(instructions)
+    loop, early = main_loop(instructions), machine_code.before_wait(instructions)
     row = {
         **allocation._asdict(),
         "shared_bytes": shared,
         "blocks": blocks,
         "occupancy": round(share, 3),
         "instructions": len(instructions),
+        "early_prefetches": count(early, machine_code.PREFETCH) or None,
+        "early_accesses": count(early, machine_code.GLOBAL_ACCESS) or None,
         "loop_instructions": len(loop),
         "loop_mma": count(loop, MMA),
         "loop_loads": machine_code.global_loads(loop),
         "loop_shared_stores": count(loop, machine_code.SHARED_STORE),
         "loop_integer": count(loop, machine_code.INTEGER),
         "loop_waits": count(loop, machine_code.WAIT),
+        "loop_wgmma_waits": count(loop, machine_code.WGMMA_WAIT) or None,
     }
     return row, loop
 

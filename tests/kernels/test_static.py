@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 
 from benchmarks.result_files import ROOT
+from benchmarks.speed.launches import Launch
+from benchmarks.speed.problem import Problem
 from benchmarks.static_analysis import kernel_uses, machine_code, static_kernels
-from dq_kernels.triton import attention
+from dq_kernels.triton import attention, gemm
+from dq_kernels.triton.launch import options_of
 
 MMA_SYNC = r"mma\.sync\.\S*\.s32\.s8\.s8\.s32"
 MMA = {
@@ -170,14 +173,28 @@ def test_main_loop_stores_no_operand_to_shared_memory(rows: list[Row]) -> None:
     assert {name: number for name, number in stores.items() if number} == {}
 
 
+def test_hopper_waits_for_one_product_a_step(rows: list[Row]) -> None:
+    # Triton waits for the asynchronous wgmma after each product whose operand A is in registers.
+    waits = {name: row["loop_wgmma_waits"] for name, row in gemms(rows, "sm_90").items()}
+    assert set(waits.values()) == {1}, waits
+
+
+def test_only_weights_are_touched_before_the_previous_kernel_has_ended(rows: list[Row]) -> None:
+    assert {identity(row): row["early_accesses"] for row in rows if "early_accesses" in row} == {}
+    assert [name for name, row in gemms(rows, "sm_90").items() if "early_prefetches" not in row] == []
+
+
 def test_main_loop_loads_as_wide_as_the_tile_permits(rows: list[Row]) -> None:
     # 16 bytes a thread; if a tile has fewer bytes for each thread, all of them at once.
     wrong = {}
     for name, row in gemms(rows, *MMA).items():
         threads = row["num_warps"] * machine_code.LIMITS[row["target"]].warp_size
         weight, activations = (row["block_k"] * row[size] // threads for size in ("block_n", "block_m"))
+        tiles = [*[weight] * (1 + ("GEGLU" in row["use"])), activations, activations]
+        if row["target"] == "sm_90":  # both halves of K are one tile, and so are GEGLU's hidden rows and gates
+            tiles = [sum(tiles[:-2]), 2 * activations]
         expected: Counter[str] = Counter()
-        for size in (weight, activations, activations, *[weight] * ("GEGLU" in row["use"])):
+        for size in tiles:
             expected[str(min(16, size))] += max(1, size // 16)
         # AMD's compiler moves some loads of the next step in front of the loop's masks: only widths are compared.
         found = row["loop_loads"] if row["target"] in NVIDIA else dict.fromkeys(row["loop_loads"])
@@ -196,6 +213,51 @@ def test_unpacking_takes_three_instructions_for_eight_nibbles(rows: list[Row]) -
         assert 0 < row["loop_unpack"] < row["loop_mma"] * max(1, 64 / row["block_m"]), name
 
 
+class Recorder:
+    """In place of the kernel: keeps the arguments of its last launch, by name."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names, self.last = kernel.arg_names, dict[str, Any]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.last.update(zip(self.names, arguments, strict=False), **options)
+
+
+@pytest.mark.parametrize(
+    ("use", "shape"),
+    [
+        ("linear, even K", Launch("linear", 512, 64, 512, (2, 256, 512), (64, 256))),
+        ("linear, GEGLU, quantized", Launch("linear_geglu", 512, 64, 352, (2, 256, 352), (128, 176))),
+        (
+            "conv 3x3, even K, addend, statistics",
+            Launch("conv2d", 512, 64, 4608, (2, 18, 18, 512), (64, 3, 3, 256), channel_add=True, statistics=True),
+        ),
+    ],
+    ids=["linear", "geglu", "conv2d"],
+)
+def test_report_compiles_what_the_runtime_and_the_tuner_launch(
+    monkeypatch: pytest.MonkeyPatch, use: str, shape: Launch
+) -> None:
+    recorder, compiled = Recorder(gemm.int4_gemm_kernel), []
+    annotations = gemm.int4_gemm_kernel.fn.__annotations__
+    constants = {name for name, kind in annotations.items() if kind == "tl.constexpr"}
+    monkeypatch.setattr(gemm, "int4_gemm_kernel", recorder)
+    monkeypatch.setattr(gemm, "current_target", lambda: kernel_uses.TARGETS["sm_90"])
+    monkeypatch.setattr(gemm, "launch_options", lambda: options_of(kernel_uses.TARGETS["sm_90"]))
+    monkeypatch.setattr(kernel_uses, "_compile", lambda *arguments: compiled.append(arguments))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    problem, gemm_use = Problem(shape, "cpu", copies=1), kernel_uses.USES["int4_gemm", use]
+    for config in gemm_use.configs("sm_90"):
+        problem.run(config)
+        kernel_uses.compile_use(gemm_use, "sm_90", config)
+        _, _, given, _, _, options = compiled.pop()
+        assert constants <= set(given)
+        expected = {name: value for name, value in (given | options).items() if name in recorder.last}
+        assert {name: recorder.last[name] for name in expected} == expected
+        assert set(options) <= set(expected)
+
+
 def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     use = kernel_uses.GEMM_USES[0]
@@ -206,6 +268,8 @@ def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 # Two steps of a loop, in the form that nvdisasm prints; the first shift computes an address.
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0004*/                   CCTL.E.PF2  [R4] ;
+        /*0008*/                   ACQBULK  ;
 .L_x_1:
         /*0010*/                   IMAD.SHL.U32 R9, R8, 0x10, RZ ;
         /*0020*/                   LDSM.16.M88.4 R4, [R9+UR14+0xc000] ;
@@ -222,6 +286,9 @@ SASS = """
 
 
 def test_sass_is_read_as_written() -> None:
+    early = machine_code.before_wait(machine_code.parse(SASS))
+    assert machine_code.count(early, machine_code.PREFETCH) == 1
+    assert machine_code.count(early, machine_code.GLOBAL_ACCESS) == 0
     loop = machine_code.main_loop(machine_code.parse(SASS))
     assert [line.name for line in (loop[0], loop[-1])] == ["IMAD.SHL.U32", "BRA"]
     assert machine_code.nibble_instructions(loop) == 3

@@ -83,8 +83,8 @@ KERNELS = [
     ),
     Mutant(
         "gemm_upsampled_row", GEMM,
-        "source = (top + row + 1) // 2 * width",
-        "source = (top + row) // 2 * width",
+        "source = (top + row + 1 >> 1) * width",
+        "source = (top + row >> 1) * width",
         TEST_CONV2D, "test_integer_sums_of_an_upsampled_image_are_exact and triton",
     ),
     Mutant(
@@ -97,13 +97,13 @@ KERNELS = [
         "gemm_split_share", GEMM,
         "share = tl.cdiv(TAPS * blocks, tl.num_programs(1))",
         "share = TAPS * blocks // tl.num_programs(1)",
-        TEST_GEMM, "test_split_sums_are_exact",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
     ),
     Mutant(
         "gemm_split_starts_inside_a_tap", GEMM,
         "start = first % blocks * BLOCK_K if IS_SPLIT else 0",
         "start = 0",
-        TEST_GEMM, "test_split_sums_are_exact",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
     ),
     Mutant(
         "gemm_split_starts_at_a_tap", GEMM,
@@ -115,7 +115,13 @@ KERNELS = [
         "gemm_split_finished_early", GEMM,
         'sem="acq_rel") != tl.num_programs(1) - 1:',
         'sem="acq_rel") != tl.num_programs(1) - 2:',
-        TEST_GEMM, "test_split_sums_are_exact",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
+    ),
+    Mutant(
+        "gemm_arrivals_not_reset", GEMM,
+        "tl.store(arrivals_ptr + tile, 0)",
+        "tl.store(arrivals_ptr + tile, 1)",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
     ),
     Mutant(
         "tuning_split_gates", TUNING,
@@ -149,8 +155,8 @@ KERNELS = [
     ),
     Mutant(
         "gemm_gelu_of_negative_numbers", GEMM,
-        "x * tl.where(x < 0, tail, 1 - tail)",
-        "x * (1 - tail)",
+        "tl.maximum(x, 0.0) - u *",
+        "x - u *",
         TEST_LINEAR, "test_requantized_result_is_the_references and triton",
     ),
     Mutant(
