@@ -105,7 +105,7 @@ def read_unets(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     document = json.loads(path.read_text(encoding="utf-8"))
-    return {name: document[name] for name in ("batch", "compile_mode", "unets") if name in document}
+    return {"rows": document["rows"]}
 
 
 def run_stage(stage: Stage, seconds: float, interruption: Interruption) -> dict[str, Any]:
