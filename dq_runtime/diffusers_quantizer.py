@@ -13,6 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from dq_kernels import ops
+from dq_runtime import digest
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
 from dq_runtime.convert import insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, quantized_layers
@@ -33,6 +34,7 @@ class DilateQuantizer(DiffusersQuantizer):
                 "save_pretrained"
             )
         super().__init__(quantization_config, **kwargs)
+        self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -47,9 +49,11 @@ class DilateQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         insert_empty_layers(model, self.quantization_config)
+        digest.expect(model)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raises ValueError for missing tensors; diffusers would only warn, and leave the layer empty."""
+        missing_keys = [key for key in missing_keys if not key.endswith(f".{digest.NAME}")]
         self._refuse("missing", missing_keys)
         return missing_keys
 
@@ -64,8 +68,13 @@ class DilateQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """True if a tensor is a packed weight or a table, which must not be cast."""
+        """True if a tensor is a packed weight or a table, which must not be cast.
+
+        Loading calls this once for every tensor at least, with the tensors as they are stored: they are checksummed.
+        """
         module_name, _, tensor_name = param_name.rpartition(".")
+        if tensor_name != digest.NAME and param_name not in self._checksums and param_name in state_dict:
+            self._checksums[param_name] = digest.checksum(param_name, state_dict[param_name])
         module = model.get_submodule(module_name)
         return isinstance(module, QuantizedLayer) and tensor_name != "bias"
 
@@ -74,7 +83,7 @@ class DilateQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Raises ValueError if a tensor's shape is not that of its layer."""
         expected, found = tuple(current_param.shape), tuple(loaded_param.shape)
-        if expected != found:
+        if expected != found and not param_name.endswith(f".{digest.NAME}"):  # of which other errors follow
             raise ValueError(
                 f"{param_name}: expected shape {expected}, the checkpoint holds {found}. It was made for another model "
                 "or config: save it again"
@@ -110,10 +119,19 @@ class DilateQuantizer(DiffusersQuantizer):
         else:
             module._buffers[tensor_name] = value
 
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tensors to save, with their digest."""
+        return digest.with_digest(state_dict, self.quantization_config), {}
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for layer in quantized_layers(model).values():
             if not layer.weight.is_meta:  # else the weight is offloaded to disk
                 layer.check_tensors()
+        if not digest.verify(model, self._checksums, self.quantization_config):
+            digest.warn_without_digest()
+        self._checksums = {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.
         model.is_quantized = False

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from dq_runtime import DilateQuantConfig
+from dq_runtime import DilateQuantConfig, digest
 from dq_runtime.layers import quantized_layers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -58,7 +59,11 @@ def test_saved_files_are_safetensors_and_a_config(saved):
 
 
 def test_file_holds_what_the_unet_holds_and_no_more(saved, unet2d_condition, assert_same_tensors):
-    assert_same_tensors(load_file(saved / WEIGHTS), unet2d_condition.quantized.state_dict())
+    tensors = load_file(saved / WEIGHTS)
+    digests = [name for name in tensors if name.endswith(digest.NAME)]
+    assert len(digests) == 1
+    assert tensors.pop(digests[0]).shape == (len(tensors) + 1,)
+    assert_same_tensors(tensors, unet2d_condition.quantized.state_dict())
 
 
 def test_quantized_weights_take_a_quarter_of_fp16(unet2d, tmp_path):
@@ -306,6 +311,100 @@ def test_corrupt_values_are_refused_by_the_layer_s_name(damaged, layer, tensor, 
 
     with pytest.raises(ValueError, match=rf"{layer}\.{tensor}.*corrupt: download or save it again"):
         UNet2DConditionModel.from_pretrained(path)
+
+
+def swap(a, b):
+    def change(tensors):
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    return change
+
+
+def exchange_nibbles(tensors):
+    """Two weights of one output channel change places, so that their sum stays."""
+    row = tensors[f"{LINEAR}.weight"][0]
+    place = int((row & 0x0F != row >> 4).nonzero()[0])
+    row[place] = row[place] >> 4 | (row[place] & 0x0F) << 4
+
+
+def shift(name):
+    return lambda tensors: tensors[name].view(-1)[3:4].add_(0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (exchange_nibbles, f"{LINEAR}.weight"),
+        (swap("mid_block.resnets.0.conv1.act_scale", "mid_block.resnets.1.conv1.act_scale"), f"{CONV}.act_scale"),
+        *(
+            (shift(name), name)
+            for name in (
+                f"{CONV}.weight_scale", f"{CONV}.weight_dilation", f"{LINEAR}.act_scale", f"{CONV}.bias",
+                "conv_in.weight", "mid_block.resnets.0.norm1.weight", "conv_norm_out.bias",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_plausible_values_of_another_model_are_refused_by_name(damaged, change, named):
+    path = damaged(change)
+
+    with pytest.raises(ValueError, match=rf"not those that were saved .*: .*{named}.* from another save: download"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+@pytest.mark.parametrize("field", ["timesteps", "timestep_groups", "int8_attention"])
+def test_config_of_another_save_is_refused(damaged, field):
+    other = {"timesteps": [0.0, 10.0, 20.0, 30.0], "timestep_groups": 2, "int8_attention": ["attn1"]}[field]
+    path = damaged(change_config=lambda config: config.update({field: other}))
+
+    with pytest.raises(ValueError, match=r"config.json is not the one that was saved with these tensors"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+@pytest.fixture
+def other_save(unet2d_condition):
+    """The quantized UNet with other biases."""
+    other = unet2d_condition.copy()
+    for layer in quantized_layers(other).values():
+        if layer.bias is not None:
+            layer.bias.data += 0.01
+    return other
+
+
+def test_shard_of_another_save_is_refused(unet2d_condition, other_save, tmp_path):
+    for name, unet in {"old": unet2d_condition.quantized, "new": other_save}.items():
+        unet.save_pretrained(tmp_path / name, max_shard_size="200KB")
+    shards = sorted(path.name for path in (tmp_path / "new").glob("*.safetensors"))
+    for shard in shards:
+        shutil.copytree(tmp_path / "old", tmp_path / shard)
+        shutil.copy(tmp_path / "new" / shard, tmp_path / shard / shard)
+
+        with pytest.raises(ValueError, match="from another save"):
+            UNet2DConditionModel.from_pretrained(tmp_path / shard)
+
+
+def test_weights_of_another_save_are_refused(saved, unet2d_condition, tmp_path):
+    """A save that was interrupted between the config and the weights leaves these two."""
+    timesteps = unet2d_condition.copy()
+    timesteps.hf_quantizer.quantization_config.timesteps = [0.0, 10.0, 20.0, 30.0]
+    timesteps.save_pretrained(tmp_path)
+    shutil.copy(saved / WEIGHTS, tmp_path / WEIGHTS)
+
+    with pytest.raises(ValueError, match=r"config.json is not the one"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_checkpoint_without_digest_loads_with_a_warning(damaged, unet2d_condition, assert_same_tensors, recwarn):
+    def remove(tensors):
+        del tensors[next(name for name in tensors if name.endswith(digest.NAME))]
+
+    path = damaged(remove)
+    recwarn.clear()
+
+    unet = UNet2DConditionModel.from_pretrained(path)
+
+    assert any("has no digest" in str(warning.message) for warning in recwarn)
+    assert_same_tensors(unet.state_dict(), unet2d_condition.quantized.state_dict())
 
 
 def test_undamaged_copy_loads(damaged, unet2d_condition, assert_same_tensors):
