@@ -26,7 +26,7 @@ def checksum(name: str, tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's name, dtype, shape and bytes."""
     start = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(memoryview(flat.view(torch.uint8).numpy()), start) if flat.numel() else start
+    return zlib.crc32(flat.view(torch.uint8).numpy().data, start) if flat.numel() else start
 
 
 def digest(checksums: Mapping[str, int], config: DilateQuantConfig) -> torch.Tensor:
