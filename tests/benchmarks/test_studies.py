@@ -1,5 +1,6 @@
 """The studies that README quotes: timesteps' importance, skip ranges, unseen timesteps, attention in int8."""
 
+import functools
 import json
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from fused_unets import call, new_unet, quantized
 
+import dq_runtime
 from benchmarks.quality import int8_attention, skip_ranges, study, timestep_importance, unseen_timesteps
 from dq_runtime.layers import quantized_layers
 
@@ -58,9 +60,11 @@ def test_two_quantizers_win_where_ranges_are_far_apart():
     assert two > one + 3
 
 
-def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run):
-    names = ("DDIM, 20 steps", "LCM, 4 steps")
-    samplers = {name: unseen_timesteps.SAMPLERS[name] for name in names}
+def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run, monkeypatch):
+    names, steps = ("DDIM, 20 steps", "LCM, 4 steps"), (10, 4)
+    samplers = {name: (unseen_timesteps.SAMPLERS[name][0], number) for name, number in zip(names, steps, strict=True)}
+    config = functools.partial(dq_runtime.DilateQuantConfig, dilation="weight")
+    monkeypatch.setattr(unseen_timesteps.dq_runtime, "DilateQuantConfig", config)
     arguments = ("--bits", "4", "--seeds", "1")
     report = run(unseen_timesteps, *arguments, SAMPLERS=samplers, IMAGES=4, CALIBRATION_SAMPLES=4)
 

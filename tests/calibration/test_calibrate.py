@@ -275,7 +275,7 @@ def test_the_configs_activation_bits_reach_every_layer(bits):
 def test_single_layers_can_have_other_activation_bits():
     unet = unet2d()
     wanted = {"conv_shortcut": 8, "up_blocks.1.resnets.0.conv_shortcut": 6}
-    config = DilateQuantConfig(activation_bits=4, layer_activation_bits=wanted)
+    config = DilateQuantConfig(activation_bits=4, layer_activation_bits=wanted, dilation="weight")
     calibrate(unet, recorded(unet), config, dq_runtime.Distillation(samples=2, batch_size=2, iterations=1))
 
     bits = {name: layer.activation_bits for name, layer in quantized_layers(unet).items()}
@@ -401,7 +401,7 @@ def unet_with_unreached_layer():
 
 def test_an_unreached_layer_stays_as_it_is_in_one_line_of_the_log(unet_with_unreached_layer, caplog, tmp_path):
     unet, tokens = unet_with_unreached_layer, torch.randn(2, 5, 32)
-    original, config = unet.get_submodule(UNREACHED).weight.clone(), DilateQuantConfig()
+    original, config = unet.get_submodule(UNREACHED).weight.clone(), DilateQuantConfig(dilation="weight")
     with caplog.at_level(logging.WARNING, logger="dq_runtime"):
         calibrate(unet, recorded(unet, encoder_hidden_states=tokens), config)
 
@@ -443,7 +443,8 @@ def test_more_activation_bits_come_closer_to_a_trained_unet():
 
     errors = {}
     for bits in (8, 4):
-        quantized = calibrate(copy.deepcopy(unet), calibration_set, DilateQuantConfig(activation_bits=bits))
+        config = DilateQuantConfig(activation_bits=bits, dilation="weight")
+        quantized = calibrate(copy.deepcopy(unet), calibration_set, config)
         expected = unet(fresh, 500, **condition).sample
         errors[bits] = relative_rms(quantized(fresh, 500, **condition).sample, expected)
 

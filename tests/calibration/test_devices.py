@@ -16,11 +16,12 @@ import distilling
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from elsewhere import DEVICE, Elsewhere
 
-make, settings = sys.argv[1], json.loads(sys.argv[2])
+make, dilation, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 distillation = None if settings is None else Distillation(**{**distilling.SMALL, **settings})
 unet = getattr(distilling, make)()
-calibration_set = distilling.recorded(unet, rows=32)
-config = DilateQuantConfig(activation_bits=4, **{**distilling.FEW_BLOCKS, "dilation": "joint"})
+calibration_set = distilling.recorded(unet, rows=16)
+kept = [*distilling.FEW_BLOCKS["modules_to_not_convert"], "down_blocks.0"]
+config = DilateQuantConfig(activation_bits=4, dilation=dilation, modules_to_not_convert=kept)
 
 def error_on(device):
     quantized = calibrate(copy.deepcopy(unet).to(device), calibration_set, config, distillation)
@@ -39,16 +40,16 @@ print(json.dumps(errors))
     reason="this torch cannot emulate a device",
 )
 @pytest.mark.parametrize(
-    ("make", "settings"),
+    ("make", "dilation", "settings"),
     [
-        ("unet2d", None),
-        ("unet2d_condition", {"polish_iterations": 2, "gradient_checkpointing": True}),
+        ("unet2d", "joint", None),
+        ("unet2d_condition", "weight", {"polish_iterations": 2, "gradient_checkpointing": True}),
     ],
     ids=str,
 )
-def test_everything_is_calibrated_where_the_unet_is(make, settings):
+def test_everything_is_calibrated_where_the_unet_is(make, dilation, settings):
     done = subprocess.run(
-        [sys.executable, "-c", CALIBRATE, make, json.dumps(settings)],
+        [sys.executable, "-c", CALIBRATE, make, dilation, json.dumps(settings)],
         cwd=SUPPORT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

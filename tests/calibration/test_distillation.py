@@ -441,7 +441,7 @@ def test_convolutions_keep_their_library_while_it_trains(plain, monkeypatch):
 
 def test_transformers_of_a_block_may_compute_activations_twice(monkeypatch):
     unet = unet2d_condition()
-    calibration_set, config, forwards = recorded(unet), DilateQuantConfig(), []
+    calibration_set, config, forwards = recorded(unet), DilateQuantConfig(dilation="weight"), []
     monkeypatch.setattr(
         BasicTransformerBlock,
         "forward",
