@@ -79,7 +79,7 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
     if dry_run:
         tests = [*pytest, "-x", "tests/kernels/test_packing.py"]
         kernels += ["--tiny"]
-        unet += ["--device", "cpu", "--unet", "ddpm_cifar", "--batch", "1", "--rounds", "1", "--no-compiled"]
+        unet += ["--device", "cpu", "--unet", "ddpm_cifar", "--batch", "1", "--rounds", "1", "--row", "int4"]
     else:
         kernels += ["--full"] if full else []
         unet += ["--unet", "sd15", "--unet", "sdxl"]
