@@ -21,7 +21,16 @@ from dq_kernels.shapes import BLOCK_KEYS, STATISTICS_ROWS
 from dq_kernels.triton import attention, norm, quantization
 from dq_kernels.triton.gemm import int4_gemm_kernel
 from dq_kernels.triton.launch import options_of
-from dq_kernels.triton.tuning import AMD_FILE, FILES, LaunchConfig, Problem, adjusted, joins_halves, tuned_shapes
+from dq_kernels.triton.tuning import (
+    AMD_FILE,
+    FILES,
+    LaunchConfig,
+    Problem,
+    adjusted,
+    joins_halves,
+    register_limit,
+    tuned_shapes,
+)
 
 TARGETS = {
     **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100)},
@@ -80,12 +89,15 @@ class Use:
         shapes = (shape for shape in tuned_shapes(tuning_file(target)) if shape.op == self.op)
         return list(dict.fromkeys(self._compiled(shape.config) for shape in shapes))
 
+    @property
+    def problem(self) -> Problem:
+        """The problem of a use with tuning, as far as it decides the launch."""
+        rows_per_sample = 0 if self.constants["TILE_IN_SAMPLE"] else 1  # a multiple of every tile size, or of none
+        return Problem(self.op or "", 1, 1, 1, rows_per_sample, "statistics_ptr" not in self.constants)
+
     def _compiled(self, config: LaunchConfig) -> LaunchConfig:
         """The adjusted configuration as launched; ``group_m`` is 1, and ``split_k`` above 1 is 2."""
-        rows_per_sample = 0 if self.constants["TILE_IN_SAMPLE"] else 1  # a multiple of every tile size, or of none
-        with_statistics = "statistics_ptr" not in self.constants
-        problem = Problem(self.op or "", 1, 1, 1, rows_per_sample, with_statistics)
-        config = adjusted(config, problem)
+        config = adjusted(config, self.problem)
         return replace(config, group_m=1, split_k=2 if config.split_k > 1 else 1)
 
 
@@ -216,6 +228,7 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
         constants |= {"IS_SPLIT": config.split_k > 1}
         options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options |= register_limit(config, use.problem, TARGETS[target])
         if config.split_k > 1:
             constants = {name: value for name, value in constants.items() if name not in PARTIAL}
     return _compile(use.kernel, target, constants, use.odd, TYPES | dict(use.types), options)

@@ -30,7 +30,7 @@ from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_sh
 from dq_kernels.triton.intrinsics import exp2, follow_previous_kernel, prefetch, unpack_int4_x16
 from dq_kernels.triton.launch import arrival_counters, cdiv, current_target, launch_options
 from dq_kernels.triton.quantization import quantize_tile, select_timestep
-from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config
+from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config, register_limit
 
 
 # Sizes that enter no address: specializing on their alignment would compile kernels that are equal.
@@ -333,7 +333,7 @@ def launch(
     reduction = 2 * weight.values.numel() // weight.values.shape[0]
     op = "linear_geglu" if following is not None else "linear" if geometry.is_linear else "conv2d"
     problem = Problem(op, num_rows, out_channels, reduction, rows_per_sample, statistics is not None)
-    config = launch_config(problem) if tuned is None else adjusted(tuned, problem)
+    config, target = launch_config(problem) if tuned is None else adjusted(tuned, problem), current_target()
     num_tiles = cdiv(out_channels, config.block_n) * cdiv(num_rows, config.block_m)
     partial = arrivals = None
     if config.split_k > 1:
@@ -383,11 +383,12 @@ def launch(
         BLOCK_K=config.block_k,
         IS_SPLIT=config.split_k > 1,
         EVEN_K=half_channels % config.block_k == 0,
-        JOIN_HALVES=joins_halves(current_target()),
+        JOIN_HALVES=joins_halves(target),
         TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(),
+        **register_limit(config, problem, target),
         enable_fp_fusion=True,  # the default until Triton 3.10
     )
 

@@ -156,6 +156,20 @@ def adjusted(config: LaunchConfig, problem: Problem) -> LaunchConfig:
     return config
 
 
+def register_limit(config: LaunchConfig, problem: Problem, target: GPUTarget | None) -> dict[str, int]:
+    """Options of a launch: 128 registers a thread at most, where joined products would take a few more.
+
+    So a multiprocessor holds 16 warps, as without joining, and one block's loop hides another's epilogue. The limit is
+    for tiles with 64 accumulators a thread and a plain epilogue: nothing spills (see the static report).
+    """
+    tiles = 2 if problem.op == "linear_geglu" else 1
+    accumulators = tiles * config.block_m * config.block_n // (32 * config.num_warps)
+    is_plain = problem.op != "conv2d" and not problem.with_statistics
+    if joins_halves(target) and is_plain and accumulators == 64 and config.block_k <= 64:
+        return {"maxnreg": 128}
+    return {}
+
+
 @lru_cache(maxsize=4096)
 def tuned_config(architecture: str, op: str, rows: int, out_channels: int, reduction: int) -> LaunchConfig:
     """The configuration of the nearest tuned shape of the same operator; arguments as of ``Problem``."""

@@ -256,6 +256,7 @@ def test_report_compiles_what_the_runtime_and_the_tuner_launch(
         expected = {name: value for name, value in (given | options).items() if name in recorder.last}
         assert {name: recorder.last[name] for name in expected} == expected
         assert set(options) <= set(expected)
+        assert recorder.last.pop("maxnreg", None) == options.get("maxnreg")
 
 
 def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -388,3 +388,19 @@ def test_tiles_with_statistics_hold_whole_runs(rows_per_sample):
 
     for block_m in (16, 32, 64, 128):
         assert adjusted(LaunchConfig(block_m, 128, 64, 8, 3), problem).block_m % 64 == 0
+
+
+def test_registers_are_limited_where_joined_products_take_more_than_16_warps_have():
+    plain, geglu = PLAIN, PLAIN._replace(op="linear_geglu")
+    limited = [(LaunchConfig(64, 128, 64, 4, 4), plain), (LaunchConfig(64, 64, 64, 4, 4), geglu)]
+    others = [
+        (LaunchConfig(64, 128, 128, 4, 3), plain),
+        (LaunchConfig(64, 64, 64, 4, 4), plain),
+        (LaunchConfig(128, 64, 64, 4, 4), geglu),
+        (LaunchConfig(64, 128, 64, 4, 4), plain._replace(op="conv2d")),
+        (LaunchConfig(64, 128, 64, 4, 4), plain._replace(with_statistics=True)),
+    ]
+
+    assert [tuning.register_limit(*launch, nvidia(90)) for launch in limited] == [{"maxnreg": 128}] * 2
+    assert not any(tuning.register_limit(*launch, nvidia(90)) for launch in others)
+    assert not any(tuning.register_limit(*launch, target) for launch in limited for target in (nvidia(80), AMD, None))
