@@ -38,8 +38,6 @@ def run_as_made(modules: Iterable[nn.Module]) -> bool:
 
     Offloaders, profilers and users' code register hooks on a module, or replace its ``forward``.
     """
-    if torch.compiler.is_compiling():
-        return True
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
     for module in modules:  # called hundreds of times a forward pass: no generator, no attribute lookup
@@ -211,8 +209,7 @@ def stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     first = parts[0]
     if len(parts) == 1:
         return first
-    kinds = {(part.dtype, part.is_inference()) for part in parts}
-    if torch.compiler.is_compiling() or len(kinds) > 1:
+    if torch.compiler.is_compiling() or len({(part.dtype, part.is_inference()) for part in parts}) > 1:
         return torch.cat(list(parts))
     if not _adjacent(parts):
         # Inference tensors share memory with inference tensors only.

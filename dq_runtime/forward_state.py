@@ -30,6 +30,8 @@ class LinearGroup:
         places: the module that holds each linear, and the linear's name in it: an adapter may wrap the linear. The
             linears have equal quantizers (see ``same_quantizer``).
         activation: applied to the input before quantization.
+        around: modules that contain the linears. If one has another ``forward``, as with group offloading, its members'
+            weights may not be loaded while another's are.
     """
 
     weight: torch.Tensor
@@ -41,11 +43,13 @@ class LinearGroup:
         self,
         places: Sequence[tuple[nn.Module, str]],
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        around: Sequence[nn.Module] = (),
     ) -> None:
         self.places = list(places)
         self.layers: list[Any] = [unwrapped(parent._modules[name]) for parent, name in self.places]
         self.sizes = [layer.out_features for layer in self.layers]
         self.activation = activation
+        self.around = around
         self._read: torch.Tensor | None = None  # the input of ``_results``
         self._results: list[torch.Tensor | None] = []
         self._merge()
@@ -114,6 +118,7 @@ class LinearGroup:
         if (
             wants_gradient(x)
             or not run_as_made(self.layers)
+            or any("forward" in module.__dict__ for module in self.around)
             or any(member.weight.device != x.device for member in self.layers)
         ):
             return []

@@ -6,6 +6,7 @@ tensor (q, k and v; all time projections; all cross-attention keys and values) r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,7 +74,7 @@ def fuse(model: Any) -> dict[str, str]:
     places = {child: (parent, name) for parent in model.modules() for name, child in parent._modules.items()}
     state = ForwardState(
         {
-            name: LinearGroup([places[linear] for linear in linears], activation)
+            name: LinearGroup([places[linear] for linear in linears], activation, _modules_around(model, linears))
             for name, (linears, activation) in architecture.linears_by_input(model).items()
             if linears and same_quantizer(linears)
         }
@@ -103,6 +104,15 @@ def fuse(model: Any) -> dict[str, str]:
         ),
     ]
     return fused
+
+
+def _modules_around(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules of a model, without the model itself, that contain one of the layers."""
+    return [
+        module
+        for module in model.modules()
+        if module is not model and not set(layers).isdisjoint(list(module.modules())[1:])
+    ]
 
 
 def unfuse(model: Any) -> None:
