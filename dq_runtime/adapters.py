@@ -125,7 +125,7 @@ def add_adapters(adapters: Sequence[Sequence[Adapter]], sizes: Sequence[int], x:
         adapters: of each linear.
         sizes: the number of outputs of each linear.
         x: [B, ..., K], the input.
-        y: [B, ..., sum of sizes], contiguous: the linears' results, concatenated.
+        y: [B, ..., sum of sizes], contiguous and no view: the linears' results, concatenated.
     """
     given, rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for position in range(max(len(active) for active in adapters)):
@@ -136,15 +136,10 @@ def add_adapters(adapters: Sequence[Sequence[Adapter]], sizes: Sequence[int], x:
             count = len(run.adapters)
             low, scaling = _scaled(low, run.adapters[0].scaling)
             up = stacked([adapter.up.weight for adapter in run.adapters]).flatten(1).to(x.dtype)
-            result = rows[:, run.column : run.column + count * run.size]
-            _batched(result, count).baddbmm_(
-                _batched(low, count), up.unflatten(0, (count, run.size)).transpose(1, 2), alpha=scaling
-            )
-
-
-def _batched(columns: torch.Tensor, count: int) -> torch.Tensor:
-    """[M, count N] -> [count, M, N], a view."""
-    return columns.unflatten(1, (count, -1)).transpose(0, 1)
+            # A view [count, M, N] of the columns. With as_strided, torch.compile can write to it.
+            result = rows.as_strided((count, len(rows), run.size), (run.size, rows.shape[1], 1), run.column)
+            low = low.unflatten(1, (count, run.rank)).transpose(0, 1)
+            result.baddbmm_(low, up.unflatten(0, (count, run.size)).transpose(1, 2), alpha=scaling)
 
 
 def residual_with_adapters(

@@ -57,7 +57,7 @@ class TimestepGrid(nn.Module):
         values = torch.tensor(timesteps, dtype=torch.float32, device="cpu")  # even under a default device of meta
         self.num_timesteps = len(timesteps)
         self.boundaries = (values[1:] + values[:-1]) / 2
-        self.index = self._no_index = torch.empty(0, dtype=torch.int32)
+        self._no_index = self.index = torch.empty(0, dtype=torch.int32)
         self.uniform = False
         self.hooks = []
 

@@ -269,6 +269,48 @@ def test_whoever_changes_what_a_module_returns_is_heeded(assert_same_output, rel
     assert_same_output(actual, expected)
 
 
+@pytest.mark.parametrize("resnet", ["up_blocks.0.resnets.0", "up_blocks.1.resnets.1"])
+@pytest.mark.parametrize("of", ["the module", "all modules"])
+def test_hook_on_a_resnet_of_an_up_block_sees_the_concat(assert_same_output, resnet, of):
+    """A hook on all modules acts on one here."""
+    actual, expected = fused(), quantized()
+    seen, handles = [], []
+    for unet in (actual, expected):
+        module = unet.get_submodule(resnet)
+
+        def halve(called, args, hooked=module):
+            if called is hooked:
+                seen.append(args[0].shape[1])
+                return (args[0] / 2, *args[1:])
+            return None
+
+        if of == "the module":
+            module.register_forward_pre_hook(halve)
+        else:
+            handles.append(torch.nn.modules.module.register_module_forward_pre_hook(halve))
+    try:
+        assert_same_output(actual, expected)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+def test_convolutions_may_be_dilated_after_fusing(assert_same_output, relative_rms):
+    """Sampling above the trained resolution does so."""
+    actual, expected = fused(), quantized()
+    without = call(expected)
+    for unet in (actual, expected):
+        for name, module in unet.named_modules():
+            if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) and "downsamplers" not in name:
+                module.dilation = module.padding = (2, 2)
+
+    assert relative_rms(call(expected), without) > 2 * FLIPS
+    assert_same_output(actual, expected)
+
+
 @pytest.mark.parametrize("offloaded_first", [False, True])
 def test_weights_that_are_loaded_when_they_are_needed_are_loaded(assert_same_output, offloaded_first):
     """Sequential CPU offload leaves the weights of all modules on the meta device between their calls."""
@@ -281,11 +323,12 @@ def test_weights_that_are_loaded_when_they_are_needed_are_loaded(assert_same_out
 
 
 @pytest.mark.parametrize("make", [quantized, fused])
-def test_tensors_that_lie_on_disk_are_read_after_they_were_loaded(assert_same_output, make, tmp_path):
+@pytest.mark.parametrize(
+    "level", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+)
+def test_tensors_that_lie_on_disk_are_read_after_they_were_loaded(assert_same_output, make, level, tmp_path):
     expected, actual = quantized(), make()
-    apply_group_offloading(
-        actual, torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "offloaded")
-    )
+    apply_group_offloading(actual, torch.device("cpu"), offload_to_disk_path=str(tmp_path / "offloaded"), **level)
 
     assert list((tmp_path / "offloaded").iterdir())
     assert_same_output(actual, expected)
