@@ -102,7 +102,7 @@ def active_adapters(layer: Any) -> list[Adapter] | None:
 def _is_plain(down: Any, up: Any, dropout: Any, base: Any) -> bool:
     """True if an adapter is two stock layers without a bias, which take no gradient and nothing intercepts."""
     stock = STOCK[type(base)]
-    return (
+    return bool(
         type(down) is type(up) is stock
         and (stock is nn.Linear or (down.padding_mode == up.padding_mode == "zeros" and down.groups == up.groups == 1))
         and down.bias is None
@@ -186,7 +186,7 @@ def _runs(adapters: Sequence[Sequence[Adapter]], sizes: Sequence[int], position:
             if (
                 last is not None
                 and (last.column + last.size * len(last.adapters), last.size, last.rank) == (column, size, rank)
-                and not isinstance(adapter.scaling, torch.Tensor)
+                and not any(isinstance(member.scaling, torch.Tensor) for member in (last.adapters[0], adapter))
                 and last.adapters[0].scaling == adapter.scaling
             ):
                 last.adapters.append(adapter)
