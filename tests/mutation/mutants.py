@@ -426,6 +426,7 @@ DEQUANTIZATION = "dq_runtime/dequantization.py"
 UNETS = "dq_runtime/architectures/unets.py"
 FORWARD_STATE = "dq_runtime/forward_state.py"
 FUSED_BLOCKS = "dq_runtime/fused_blocks.py"
+ADAPTERS = "dq_runtime/adapters.py"
 FUSED = "dq_runtime/fused.py"
 GRAPHS = "dq_runtime/graphs.py"
 PROCESSOR = "dq_runtime/attention.py"
@@ -436,6 +437,7 @@ TEST_TIMESTEPS = ("tests/runtime/test_timesteps.py",)
 TEST_CONFIG = ("tests/runtime/test_config.py",)
 TEST_CONVERT = ("tests/runtime/test_convert.py",)
 TEST_FUSED_STATE = ("tests/runtime/test_fused_state.py",)
+TEST_LORA = ("tests/runtime/test_lora.py",)
 TEST_GRAPHS = ("tests/runtime/test_graphs.py",)
 TEST_PROCESSOR = ("tests/runtime/test_attention.py",)
 TEST_CHECKPOINT = ("tests/runtime/test_checkpoint.py",)
@@ -486,7 +488,7 @@ RUNTIME = [
     ),
     Mutant(
         "timesteps_of_the_last_call", TIMESTEPS,
-        "self.index = self.index.new_empty(0)",
+        "self.index = self._no_index",
         "self.index = self.index.clone()",
         TEST_LAYERS, "test_a_forward_past_the_hooks_does_not_use_the_timestep_of_the_last_call",
     ),
@@ -572,7 +574,7 @@ RUNTIME = [
     ),
     Mutant(
         "group_keeps_its_results", FORWARD_STATE,
-        "self._read, self._results = None, ()",
+        "self._read, self._results = None, []",
         "self._read, self._results = self._read, self._results",
         TEST_FUSED_STATE, "test_prompt_changed_in_place_is_read_anew",
     ),
@@ -583,7 +585,7 @@ RUNTIME = [
         TEST_FUSED_STATE, "test_layers_of_unlike_quantizers_are_no_group",
     ),
     Mutant(
-        "run_as_made_with_hooks", FORWARD_STATE,
+        "run_as_made_with_hooks", ADAPTERS,
         'if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:',
         'if "forward" in own or own["_forward_pre_hooks"]:',
         TEST_FUSED, "test_whoever_changes_what_a_module_returns_is_heeded",
@@ -596,8 +598,8 @@ RUNTIME = [
     ),
     Mutant(
         "fused_residual_of_cross_attention", FUSED_BLOCKS,
-        "x = _attend(self.attn2, query, key, value, residual=x)",
-        "x = _attend(self.attn2, query, key, value, residual=hidden_states)",
+        "x = _attend(attention, query, key, value, x, adapters)\n        return",
+        "x = _attend(attention, query, key, value, hidden_states, adapters)\n        return",
         TEST_FUSED, "test_fused_unet_computes_what_the_unfused_one_does",
     ),
     Mutant(
@@ -620,8 +622,8 @@ RUNTIME = [
     ),
     Mutant(
         "fused_bits_of_the_next_layer", LAYERS,
-        "following.quantizer(q), self.bias",
-        "following.quantizer(q)._replace(bits=self.activation_bits), self.bias",
+        "following.quantizer(q), self._parameters",
+        "following.quantizer(q)._replace(bits=self.activation_bits), self._parameters",
         TEST_FUSED, "test_layers_of_other_bits_compute_as_unfused",
     ),
     Mutant(
@@ -641,6 +643,18 @@ RUNTIME = [
         "if projection is not None], F.silu)",
         "if projection is not None], None)",
         TEST_FUSED, "test_fused_unet_computes_what_the_unfused_one_does",
+    ),
+    Mutant(
+        "adapters_without_scaling", ADAPTERS,
+        ".transpose(1, 2), alpha=scaling)",
+        ".transpose(1, 2))",
+        TEST_LORA, "test_changes_of_adapters_are_seen and weights",
+    ),
+    Mutant(
+        "adapters_copied_once", ADAPTERS,
+        "if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage",
+        "if part.untyped_storage().data_ptr() != storage",
+        TEST_LORA, "test_stacked_weights_are_views_of_one",
     ),
     Mutant(
         "unfuse_leaves_its_hooks", FUSED,
