@@ -20,7 +20,8 @@ from benchmarks.static_analysis.int8_baseline import int8_gemm_kernel
 from dq_kernels.shapes import BLOCK_KEYS, STATISTICS_ROWS
 from dq_kernels.triton import attention, norm, quantization
 from dq_kernels.triton.gemm import int4_gemm_kernel
-from dq_kernels.triton.tuning import AMD_FILE, FILES, LaunchConfig, Problem, adjusted, tuned_shapes
+from dq_kernels.triton.launch import options_of
+from dq_kernels.triton.tuning import AMD_FILE, FILES, LaunchConfig, Problem, adjusted, joins_halves, tuned_shapes
 
 TARGETS = {
     **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100)},
@@ -207,11 +208,9 @@ def compile_use(use: Use, target: str, config: LaunchConfig | None) -> CompiledK
     """Compiles a use like the JIT at a launch."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler by the interpreter; unset it to compile kernels")
-    is_nvidia = TARGETS[target].backend == "cuda"
-    is_dependent = is_nvidia and TARGETS[target].arch >= 90
-    constants = dict(use.constants) | {"PTX": is_nvidia, "PDL": is_dependent}
+    constants = dict(use.constants) | options_of(TARGETS[target]) | {"JOIN_HALVES": joins_halves(TARGETS[target])}
     options: dict[str, Any] = {"num_warps": use.num_warps, "enable_fp_fusion": use.fp_fusion}
-    options |= {"launch_pdl": True} if is_dependent else {}
+    options |= {"launch_pdl": constants.get("launch_pdl", False)}
     options |= {} if use.num_stages is None else {"num_stages": use.num_stages}
     if config is not None:
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}

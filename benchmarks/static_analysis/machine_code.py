@@ -24,6 +24,8 @@ LOCAL_MEMORY = r"(STL|LDL)\b|scratch_"
 SHARED_STORE = r"(STS|STSM)\b|ds_write"
 # A warp waits for other warps, for copies or for a matrix instruction.
 WAIT = r"BAR\b|DEPBAR|WARPGROUP\.DEPBAR|WARPSYNC|s_barrier|SYNCS\.PHASECHK"
+# A warp group waits for its asynchronous matrix instructions.
+WGMMA_WAIT = r"WARPGROUP\.DEPBAR"
 INTEGER = (
     r"(IADD|IMAD|IABS|IMNMX|ISETP|ISCADD|LOP|PLOP|SHF|LEA|PRMT|SEL|SGXT|VIADD|VIMNMX|BMSK|MOV)|"
     r"v_(add|sub|mul|mad|lsh|ash|and|or|xor|not|perm|bfe|bfi|align|cndmask|cmp|mov)"

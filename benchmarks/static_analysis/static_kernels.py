@@ -12,7 +12,8 @@ the names of its columns, then rows:
 - ``loop_*``: instructions of the main loop, which is the innermost loop with a matrix instruction, or the whole kernel
   if there is none. ``loop_loads`` are loads from global memory by bytes per thread. ``loop_integer`` are integer, logic
   and move instructions, except scalar ones. ``loop_unpack`` are instructions that unpack nibbles (NVIDIA; see
-  ``machine_code.nibble_instructions``). ``loop_waits`` are barriers and waits.
+  ``machine_code.nibble_instructions``). ``loop_waits`` are barriers and waits, of
+  which ``loop_wgmma_waits`` wait for asynchronous matrix instructions (Hopper).
 - ``int8_*``: the same for ``int8_baseline``, the loop with int8 weights. ``ratio`` is the number of loop instructions
   per multiply-add, relative to int8; if the names of matrix instructions do not have their size (sm_100), it is per
   matrix instruction.
@@ -96,6 +97,7 @@ def describe(target: str, kernel: CompiledKernel) -> tuple[Row, list[Instruction
         "loop_shared_stores": count(loop, machine_code.SHARED_STORE),
         "loop_integer": count(loop, machine_code.INTEGER),
         "loop_waits": count(loop, machine_code.WAIT),
+        "loop_wgmma_waits": count(loop, machine_code.WGMMA_WAIT) or None,
     }
     return row, loop
 

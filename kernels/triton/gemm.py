@@ -6,7 +6,8 @@ A linear layer is the GEMM itself. A convolution is the same loop over taps x ch
 its image is padded already, so no tap needs a bounds check. The kernel is fast for four reasons:
 
 - The weight is operand A: the kernel computes Y^T = W X^T. ``wgmma`` takes A from registers, so the unpacked nibbles
-  never pass through shared memory. One packed block is multiplied with two activation blocks, the two halves of K.
+  never pass through shared memory. One packed block is multiplied with two activation blocks, the two halves of K; on
+  Hopper in one product, since Triton waits for ``wgmma`` after each product whose operand A is in registers.
 - The unpacked values are 16 q_w (see ``intrinsics``); the scale divides the sum by 16, exactly, at the end.
 - The epilogue adds bias, time embedding and residual, applies GEGLU and quantizes the next layer's input, and sums the
   statistics of the next group norm. A separate kernel would read and write the tensor again.
@@ -26,9 +27,9 @@ from torch import Tensor
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
 from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal, unpack_int4_x16
-from dq_kernels.triton.launch import cdiv, launch_options
+from dq_kernels.triton.launch import arrival_counters, cdiv, current_target, launch_options
 from dq_kernels.triton.quantization import quantize_tile, select_timestep
-from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, launch_config
+from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config
 
 
 # Sizes that enter no address: specializing on their alignment would compile kernels that are equal.
@@ -78,6 +79,7 @@ def int4_gemm_kernel(
     BLOCK_K: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
+    JOIN_HALVES: tl.constexpr,
     TILE_IN_SAMPLE: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
@@ -106,7 +108,7 @@ def int4_gemm_kernel(
     accumulator, gate = _multiply(
         x_ptr, weight_ptr, pixel, channel, gate_rows, rows_per_sample, height, width, out_width, half_channels,
         KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, DILATION_H, DILATION_W, UPSAMPLE, GEGLU,
-        BLOCK_M, BLOCK_N, BLOCK_K, IS_SPLIT, EVEN_K, PTX,
+        BLOCK_M, BLOCK_N, BLOCK_K, IS_SPLIT, EVEN_K, JOIN_HALVES, PTX,
     )  # fmt: skip
 
     last_sample = num_rows // rows_per_sample - 1
@@ -123,6 +125,7 @@ def int4_gemm_kernel(
         tl.debug_barrier()
         if tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") != tl.num_programs(1) - 1:
             return
+        tl.store(arrivals_ptr + tile, 0)  # for the next launch, which does not fill it
         accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
         for split in range(tl.num_programs(1)):
             theirs = (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
@@ -171,22 +174,34 @@ def _multiply(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, UPSAMPLE: tl.constexpr, GEGLU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_SPLIT: tl.constexpr,
-    EVEN_K: tl.constexpr, PTX: tl.constexpr,
+    EVEN_K: tl.constexpr, JOIN_HALVES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """16 sum q_x q_w [BLOCK_N, BLOCK_M] over this program's share of taps x channels, and the same of GEGLU's gates."""
+    """16 sum q_x q_w [BLOCK_N, BLOCK_M] over this program's share of taps x channels, and the same of GEGLU's gates.
+
+    With JOIN_HALVES a step is one matrix product, of both halves of K and, for GEGLU, of the hidden rows and the gates.
+    """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    ROWS: tl.constexpr = 2 * BLOCK_N if GEGLU and JOIN_HALVES else BLOCK_N
     k = tl.arange(0, BLOCK_K)
-    weight_rows = weight_ptr + channel * (TAPS * half_channels) + k[None, :]
     gate_offset = gate_rows * (TAPS * half_channels)
-    if TAPS * STRIDE_H * STRIDE_W == 1 and not UPSAMPLE:
-        x_rows = x_ptr + pixel * (2 * half_channels) + k[:, None]
+    if JOIN_HALVES:
+        within = tl.arange(0, 2 * BLOCK_K) % BLOCK_K
+        x_k = tl.arange(0, 2 * BLOCK_K) // BLOCK_K * half_channels + within
+        if GEGLU:
+            channel = tl.reshape(tl.permute(tl.join(channel, channel + gate_rows), (2, 0, 1)), (ROWS, 1))
     else:
-        image = x_ptr + pixel // rows_per_sample * (height * width) * (2 * half_channels) + k[:, None]
+        within = k
+        x_k = k
+    weight_rows = weight_ptr + channel * (TAPS * half_channels) + k[None, :]
+    if TAPS * STRIDE_H * STRIDE_W == 1 and not UPSAMPLE:
+        x_rows = x_ptr + pixel * (2 * half_channels) + x_k[:, None]
+    else:
+        image = x_ptr + pixel // rows_per_sample * (height * width) * (2 * half_channels) + x_k[:, None]
         top = pixel % rows_per_sample // out_width * STRIDE_H
         left = pixel % out_width * STRIDE_W
         x_rows = image + (top * width + left) * (2 * half_channels)
 
-    accumulator = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    accumulator = tl.zeros((ROWS, BLOCK_M), dtype=tl.int32)
     gate = accumulator
     blocks = tl.cdiv(half_channels, BLOCK_K)
     first, last = 0, TAPS * blocks
@@ -202,36 +217,40 @@ def _multiply(
         if UPSAMPLE:
             # Pixel i of the doubled and then padded image is pixel (i + 1) // 2 of the padded one.
             source = (top + row + 1) // 2 * width + (left + column + 1) // 2
-            low_ptrs = image + (source * (2 * half_channels) + start)
+            x_ptrs = image + (source * (2 * half_channels) + start)
         else:
-            low_ptrs = x_rows + ((row * width + column) * (2 * half_channels) + start)
-        high_ptrs = low_ptrs + half_channels
+            x_ptrs = x_rows + ((row * width + column) * (2 * half_channels) + start)
+        x_high_ptrs = x_ptrs + half_channels
         weight_ptrs = weight_rows + (tap * half_channels + start)
-        if EVEN_K:
-            packed = tl.load(weight_ptrs)
-            x_low = tl.load(low_ptrs)
-            x_high = tl.load(high_ptrs)
-        else:
-            # The weight is 0 beyond K; the activation is masked too, so that no address is out of bounds.
-            inside = start + k < half_channels
-            packed = tl.load(weight_ptrs, mask=inside[None, :], other=0)
-            x_low = tl.load(low_ptrs, mask=inside[:, None], other=0)
-            x_high = tl.load(high_ptrs, mask=inside[:, None], other=0)
+        # The weight is 0 beyond K; the activation is masked too, so that no address is out of bounds.
+        inside = start + k < half_channels
+        x_inside = start + within < half_channels
+        packed = _load(weight_ptrs, inside[None, :], EVEN_K)
+        x = _load(x_ptrs, x_inside[:, None], EVEN_K)
+        if not JOIN_HALVES:
+            x_high = _load(x_high_ptrs, x_inside[:, None], EVEN_K)
         w_low, w_high = unpack_int4_x16(packed, PTX)
-        accumulator = tl.dot(w_low, x_low, accumulator, out_dtype=tl.int32)
-        accumulator = tl.dot(w_high, x_high, accumulator, out_dtype=tl.int32)
-        if GEGLU:
-            if EVEN_K:
-                packed = tl.load(weight_ptrs + gate_offset)
-            else:
-                packed = tl.load(weight_ptrs + gate_offset, mask=inside[None, :], other=0)
-            w_low, w_high = unpack_int4_x16(packed, PTX)
-            gate = tl.dot(w_low, x_low, gate, out_dtype=tl.int32)
-            gate = tl.dot(w_high, x_high, gate, out_dtype=tl.int32)
+        if JOIN_HALVES:
+            w = tl.reshape(tl.permute(tl.join(w_low, w_high), (0, 2, 1)), (ROWS, 2 * BLOCK_K))
+            accumulator = tl.dot(w, x, accumulator, out_dtype=tl.int32)
+        else:
+            accumulator = tl.dot(w_low, x, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(w_high, x_high, accumulator, out_dtype=tl.int32)
+            if GEGLU:
+                w_low, w_high = unpack_int4_x16(_load(weight_ptrs + gate_offset, inside[None, :], EVEN_K), PTX)
+                gate = tl.dot(w_low, x, gate, out_dtype=tl.int32)
+                gate = tl.dot(w_high, x_high, gate, out_dtype=tl.int32)
         start += BLOCK_K
         tap = tl.where(start < half_channels, tap, tap + 1)
         start = tl.where(start < half_channels, start, 0)
+    if GEGLU and JOIN_HALVES:
+        accumulator, gate = tl.split(tl.permute(tl.reshape(accumulator, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
     return accumulator, gate
+
+
+@triton.jit
+def _load(pointers, inside, EVEN_K: tl.constexpr):
+    return tl.load(pointers) if EVEN_K else tl.load(pointers, mask=inside, other=0)
 
 
 @triton.jit
@@ -304,7 +323,7 @@ def launch(
     if config.split_k > 1:
         tile = (config.block_n, config.block_m)
         partial = torch.empty(config.split_k, num_tiles, *tile, dtype=torch.int32, device=x.device)
-        arrivals = torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
+        arrivals = arrival_counters(num_tiles, x.device)
     return int4_gemm_kernel[(num_tiles, config.split_k)](
         x,
         weight.values,
@@ -348,6 +367,7 @@ def launch(
         BLOCK_K=config.block_k,
         IS_SPLIT=config.split_k > 1,
         EVEN_K=half_channels % config.block_k == 0,
+        JOIN_HALVES=joins_halves(current_target()),
         TILE_IN_SAMPLE=rows_per_sample % config.block_m == 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -14,6 +14,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from triton.backends.compiler import GPUTarget
+
 from dq_kernels.shapes import STATISTICS_ROWS
 from dq_kernels.triton.launch import current_device, target_of
 
@@ -103,6 +105,14 @@ def _file_of(device: int | None) -> str:
     if target is None or target.backend != "cuda":
         return FILES[min(FILES)]
     return FILES[max((number for number in FILES if number <= target.arch), default=min(FILES))]
+
+
+def joins_halves(target: GPUTarget | None) -> bool:
+    """True if the GEMM's main loop joins its products into one a step: on Hopper, whose ``wgmma`` is asynchronous.
+
+    Triton waits for it after each product whose operand A is in registers. Elsewhere joining adds instructions.
+    """
+    return target is not None and target.backend == "cuda" and target.arch == 90
 
 
 class Problem(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flat_operators import reference
+from flat_operators import reference, triton
 
 from dq_kernels.triton import gemm, tuning
 from dq_kernels.triton.launch import launch_options
@@ -109,15 +109,47 @@ def test_splitting_the_sum_does_not_change_a_bit(assert_bits_of_small_tiles, cas
     assert_bits_of_small_tiles(case, small(split_k=split_k))
 
 
+@pytest.mark.parametrize("case", OPERATORS)
+def test_joining_the_products_of_a_step_does_not_change_a_bit(monkeypatch, run, use_config, arguments_of, case):
+    """The products of both halves of K and, for GEGLU, of the hidden rows and the gates."""
+    use_config(small(split_k=2))
+
+    def launch(joins):
+        monkeypatch.setattr(gemm, "joins_halves", lambda target: joins)
+        return run(OPERATORS[case], arguments_of(case))
+
+    torch.testing.assert_close(launch(True), launch(False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", [64, 72], ids=["even", "ragged"])
+def test_joined_products_are_exact(
+    monkeypatch, run, use_config, linear_arguments, geglu_quantize_arguments, assert_quantized_alike, channels
+):
+    monkeypatch.setattr(gemm, "joins_halves", lambda target: True)
+    use_config(LaunchConfig(32, 16, 32, 4, 2))
+    arguments, _ = linear_arguments((3, 11, channels), 35)
+    geglu_arguments, _ = geglu_quantize_arguments((3, 11, channels), 34)
+
+    assert torch.equal(run("int4_linear", arguments), reference.int4_linear(**arguments))
+    assert_quantized_alike(
+        run("int4_geglu_quantize", geglu_arguments), reference.int4_geglu_quantize(**geglu_arguments)
+    )
+
+
 @pytest.mark.parametrize("split_k", [2, 3, 5])
-def test_split_sums_are_exact(run, use_config, linear_arguments, split_k):
-    """Of 5 steps, the last of them ragged, in 2 tiles; repeated, because each launch counts its arrivals from 0."""
+def test_split_sums_are_exact_and_leave_zeroed_counters(
+    monkeypatch, run, use_config, linear_arguments, triton_device, split_k
+):
+    """Of 5 steps, the last of them ragged, in 2 tiles; the second launch counts from what the first one left."""
+    counters = torch.zeros(3, dtype=torch.int32, device=triton_device)
+    monkeypatch.setattr(gemm, "arrival_counters", lambda number, device: counters)
     use_config(small(split_k=split_k))
     arguments, _ = linear_arguments((3, 7, 130), 9)
     expected = reference.int4_linear(**arguments)
 
     for _ in range(2):
         assert torch.equal(run("int4_linear", arguments), expected)
+        assert not counters.any()
 
 
 @pytest.mark.parametrize("group_m", [2, 8])
@@ -191,3 +223,24 @@ def test_split_sums_of_many_tiles_are_exact_in_any_order_of_arrival(run, use_con
 
     for _ in range(20):
         assert torch.equal(run("int4_linear", arguments), expected)
+
+
+@pytest.mark.cuda
+def test_split_sums_are_exact_on_two_streams_and_in_a_graph(use_config, linear_arguments, to_device, implementation):
+    use_config(LaunchConfig(64, 64, 32, 4, 3, 1, 3))
+    arguments, _ = linear_arguments((4, 1024, 640), 640)
+    expected = reference.int4_linear(**arguments).cuda()
+    arguments = to_device(arguments, "cuda")
+    torch.cuda.synchronize()
+
+    results, streams, graph = [], [torch.cuda.Stream() for _ in range(2)], torch.cuda.CUDAGraph()
+    for stream in 20 * streams:
+        with torch.cuda.stream(stream):
+            results.append(triton.int4_linear(**arguments))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results += [triton.int4_linear(**arguments) for _ in range(2)]
+    for _ in range(20):
+        graph.replay()
+
+    assert all(torch.equal(result, expected) for result in results)

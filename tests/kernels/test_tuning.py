@@ -255,12 +255,77 @@ def test_options_are_for_gpus_that_have_the_instructions(install, target, interp
     assert launch.launch_options(ptx=False) == {name: value for name, value in expected.items() if name != "PTX"}
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [*((nvidia(arch), arch == 90) for arch in (80, 89, 90, 100, 120)), (AMD, False), (INTEL, False), (None, False)],
+    ids=str,
+)
+def test_products_are_joined_on_hopper_alone(target, expected):
+    assert tuning.joins_halves(target) is expected
+
+
 def test_every_gpu_of_a_machine_has_its_own_options_and_configurations(install):
     driver = install(nvidia(89), nvidia(90), AMD)
     expected = [("sm_89", False), ("sm_90", True), ("gfx942", False)]
 
     for driver.current in (0, 1, 2, 1, 0):
         assert (tuning.architecture(), launch.launch_options()["PDL"]) == expected[driver.current]
+
+
+@pytest.fixture
+def counters():
+    """Counters with a small reserve for captures."""
+    counters = launch.ArrivalCounters(torch.device("cpu"))
+    counters.REGION, counters.BLOCK = 4, 16
+    return counters
+
+
+def addresses(counters):
+    assert not counters.any()
+    return set(range(counters.data_ptr(), counters.data_ptr() + 4 * counters.numel(), 4))
+
+
+def test_launches_share_counters_on_one_stream_alone(counters):
+    first, again, other = (counters.take(3, stream) for stream in (7, 7, 8))
+
+    assert addresses(first) == addresses(again)
+    assert addresses(first).isdisjoint(addresses(other))
+
+
+def test_counters_grow_without_giving_any_to_two_streams(counters):
+    before = [counters.take(3, stream) for stream in (7, 8)]
+    grown = counters.take(50, 7)
+    after = [counters.take(3, stream) for stream in (8, 9)]
+
+    assert grown.numel() >= 50
+    assert addresses(counters.take(3, 7)) == addresses(grown)
+    distinct = [addresses(region) for region in (*before, grown, after[1])]
+    assert sum(map(len, distinct)) == len(set.union(*distinct))
+    assert addresses(after[0]) == addresses(before[1])
+
+
+def test_captured_launches_share_counters_with_none(counters):
+    eager = counters.take(3, 7)
+    captured = [counters.take(3, None) for _ in range(20)]  # more than the reserve holds: the last are new tensors
+    later = counters.take(3, 8)
+
+    distinct = [addresses(region) for region in (eager, *captured, later)]
+    assert sum(map(len, distinct)) == len(set.union(*distinct))
+
+
+def test_a_capture_allocates_no_block(monkeypatch, counters):
+    counters.take(3, 7)
+    monkeypatch.setattr(counters, "_allocate", lambda number: pytest.fail("allocated inside a capture"))
+
+    for _ in range(20):
+        assert counters.take(3, None).numel() == 3
+
+
+def test_a_capture_after_a_launch_needs_no_fill(counters):
+    counters.take(3, 7)
+    reserve = addresses(counters._blocks[-1])
+
+    assert addresses(counters.take(8, None)) < reserve
 
 
 def test_a_launch_happens_on_the_device_of_its_tensors(monkeypatch):

@@ -97,13 +97,13 @@ KERNELS = [
         "gemm_split_share", GEMM,
         "share = tl.cdiv(TAPS * blocks, tl.num_programs(1))",
         "share = TAPS * blocks // tl.num_programs(1)",
-        TEST_GEMM, "test_split_sums_are_exact",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
     ),
     Mutant(
         "gemm_split_starts_inside_a_tap", GEMM,
         "start = first % blocks * BLOCK_K if IS_SPLIT else 0",
         "start = 0",
-        TEST_GEMM, "test_split_sums_are_exact",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
     ),
     Mutant(
         "gemm_split_starts_at_a_tap", GEMM,
@@ -115,7 +115,13 @@ KERNELS = [
         "gemm_split_finished_early", GEMM,
         'sem="acq_rel") != tl.num_programs(1) - 1:',
         'sem="acq_rel") != tl.num_programs(1) - 2:',
-        TEST_GEMM, "test_split_sums_are_exact",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
+    ),
+    Mutant(
+        "gemm_arrivals_not_reset", GEMM,
+        "tl.store(arrivals_ptr + tile, 0)",
+        "tl.store(arrivals_ptr + tile, 1)",
+        TEST_GEMM, "test_split_sums_are_exact_and_leave_zeroed_counters",
     ),
     Mutant(
         "tuning_split_gates", TUNING,
