@@ -33,10 +33,14 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
 def group_norm_quantize(
     x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.group_norm_quantize``."""
     _check_same_kind("group_norm_quantize", x, quantizer.scale)
-    return x.new_empty(quantized_shape((*x.shape[:-1], quantizer.dilation.shape[0]), padding), dtype=torch.int8)
+    batch, *size, _ = x.shape
+    channels = quantizer.dilation.shape[0]
+    q = x.new_empty(quantized_shape((batch, *size, channels), padding), dtype=torch.int8)
+    return q, x.new_empty((0 if plain_quantizer is None else batch, *size, channels), dtype=torch.int8)
 
 
 def int4_linear(

@@ -15,6 +15,7 @@ from torch import Tensor
 from dq_kernels import cpu, fake, reference, triton
 from dq_kernels.checks import (
     COMPUTE_DTYPES,
+    check_another_quantizer,
     check_floats,
     check_norm,
     check_operands,
@@ -62,6 +63,8 @@ __all__ = [
     "quantize",
     "unpack_int4",
 ]
+
+NO_QUANTIZER = (None,) * len(Quantizer._fields)
 
 _BACKENDS = (reference, cpu, triton, fake)
 _quantize = register(*(backend.quantize for backend in _BACKENDS))
@@ -140,7 +143,8 @@ def group_norm_quantize(
     statistics: Tensor | None = None,
     skip_statistics: Tensor | None = None,
     padding: tuple[int, int] = (0, 0),
-) -> Tensor:
+    plain_quantizer: Quantizer | None = None,
+) -> tuple[Tensor, Tensor]:
     """Group norm (torch.nn.GroupNorm), SiLU if wanted, and ``quantize`` to a padded image, without the concat of skips.
 
     Args:
@@ -152,9 +156,12 @@ def group_norm_quantize(
         skip: [B, H, W, K2] float, optional: is concatenated behind x's channels.
         statistics, skip_statistics: of x and of skip, from ``int4_conv2d``; computed if they are not given.
         padding: as for ``quantize``.
+        plain_quantizer: of K + K2 channels and as many timesteps as ``quantizer``: quantizes x beside skip as well,
+            without norm, SiLU and padding (a resnet's shortcut reads them).
 
     Returns:
-        [B, H + 2 vertical, W + 2 horizontal, K + K2] int8, contiguous.
+        [B, H + 2 vertical, W + 2 horizontal, K + K2] int8, contiguous; and [B, H, W, K + K2] int8, contiguous, without
+        samples unless wanted.
 
     Raises:
         ValueError: for any other dtype or shape.
@@ -181,10 +188,13 @@ def group_norm_quantize(
         raise ValueError(f"{op}: norm.weight and norm.bias must be tensors of {channels} channels, not None")
     check_norm(op, norm, channels)
     check_quantizer(op, quantizer, x.shape[0], channels)
+    if plain_quantizer is not None:
+        check_another_quantizer(op, "plain_quantizer", plain_quantizer, quantizer, channels)
     check_padding(op, x, channels, padding)
     check_samples(op, x.shape[0])
     return _group_norm_quantize(
-        x, num_groups, *norm, *quantizer, silu, skip, statistics, skip_statistics, padding
+        x, num_groups, *norm, *quantizer, silu, skip, statistics, skip_statistics, padding,
+        *(plain_quantizer or NO_QUANTIZER),
     )  # fmt: skip
 
 
@@ -243,12 +253,7 @@ def int4_geglu_quantize(
     out_channels = _check_linear(op, x, weight, quantizer, bias)
     if out_channels % 4:
         raise ValueError(f"{op}: half of the weight's {out_channels} output channels must be an even number")
-    check_quantizer(op, next_quantizer, x.shape[0], out_channels // 2, "next_quantizer")
-    if next_quantizer.scale.shape != quantizer.scale.shape:
-        raise ValueError(
-            f"{op}: next_quantizer.scale has {next_quantizer.scale.numel()} timesteps, quantizer.scale "
-            f"{quantizer.scale.numel()}"
-        )
+    check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels // 2)
     return _int4_geglu_quantize(x, *weight, *quantizer, *next_quantizer, bias)
 
 

@@ -138,14 +138,18 @@ def channel_statistics(x: Tensor, run: int = 64) -> Tensor:
 def group_norm_quantize(
     x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Group norm of x [B, H, W, K] beside skip [B, H, W, K2], SiLU if wanted, quantized: int8, padded.
 
-    The statistics are those of x and skip by definition, so they are not read here.
+    With ``plain_quantizer`` x beside skip is also quantized as it is, unpadded (otherwise an empty tensor). The
+    statistics are those of x and skip by definition, so they are not read here.
     """
-    image = (x if skip is None else torch.cat([x, skip], dim=-1)).double().permute(0, 3, 1, 2)
-    y = F.group_norm(image, num_groups, *_double(norm)).permute(0, 2, 3, 1)
-    return quantize(F.silu(y) if silu else y, quantizer, padding)
+    image = x if skip is None else torch.cat([x, skip], dim=-1)
+    y = F.group_norm(image.double().permute(0, 3, 1, 2), num_groups, *_double(norm)).permute(0, 2, 3, 1)
+    q = quantize(F.silu(y) if silu else y, quantizer, padding)
+    plain = torch.empty(0, *image.shape[1:], dtype=torch.int8)
+    return q, plain if plain_quantizer is None else quantize(image, plain_quantizer)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:

@@ -38,17 +38,20 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Te
 def group_norm_quantize(
     x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.group_norm_quantize``."""
     if (functions := compiled.library()) is not None:
         return compiled.group_norm_quantize(
-            functions, x, num_groups, norm, quantizer, silu, skip, statistics, skip_statistics, padding
+            functions, x, num_groups, norm, quantizer, silu, skip, statistics, skip_statistics, padding, plain_quantizer
         )
+    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float()
     # Contiguous, since torch's group norm of channels-last images subtracts squares, which cancels.
-    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2).contiguous()
-    y = F.group_norm(image, num_groups, *_float(norm))
-    y = (F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1)
-    return quantize(y, quantizer, padding, None)
+    y = F.group_norm(image.permute(0, 3, 1, 2).contiguous(), num_groups, *_float(norm))
+    q = quantize((F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1), quantizer, padding, None)
+    if plain_quantizer is None:
+        return q, torch.empty(0, *image.shape[1:], dtype=torch.int8)
+    return q, quantize(image, plain_quantizer, (0, 0), None)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:

@@ -6,13 +6,15 @@ import pytest
 import torch
 from flat_operators import ops, reference
 
+from dq_kernels.records import Quantizer
 from dq_kernels.triton.tuning import LaunchConfig
 
+PLAIN_QUANTIZER = tuple(f"plain_quantizer_{field}" for field in Quantizer._fields)
 # Each operator's optional arguments, all of which may be None at once.
 OPERATORS = {
     "quantize": ("skip",),
     "layer_norm_quantize": ("norm_weight", "norm_bias"),
-    "group_norm_quantize": ("skip", "statistics", "skip_statistics"),
+    "group_norm_quantize": ("skip", "statistics", "skip_statistics", *PLAIN_QUANTIZER),
     "int4_linear": ("bias", "residual"),
     "int4_geglu_quantize": ("bias",),
     "int4_conv2d": ("bias", "residual", "channel_add"),
@@ -40,7 +42,7 @@ def make(
         if op == "layer_norm_quantize":
             return layer_norm_arguments((batch, size[0], 6), dtype)
         if op == "group_norm_quantize":
-            return group_norm_arguments((batch, *size, 6), 4, 10, dtype, padding=(1, 2))
+            return group_norm_arguments((batch, *size, 6), 4, 10, dtype, padding=(1, 2), with_plain=True)
         if op == "int8_attention":
             return attention_arguments(batch, *size, 2, 3, dtype)
         if op == "int8_attention_quantize":
@@ -171,7 +173,7 @@ def test_block_of_all_operators_compiles_without_graph_breaks_to_the_same_result
         q = ops.quantize(**images | {"x": x})
         q = q[..., :6].contiguous()
         y, statistics = ops.int4_conv2d(**conv | {"x": q, "residual": None})
-        q = ops.group_norm_quantize(**norm | {"x": y, "statistics": statistics})
+        q, _ = ops.group_norm_quantize(**norm | {"x": y, "statistics": statistics})
         q = torch.nn.functional.pad(q.flatten(1, 2), (0, 2))
         tokens = ops.int4_linear(**narrow | {"x": q})
         tokens = torch.cat([tokens, tokens[..., :2]], dim=-1)
@@ -271,6 +273,10 @@ BAD_ARGUMENTS = {
     "skip_statistics-of-cut-runs": of(
         "group_norm_quantize", "skip_statistics", "64 pixels", lambda _: torch.ones(3, 1, 2, 10)
     ),
+    "plain_quantizer_dilation-too-long": of(
+        "group_norm_quantize", "plain_quantizer_dilation", r"\[16\]", lambda t: t.repeat(2)
+    ),
+    "plain_quantizer_bits-9": of("group_norm_quantize", "plain_quantizer_bits", "bits must be 2 to 8", lambda _: 9),
     # operands
     "x-uint8": each(GEMMS, "x", "int8", lambda t: t.to(torch.uint8)),
     "x-float32": each(GEMMS, "x", "int8", lambda t: t.float()),
@@ -457,11 +463,14 @@ def test_odd_number_of_requantized_channels_is_refused(make, linear_arguments, r
     )
 
 
-def test_next_layers_other_number_of_timesteps_is_refused(make):
-    arguments = make("int4_geglu_quantize")
-    arguments |= {name: arguments[name][:2] for name in ("next_quantizer_scale", "next_quantizer_zero_point")}
+@pytest.mark.parametrize(
+    ("op", "name"), [("int4_geglu_quantize", "next_quantizer"), ("group_norm_quantize", "plain_quantizer")]
+)
+def test_another_quantizer_with_other_timesteps_is_refused(make, op, name):
+    arguments = make(op)
+    arguments |= {f"{name}_{table}": arguments[f"{name}_{table}"][:2] for table in ("scale", "zero_point")}
 
-    refused("int4_geglu_quantize", "next_quantizer.scale has 2 timesteps, quantizer.scale 3", arguments)
+    refused(op, f"{name}.scale has 2 timesteps, quantizer.scale 3", arguments)
 
 
 @pytest.mark.parametrize("op", QUANTIZERS)
