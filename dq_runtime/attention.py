@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from dq_kernels import ops
 
@@ -39,7 +43,7 @@ class Int8AttnProcessor(AttnProcessor2_0):
                 "Int8AttnProcessor does not support added keys and values: call "
                 "set_processor(AttnAddedKVProcessor2_0()) on attentions that have them"
             )
-        if attention_mask is not None or reason_against_int8(attn) is not None:
+        if attention_mask is not None or reason_against_int8(attn) is not None or _is_intercepted():
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
         tokens = hidden_states
         if attn.spatial_norm is not None:
@@ -65,6 +69,17 @@ class Int8AttnProcessor(AttnProcessor2_0):
         if attn.residual_connection:
             tokens = tokens + hidden_states
         return tokens / attn.rescale_output_factor
+
+
+# diffusers' layer skip finds processors by their classes.
+AttentionProcessorRegistry.register(Int8AttnProcessor, replace(AttentionProcessorRegistry.get(AttnProcessor2_0)))
+
+
+def _is_intercepted() -> bool:
+    """True if a mode may replace PyTorch's attention, as diffusers' ``skip_attention_scores`` does."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def float_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:

@@ -8,30 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as hooks
 
 from dq_kernels import ops
 from dq_kernels.ops import PackedWeight
-from dq_runtime.layers import QuantLinear
+from dq_runtime.adapters import active_adapters, add_adapters, run_as_made, unwrapped
+from dq_runtime.layers import QuantLinear, wants_gradient
 
 QUANTIZER = ("weight_dilation", "act_scale", "act_zero_point")
 MERGED = ("weight", "weight_scale", "weight_sum", "bias")
-
-
-def run_as_made(modules: Iterable[nn.Module]) -> bool:
-    """True if a call of each module runs the forward of its class and nothing else, so a fused forward may replace it.
-
-    Offloaders, adapters, profilers and users' code register hooks on a module, or replace its ``forward``.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return False
-    for module in modules:  # called hundreds of times a forward pass: no generator, no attribute lookup
-        own = module.__dict__
-        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            return False
-    return True
 
 
 class LinearGroup:
@@ -43,7 +27,8 @@ class LinearGroup:
     offloading keeps it; a view that is set as its ``data`` has its own version, so ``count_new_weights`` is needed.
 
     Args:
-        layers: linears with equal quantizers (see ``same_quantizer``).
+        places: the module that holds each linear, and the linear's name in it: an adapter may wrap the linear. The
+            linears have equal quantizers (see ``same_quantizer``).
         activation: applied to the input before quantization.
     """
 
@@ -52,12 +37,17 @@ class LinearGroup:
     weight_sum: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, layers: Sequence[Any], activation: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        self.layers = list(layers)
-        self.sizes = [layer.out_features for layer in layers]
+    def __init__(
+        self,
+        places: Sequence[tuple[nn.Module, str]],
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.places = list(places)
+        self.layers: list[Any] = [unwrapped(parent._modules[name]) for parent, name in self.places]
+        self.sizes = [layer.out_features for layer in self.layers]
         self.activation = activation
         self._read: torch.Tensor | None = None  # the input of ``_results``
-        self._results: tuple[torch.Tensor, ...] = ()
+        self._results: list[torch.Tensor | None] = []
         self._merge()
         for layer in self.layers:
             layer.after_move = self.follow
@@ -101,14 +91,38 @@ class LinearGroup:
         return ops.int4_linear(q, weight, self.layers[0].quantizer(q), self.bias, out_dtype=out_dtype)
 
     def result(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """A member's result for x; the first request for an x computes the results of all members."""
+        """A member's result for x, adapters included; the first request for an x computes the results of all members.
+
+        Args:
+            layer: the member, or the adapter that wraps it. It is called itself if it cannot be part of the group now.
+            x: the input, before the activation.
+        """
+        base = unwrapped(layer)
         if self._read is not x:
-            read = x if self.activation is None else self.activation(x)
-            if not run_as_made(self.layers) or any(member.weight.device != x.device for member in self.layers):
-                return layer(read)
-            self._results = self.multiply(layer.quantize(read), x.dtype).split(self.sizes, dim=-1)
+            self._results = self._all_results(base, self._activated(x))
             self._read = x
-        return self._results[[member is layer for member in self.layers].index(True)]
+        for member, result in zip(self.layers, self._results, strict=False):
+            if member is base and result is not None:
+                return result
+        return layer(self._activated(x))
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.activation is None else self.activation(x)
+
+    def _all_results(self, base: Any, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """The members' results, None for those whose adapter needs PEFT's forward; no results if members are hooked."""
+        if (
+            wants_gradient(x)
+            or not run_as_made(self.layers)
+            or any(member.weight.device != x.device for member in self.layers)
+        ):
+            return []
+        adapters = [active_adapters(parent._modules[name]) for parent, name in self.places]
+        y = self.multiply(base.quantize(x), x.dtype)
+        if any(adapters):
+            add_adapters([active or [] for active in adapters], self.sizes, x, y)
+        results = y.split(self.sizes, dim=-1)
+        return [None if active is None else part for active, part in zip(adapters, results, strict=True)]
 
     def count_new_weights(self, *_: Any) -> None:
         """Increments the version of the merged weight after a member was loaded in place: oneDNN's copy is outdated."""
@@ -116,7 +130,7 @@ class LinearGroup:
 
     def forget(self) -> None:
         """Clears the results, at the end of a forward pass."""
-        self._read, self._results = None, ()
+        self._read, self._results = None, []
 
 
 class ForwardState:
@@ -174,8 +188,8 @@ def _version(image: torch.Tensor) -> int:
 
 
 def same_quantizer(layers: Iterable[Any]) -> bool:
-    """True if all layers are quantized linears with equal input quantizers."""
-    members = list(layers)
+    """True if all layers, without their adapters, are quantized linears with equal input quantizers."""
+    members = [unwrapped(layer) for layer in layers]
     first = members[0]
     return all(
         type(layer) is QuantLinear

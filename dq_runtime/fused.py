@@ -6,8 +6,10 @@ tensor (q, k and v; all time projections; all cross-attention keys and values) r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
@@ -40,6 +42,14 @@ FUSED = {
     CrossAttnUpBlock2D: FusedCrossAttnUpBlock2D,
 }
 
+# diffusers finds blocks by the names of their classes (regional compilation, device maps), and by the classes (layer
+# skip, caches).
+for _stock, _fast in FUSED.items():
+    _fast.__name__ = _stock.__name__
+TransformerBlockRegistry.register(
+    FusedBasicTransformerBlock, replace(TransformerBlockRegistry.get(BasicTransformerBlock))
+)
+
 
 def is_fused(model: nn.Module) -> bool:
     """True if a model has fused blocks."""
@@ -60,9 +70,10 @@ def fuse(model: Any) -> dict[str, str]:
     if is_fused(model):
         raise ValueError("The model is fused already")
     architecture = architecture_of(model)
+    places = {child: (parent, name) for parent in model.modules() for name, child in parent._modules.items()}
     state = ForwardState(
         {
-            name: LinearGroup(linears, activation)
+            name: LinearGroup([places[linear] for linear in linears], activation)
             for name, (linears, activation) in architecture.linears_by_input(model).items()
             if linears and same_quantizer(linears)
         }
@@ -75,7 +86,7 @@ def fuse(model: Any) -> dict[str, str]:
                 module.state = state
                 if isinstance(module, FusedBasicTransformerBlock):
                     attention: Any = module.attn1
-                    module.self_attention = LinearGroup([attention.to_q, attention.to_k, attention.to_v])
+                    module.self_attention = LinearGroup([(attention, name) for name in ("to_q", "to_k", "to_v")])
                 fused[name] = stock.__name__
     if not fused:
         unfuse(model)

@@ -1,10 +1,10 @@
 """Fused forwards of diffusers' blocks: subclasses that change nothing but ``forward``.
 
 Activations stay int8 between kernels: a norm writes the next layer's quantized input, a GEMM's epilogue adds time
-embedding and residual or applies GEGLU, an up block reads its two sources without a concat. ``can_fuse`` is True if the
-fused forward supports a block's options. A block that cannot run fused in a call (adapter, other attention processor,
-mask, hook, offloaded weights, gradient through the input) runs diffusers' own forward. ``fused.fuse`` installs these
-classes.
+embedding and residual or applies GEGLU, an up block reads its two sources without a concat. LoRA adapters read the
+floating-point input of their layer, computed again if need be. ``can_fuse`` is True if the fused forward supports a
+block's options. A block that cannot run fused in a call (other attention processor, mask, hook, offloaded weights,
+gradient) runs diffusers' own forward. ``fused.fuse`` installs these classes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -23,14 +24,19 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from dq_kernels import ops
+from dq_runtime.adapters import (
+    Adapter,
+    Adapters,
+    active_adapters,
+    adapters_of,
+    add_adapters,
+    residual_with_adapters,
+    run_as_made,
+    unwrapped,
+)
 from dq_runtime.attention import Int8AttnProcessor, float_attention, in_int8
-from dq_runtime.forward_state import ForwardState, LinearGroup, run_as_made, same_quantizer
-from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, wants_gradient
-
-
-def quantized(layer: Any) -> QuantizedLayer:
-    """The layer itself, typed as quantized: diffusers annotates a block's layers as stock ones."""
-    return layer
+from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
+from dq_runtime.layers import QuantConv2d, QuantLinear, wants_gradient
 
 
 def layer_norm(norm: Any) -> nn.LayerNorm:
@@ -60,17 +66,17 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and isinstance(block.norm1, nn.GroupNorm)
             and isinstance(block.norm2, nn.GroupNorm)
             and block.norm1.num_channels % 2 == block.norm2.num_channels % 2 == 0
-            and (block.conv_shortcut is None or block.conv_shortcut.kernel_size == (1, 1))
+            and (block.conv_shortcut is None or unwrapped(block.conv_shortcut).kernel_size == (1, 1))
         )
 
-    def _fused_now(self, x: torch.Tensor) -> bool:
-        convolutions = (self.conv1, self.conv2, *((self.conv_shortcut,) if self.conv_shortcut is not None else ()))
-        return (
-            all(type(conv) is QuantConv2d for conv in convolutions)
-            and run_as_made((*convolutions, self.norm1, self.norm2))
-            and not self.training
-            and not wants_gradient(x)
-        )
+    def _adapters_now(self, x: torch.Tensor) -> Adapters | None:
+        """The adapters to add; None if the block cannot run fused in this call."""
+        convolutions = [self.conv1, self.conv2]
+        if self.conv_shortcut is not None:
+            convolutions.append(self.conv_shortcut)
+        if self.training or wants_gradient(x) or not run_as_made((*convolutions, self.norm1, self.norm2)):
+            return None
+        return adapters_of(convolutions)
 
     def forward(
         self, input_tensor: torch.Tensor, temb: Any, *args: Any, skip: Any = None, **kwargs: Any
@@ -78,33 +84,51 @@ class FusedResnetBlock2D(ResnetBlock2D):
         """As ``ResnetBlock2D.forward`` of the concat of ``input_tensor`` and ``skip``."""
         if skip is not None and skip.shape[1] % 2:
             input_tensor, skip = torch.cat([input_tensor, skip], dim=1), None
-        if not self._fused_now(input_tensor):
+        adapters = self._adapters_now(input_tensor)
+        if adapters is None:
             joined = input_tensor if skip is None else torch.cat([input_tensor, skip], dim=1)
             return super().forward(joined, temb, *args, **kwargs)
         dtype = input_tensor.dtype
         statistics, skip_statistics = self.state.recall(input_tensor), self.state.recall(skip)
         x = input_tensor.permute(0, 2, 3, 1)
         skip = None if skip is None else skip.permute(0, 2, 3, 1)
-        channel_add = None
-        if temb is not None and self.time_emb_proj is not None:
-            group = self.state.groups.get("time_emb_proj")
-            if group is not None and type(self.time_emb_proj) is QuantLinear:
-                channel_add = group.result(self.time_emb_proj, temb)
-            else:
-                channel_add = self.time_emb_proj(self.nonlinearity(temb))
-        q = self.conv1.group_norm_quantize(
-            x, self.norm1, skip=skip, statistics=statistics, skip_statistics=skip_statistics,
-            padding=self.conv1.padding,
-        )  # fmt: skip
-        h, statistics = self.conv1.convolve(q, dtype, channel_add=channel_add)
-        q = self.conv2.group_norm_quantize(
-            h, self.norm2, statistics=statistics if statistics.numel() else None, padding=self.conv2.padding
+        conv1, conv2 = unwrapped(self.conv1), unwrapped(self.conv2)
+        q = conv1.group_norm_quantize(
+            x, self.norm1, skip=skip, statistics=statistics, skip_statistics=skip_statistics, padding=conv1.padding
+        )
+        added = self._added(adapters, self.conv1, self.norm1, x, skip) if adapters else None
+        h, statistics = conv1.convolve(q, dtype, channel_add=self._time_embedding(temb), residual=added)
+        q = conv2.group_norm_quantize(
+            h, self.norm2, statistics=statistics if statistics.numel() else None, padding=conv2.padding
         )
         residual = x
         if self.conv_shortcut is not None:
-            residual = self.conv_shortcut.multiply(self.conv_shortcut.quantize(x, skip=skip), dtype)
-        y, statistics = self.conv2.convolve(q, dtype, residual=residual)
+            shortcut = unwrapped(self.conv_shortcut)
+            residual = shortcut.multiply(shortcut.quantize(x, skip=skip), dtype)
+            if self.conv_shortcut in adapters:
+                image = x if skip is None else torch.cat([x, skip], dim=-1)
+                add_adapters([adapters[self.conv_shortcut]], [residual.shape[-1]], image, residual)
+        if adapters:
+            residual = self._added(adapters, self.conv2, self.norm2, h, residual=residual)
+        y, statistics = conv2.convolve(q, dtype, residual=residual)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+    def _time_embedding(self, temb: torch.Tensor | None) -> torch.Tensor | None:
+        projection: Any = self.time_emb_proj
+        if temb is None or projection is None:
+            return None
+        group = self.state.groups.get("time_emb_proj")
+        return projection(self.nonlinearity(temb)) if group is None else group.result(projection, temb)
+
+    def _added(
+        self, adapters: Adapters, conv: Any, norm: Any, x: torch.Tensor, skip: Any = None, residual: Any = None
+    ) -> Any:
+        """The residual plus the products of a convolution's adapters of x and skip [B, H, W, K], normalized."""
+        if conv not in adapters:
+            return residual
+        image = x if skip is None else torch.cat([x, skip], dim=-1)
+        image = self.nonlinearity(norm(image.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return residual_with_adapters(adapters[conv], image, residual)
 
 
 class FusedBasicTransformerBlock(BasicTransformerBlock):
@@ -130,14 +154,15 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
             and same_quantizer([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
             and len(block.ff.net) == 3
             and type(gate) is GEGLU
-            and type(gate.proj) is QuantLinear
-            and type(out) is QuantLinear
+            and type(unwrapped(gate.proj)) is QuantLinear
+            and type(unwrapped(out)) is QuantLinear
             and gate.proj.in_features % 2 == 0
             and gate.proj.in_features <= ops.MAX_LAYER_NORM_CHANNELS
             and out.in_features % 2 == 0
         )
 
-    def _fused_now(self, x: torch.Tensor) -> bool:
+    def _adapters_now(self, x: torch.Tensor) -> Adapters | None:
+        """The adapters to add; None if the block cannot run fused in this call."""
         net: Any = self.ff.net
         layers: list[Any] = [net[0].proj, net[2]]
         others: list[Any] = [self.ff, net[0], self.norm1, self.norm3]
@@ -146,15 +171,12 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
                 others.append(attention)
                 if type(attention.processor) not in (AttnProcessor2_0, Int8AttnProcessor):
-                    return False
+                    return None
         if self.attn2 is not None:
             others.append(self.norm2)
-        return (
-            all(type(layer) is QuantLinear for layer in layers)
-            and run_as_made((*layers, *others))
-            and not self.training
-            and not wants_gradient(x)
-        )
+        if self.training or wants_gradient(x) or not run_as_made((*layers, *others)):
+            return None
+        return adapters_of(layers)
 
     def forward(
         self,
@@ -168,11 +190,12 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         added_cond_kwargs: Any = None,
     ) -> torch.Tensor:
         """As ``BasicTransformerBlock.forward``."""
+        adapters = self._adapters_now(hidden_states)
         if (
             attention_mask is not None
             or encoder_attention_mask is not None
             or cross_attention_kwargs
-            or not self._fused_now(hidden_states)
+            or adapters is None
             or not (encoder_hidden_states is None or _fits(encoder_hidden_states, hidden_states))
         ):
             return super().forward(
@@ -180,24 +203,48 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
                 cross_attention_kwargs, class_labels, added_cond_kwargs,
             )  # fmt: skip
         x, dtype = hidden_states, hidden_states.dtype
-        q = quantized(self.attn1.to_q).layer_norm_quantize(x, layer_norm(self.norm1))
-        query, key, value = self.self_attention.multiply(q, dtype).chunk(3, dim=-1)
-        x = _attend(self.attn1, query, key, value, residual=x)
+        attention: Any = self.attn1
+        q = unwrapped(attention.to_q).layer_norm_quantize(x, layer_norm(self.norm1))
+        projected = self.self_attention.multiply(q, dtype)
+        if adapters:
+            active = [adapters.get(layer, []) for layer in (attention.to_q, attention.to_k, attention.to_v)]
+            if any(active):
+                add_adapters(active, self.self_attention.sizes, self.norm1(x), projected)
+        query, key, value = projected.chunk(3, dim=-1)
+        x = _attend(attention, query, key, value, x, adapters)
         if self.attn2 is not None:
-            to_q = quantized(self.attn2.to_q)
+            attention = self.attn2
+            to_q = unwrapped(attention.to_q)
             query = to_q.multiply(to_q.layer_norm_quantize(x, layer_norm(self.norm2)), dtype)
+            if attention.to_q in adapters:
+                add_adapters([adapters[attention.to_q]], [query.shape[-1]], self.norm2(x), query)
             if encoder_hidden_states is None:
                 normed = self.norm2(x)
-                key, value = self.attn2.to_k(normed), self.attn2.to_v(normed)
+                key, value = attention.to_k(normed), attention.to_v(normed)
             else:
                 key, value = (
-                    self._of_encoder(layer, encoder_hidden_states) for layer in (self.attn2.to_k, self.attn2.to_v)
+                    self._of_encoder(layer, encoder_hidden_states) for layer in (attention.to_k, attention.to_v)
                 )
-            x = _attend(self.attn2, query, key, value, residual=x)
+            x = _attend(attention, query, key, value, x, adapters)
+        return self._feed_forward(x, adapters)
+
+    def _feed_forward(self, x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+        """x plus the feed forward of its norm. With adapters, the result of GEGLU is needed in floating point."""
         net: Any = self.ff.net
-        up, down = quantized(net[0].proj), quantized(net[2])
-        q = up.geglu_quantize(up.layer_norm_quantize(x, layer_norm(self.norm3)), down)
-        return down.multiply(q, dtype, residual=x)
+        first, second = net[0].proj, net[2]
+        up, down = unwrapped(first), unwrapped(second)
+        q = up.layer_norm_quantize(x, layer_norm(self.norm3))
+        if not (adapters and (first in adapters or second in adapters)):
+            return down.multiply(up.geglu_quantize(q, down), x.dtype, x)
+        h = up.multiply(q, x.dtype)
+        if first in adapters:
+            add_adapters([adapters[first]], [h.shape[-1]], self.norm3(x), h)
+        values, gates = h.chunk(2, dim=-1)
+        h = values * F.gelu(gates)
+        y = down.multiply(down.quantize(h), x.dtype, x)
+        if second in adapters:
+            add_adapters([adapters[second]], [y.shape[-1]], h, y)
+        return y
 
     def _of_encoder(self, layer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         group = self.state.groups.get("encoder_hidden_states")
@@ -220,21 +267,31 @@ def _plain(attention: Any) -> bool:
         and not attention.residual_connection
         and attention.rescale_output_factor == 1
         and attention.added_kv_proj_dim is None
-        and type(attention.to_out[0]) is QuantLinear
-        and type(attention.to_q) is QuantLinear
+        and type(unwrapped(attention.to_out[0])) is QuantLinear
+        and type(unwrapped(attention.to_q)) is QuantLinear
     )
 
 
 def _attend(
-    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, residual: torch.Tensor
+    attention: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    residual: torch.Tensor,
+    adapters: Adapters,
 ) -> torch.Tensor:
     """Attention over [B, tokens, heads x d], its output projection, and the residual."""
-    out = quantized(attention.to_out[0])
-    if in_int8(attention):
+    layer = attention.to_out[0]
+    out, active = unwrapped(layer), adapters.get(layer)
+    if active is None and in_int8(attention):
         mixed = ops.int8_attention_quantize(query, key, value, attention.heads, out.quantizer(query))
-    else:
-        mixed = out.quantize(float_attention(query, key, value, attention.heads))
-    return out.multiply(mixed, query.dtype, residual=residual)
+        return out.multiply(mixed, query.dtype, residual)
+    attend = ops.int8_attention if in_int8(attention) else float_attention
+    mixed = attend(query, key, value, attention.heads)
+    y = out.multiply(out.quantize(mixed), query.dtype, residual)
+    if active is not None:
+        add_adapters([active], [y.shape[-1]], mixed, y)
+    return y
 
 
 class FusedTransformer2DModel(Transformer2DModel):
@@ -248,22 +305,25 @@ class FusedTransformer2DModel(Transformer2DModel):
         norm = block.norm if block.is_input_continuous else None
         return isinstance(norm, nn.GroupNorm) and norm.num_channels % 2 == 0
 
-    def _fused_now(self, x: torch.Tensor) -> bool:
+    def _adapters_now(self, x: torch.Tensor) -> Adapters | None:
+        """The adapters to add; None if the projections cannot run fused in this call."""
         layers = (self.proj_in, self.proj_out)
-        return (
-            all(type(layer) in (QuantLinear, QuantConv2d) for layer in layers)
-            and run_as_made((*layers, self.norm))
-            and not wants_gradient(x)
-        )
+        if wants_gradient(x) or not run_as_made((*layers, self.norm)):
+            return None
+        return adapters_of(layers)
 
     def _operate_on_continuous_inputs(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
-        if not self._fused_now(hidden_states):
+        adapters = self._adapters_now(hidden_states)
+        if adapters is None:
             return super()._operate_on_continuous_inputs(hidden_states)
         statistics = self.state.recall(hidden_states)
-        proj_in = quantized(self.proj_in)
+        proj_in = unwrapped(self.proj_in)
         image = hidden_states.permute(0, 2, 3, 1)
         q = proj_in.group_norm_quantize(image, self.norm, silu=False, statistics=statistics)
         tokens = proj_in.multiply(q.flatten(1, 2), hidden_states.dtype)
+        if self.proj_in in adapters:
+            normed = self.norm(hidden_states).permute(0, 2, 3, 1)
+            add_adapters([adapters[self.proj_in]], [tokens.shape[-1]], normed, tokens)
         return tokens, tokens.shape[-1]
 
     def _get_output_for_continuous_inputs(
@@ -275,13 +335,18 @@ class FusedTransformer2DModel(Transformer2DModel):
         width: int,
         inner_dim: int,
     ) -> torch.Tensor:
-        if not self._fused_now(hidden_states):
+        adapters = self._adapters_now(hidden_states)
+        if adapters is None:
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
-        proj_out = quantized(self.proj_out)
+        proj_out = unwrapped(self.proj_out)
         q = proj_out.quantize(hidden_states).unflatten(1, (height, width))
-        y, statistics = proj_out.convolve(q, hidden_states.dtype, residual=residual.permute(0, 2, 3, 1))
+        residual = residual.permute(0, 2, 3, 1)
+        if self.proj_out in adapters:
+            residual = residual.clone(memory_format=torch.contiguous_format)
+            add_adapters([adapters[self.proj_out]], [residual.shape[-1]], hidden_states, residual)
+        y, statistics = proj_out.convolve(q, hidden_states.dtype, residual=residual)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
@@ -293,24 +358,34 @@ class FusedUpsample2D(Upsample2D):
     @staticmethod
     def can_fuse(block: Any) -> bool:
         """True if this forward supports the block's options."""
-        conv = block.conv if block.use_conv and block.name == "conv" else None
+        conv = unwrapped(block.conv) if block.use_conv and block.name == "conv" else None
         return (
             type(conv) is QuantConv2d
             and block.interpolate
             and not block.use_conv_transpose
             and block.norm is None
-            and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+            and _is_plain_3x3(conv)
         )
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Upsample2D.forward``."""
         doubled = [2 * size for size in hidden_states.shape[2:]]
-        conv: Any = self.conv
-        if (output_size is not None and list(output_size) != doubled) or not _fused_conv(conv, hidden_states):
+        adapters = _adapters_of_conv(self.conv, hidden_states)
+        conv = unwrapped(self.conv)
+        if (output_size is not None and list(output_size) != doubled) or adapters is None or not _is_plain_3x3(conv):
             return super().forward(hidden_states, output_size, *args, **kwargs)
         q = conv.quantize(hidden_states.permute(0, 2, 3, 1), (1, 1))
-        y, statistics = conv.convolve(q, hidden_states.dtype, upsample=True)
+        added = None
+        if adapters:
+            image = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest").permute(0, 2, 3, 1)
+            added = residual_with_adapters(adapters, image)
+        y, statistics = conv.convolve(q, hidden_states.dtype, residual=added, upsample=True)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+def _is_plain_3x3(conv: Any) -> bool:
+    """True for the geometry that the doubling supports. Users may dilate a convolution after it was fused."""
+    return bool((conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1)))
 
 
 class FusedDownsample2D(Downsample2D):
@@ -321,15 +396,22 @@ class FusedDownsample2D(Downsample2D):
     @staticmethod
     def can_fuse(block: Any) -> bool:
         """True if this forward supports the block's options."""
-        return bool(block.use_conv) and block.norm is None and block.padding > 0 and type(block.conv) is QuantConv2d
+        return (
+            bool(block.use_conv)
+            and block.norm is None
+            and block.padding > 0
+            and type(unwrapped(block.conv)) is QuantConv2d
+        )
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Downsample2D.forward``."""
-        conv: Any = self.conv
-        if not _fused_conv(conv, hidden_states):
+        adapters = _adapters_of_conv(self.conv, hidden_states)
+        if adapters is None:
             return super().forward(hidden_states, *args, **kwargs)
-        q = conv.quantize(hidden_states.permute(0, 2, 3, 1), conv.padding)
-        y, statistics = conv.convolve(q, hidden_states.dtype)
+        conv, image = unwrapped(self.conv), hidden_states.permute(0, 2, 3, 1)
+        q = conv.quantize(image, conv.padding)
+        added = residual_with_adapters(adapters, image)
+        y, statistics = conv.convolve(q, hidden_states.dtype, residual=added)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
 
 
@@ -385,11 +467,12 @@ class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
         return hidden_states
 
 
-def _fused_conv(conv: Any, x: torch.Tensor) -> bool:
-    return type(conv) is QuantConv2d and run_as_made((conv,)) and not wants_gradient(x)
+def _adapters_of_conv(conv: Any, x: torch.Tensor) -> list[Adapter] | None:
+    """The active adapters of a convolution; None if it cannot run fused in this call."""
+    return None if wants_gradient(x) or not run_as_made((conv,)) else active_adapters(conv)
 
 
 def _hands_skips_over(block: Any) -> bool:
-    """True if the resnets can take the skips as an argument, which a replaced ``forward`` does not have."""
+    """True if the resnets can take the skips as an argument: hooks and a replaced ``forward`` expect the concat."""
     freeu = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
-    return not (freeu or block.training or any("forward" in resnet.__dict__ for resnet in block.resnets))
+    return not (freeu or block.training) and run_as_made(block.resnets)

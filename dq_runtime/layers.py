@@ -24,7 +24,8 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         ctx.name = name
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # not a view of y: those may not be changed in place
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -285,8 +286,10 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.quantize(x.permute(0, 2, 3, 1), self.padding)
-        y = self.convolve(q, x.dtype, with_statistics=False)[0].permute(0, 3, 1, 2)
-        return _NoGradient.apply(y, x, self.name) if wants_gradient(x) else y
+        y = self.convolve(q, x.dtype, with_statistics=False)[0]
+        if wants_gradient(x):
+            y = _NoGradient.apply(y, x, self.name)
+        return y.permute(0, 3, 1, 2)
 
 
 def constructor_arguments(layer: nn.Module) -> dict[str, Any]:

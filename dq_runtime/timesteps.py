@@ -57,7 +57,7 @@ class TimestepGrid(nn.Module):
         values = torch.tensor(timesteps, dtype=torch.float32, device="cpu")  # even under a default device of meta
         self.num_timesteps = len(timesteps)
         self.boundaries = (values[1:] + values[:-1]) / 2
-        self.index = torch.empty(0, dtype=torch.int32)
+        self.index = self._no_index = torch.empty(0, dtype=torch.int32)
         self.uniform = False
         self.hooks = []
 
@@ -128,4 +128,4 @@ class TimestepGrid(nn.Module):
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward hook: clears ``index``, or a bare ``forward(...)``, which runs no hooks, would use an old one."""
-        self.index = self.index.new_empty(0)
+        self.index = self._no_index  # not a new tensor: torch.compile would compile this hook as a graph of its own

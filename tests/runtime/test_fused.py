@@ -1,8 +1,6 @@
 """Fused blocks compared with unfused ones: results, operators that run, and cases that fall back to unfused."""
 
 import copy
-from collections import Counter
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from fused_unets import (
     MIXED,
     UNETS,
     arguments_of,
+    blocks_compared,
     calibrate,
     call,
     fused,
@@ -28,85 +27,29 @@ from fused_unets import (
     noise,
     quantized,
 )
-from peft import LoraConfig
+from operators import Operators
 from tiny_unets import attend_twice
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dq_kernels import ops
 from dq_kernels.cpu import onednn
 from dq_kernels.ops import STATISTICS_ROWS
 from dq_runtime import Int8AttnProcessor
-from dq_runtime.fused import FUSED, fuse
+from dq_runtime.fused import fuse
 from dq_runtime.layers import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
 
-# Given one input, a fused block and diffusers' own forward of it differ by fp32's last bit, which now and then puts an
-# activation on the other side of a quantizer's step: 4e-4 for one in a transformer here. A lost time embedding or
-# residual costs 1e-2 and more.
-BLOCK_TOLERANCE = 2e-3
-
-
-@contextmanager
-def unfused(block):
-    """Restores diffusers' forwards in a block and its submodules."""
-    classes = {module: type(module) for module in block.modules() if type(module) in FUSED.values()}
-    for module, fused_class in classes.items():
-        module.__class__ = fused_class.__base__
-    yield
-    for module, fused_class in classes.items():
-        module.__class__ = fused_class
-
 
 @pytest.fixture
-def check_blocks(relative_rms):
-    """Compares every block of a fused UNet with diffusers' forward of that block, on the same inputs."""
-
-    def check(block, args, kwargs, y):
-        skip = kwargs.pop("skip", None)
-        args = args if skip is None else (torch.cat([args[0], skip], dim=1), *args[1:])
-        with unfused(block):
-            expected = block.forward(*args, **kwargs)
-        if isinstance(y, (tuple, dict)):
-            y, expected = y[0], expected[0]
-        assert relative_rms(y, expected) < BLOCK_TOLERANCE, type(block)
-
-    def check_blocks(unet):
-        for block in modules_of(unet, (ResnetBlock2D, Transformer2DModel, Upsample2D, Downsample2D)):
-            block.register_forward_hook(check, with_kwargs=True)
-
-    return check_blocks
-
-
-@pytest.fixture
-def assert_same_output(relative_rms, check_blocks):
+def assert_same_output(relative_rms):
     """Asserts that a fused and an unfused UNet compute the same: block by block, and as a whole."""
 
     def assert_same_output(actual, expected, **arguments):
-        check_blocks(actual)
-        assert relative_rms(call(actual, **arguments), call(expected, **arguments)) < FLIPS
+        with blocks_compared(relative_rms):
+            result = call(actual, **arguments)
+        assert relative_rms(result, call(expected, **arguments)) < FLIPS
 
     return assert_same_output
-
-
-class Operators(TorchDispatchMode):
-    """Records calls of torch operators by name, without those inside of dq_kernels' operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = [argument.name for argument in func._schema.arguments]
-        self.calls.append((func.overloadpacket.__name__, dict(zip(names, args, strict=False)) | (kwargs or {})))
-        return func(*args, **kwargs or {})
-
-    def count(self):
-        return Counter(name for name, _ in self.calls)
-
-    def arguments(self, operator):
-        """By the names in its schema."""
-        return [arguments for name, arguments in self.calls if name == operator]
 
 
 # Pixels in whole runs of statistics at every level, at one level, and at none.
@@ -269,51 +212,6 @@ def test_no_statistics_are_given_of_part_of_a_run():
 
 
 # Cases that fused forwards do not support, so that diffusers' own forward must run.
-
-
-def add_lora(unet, target_modules):
-    torch.manual_seed(0)
-    unet.add_adapter(LoraConfig(r=4, target_modules=target_modules))
-    for name, parameter in unet.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_(std=0.5)
-
-
-@pytest.mark.parametrize(
-    "target_modules",
-    [
-        ["to_q", "to_k", "to_v", "to_out.0"],
-        ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"],
-        ["proj_in", "proj_out"],
-        ["ff.net.0.proj"],
-        ["ff.net.2"],
-        ["time_emb_proj"],
-        ["mid_block.resnets.0.time_emb_proj"],
-        ["conv1"],
-        ["conv_shortcut"],
-        ["upsamplers.0.conv", "downsamplers.0.conv"],
-    ],
-    ids=", ".join,
-)
-def test_adapter_works_on_a_fused_unet(assert_same_output, relative_rms, target_modules):
-    actual, expected = fused(), quantized()
-    without = call(expected)
-
-    for unet in (actual, expected):
-        add_lora(unet, target_modules)
-
-    assert relative_rms(call(expected), without) > 2 * FLIPS
-    assert_same_output(actual, expected)
-    actual.disable_adapters()
-    assert relative_rms(call(actual), without) < FLIPS
-
-
-def test_scale_of_an_adapter_is_heeded(assert_same_output):
-    actual, expected = fused(), quantized()
-    for unet in (actual, expected):
-        add_lora(unet, ["to_q", "conv1"])
-
-    assert_same_output(actual, expected, cross_attention_kwargs={"scale": 0.5})
 
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 1]])
@@ -594,14 +492,3 @@ def test_heads_too_large_for_int8_stay_in_floating_point_in_fused_blocks(assert_
 
     assert attention_operators(actual) == (6, 0, 2)
     assert_same_output(actual, in_int8(quantized()))
-
-
-def test_adapter_works_on_a_fused_unet_with_int8_attention(assert_same_output, relative_rms):
-    actual, expected = in_int8(fused()), in_int8(quantized())
-    without = call(expected)
-
-    for unet in (actual, expected):
-        add_lora(unet, ["to_q", "to_k", "to_v", "to_out.0"])
-
-    assert relative_rms(call(expected), without) > 2 * FLIPS
-    assert_same_output(actual, expected)

@@ -183,7 +183,8 @@ def test_group_applies_what_its_layers_do(new_layer):
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(5))
     expected = [layer(F.silu(x)) for layer in layers]
 
-    group = LinearGroup(layers, F.silu)
+    holder = torch.nn.ModuleList(layers)
+    group = LinearGroup([(holder, name) for name in "012"], F.silu)
 
     for layer, result in zip(reversed(layers), reversed(expected), strict=True):
         assert torch.equal(group.result(layer, x), result)

@@ -2,21 +2,30 @@
 
 import copy
 import functools
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import tiny_unets
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 
 import dq_runtime
 from dq_runtime import DilateQuantConfig
-from dq_runtime.fused import fuse
+from dq_runtime.fused import FUSED, fuse
 from dq_runtime.layers import quantized_layers
 
 # How far fused and unfused may be apart: what follows the first difference is rounded otherwise, which makes 0.015 at
 # most here. A wrong row or skip costs 0.1 and more.
 FLIPS = 0.03
+# Given one input, a fused block and diffusers' own forward of it differ by fp32's last bit, which now and then puts an
+# activation on the other side of a quantizer's step: 4e-4 for one in a transformer here. A lost time embedding or
+# residual costs 1e-2 and more.
+BLOCK_TOLERANCE = 2e-3
 TIMESTEPS = (100, 500, 900)
 MIXED = torch.tensor([900, 100, 500])
 BATCH = len(MIXED)
@@ -109,3 +118,52 @@ def groups_of(unet):
     """Every group of a fused UNet."""
     shared = modules_of(unet, ResnetBlock2D)[0].state.groups.values()
     return [*shared, *(block.self_attention for block in modules_of(unet, BasicTransformerBlock))]
+
+
+@contextmanager
+def unfused(block):
+    """Restores diffusers' forwards in a block and its submodules."""
+    classes = {module: type(module) for module in block.modules() if type(module) in FUSED.values()}
+    for module, fused_class in classes.items():
+        module.__class__ = fused_class.__base__
+    yield
+    for module, fused_class in classes.items():
+        module.__class__ = fused_class
+
+
+@contextmanager
+def blocks_compared(distance):
+    """Compares each call of a fused block with diffusers' forward of the block, on the same inputs."""
+
+    def compared(forward):
+        def new_forward(block, *args, skip=None, **kwargs):
+            y = forward(block, *args, **({} if skip is None else {"skip": skip}), **kwargs)
+            if skip is not None:
+                args = (torch.cat([args[0], skip], dim=1), *args[1:])
+            with unfused(block):
+                expected = block.forward(*args, **kwargs)
+            actual, expected = (result if torch.is_tensor(result) else result[0] for result in (y, expected))
+            assert distance(actual, expected) < BLOCK_TOLERANCE, type(block)
+            return y
+
+        return new_forward
+
+    with ExitStack() as stack:
+        for stock in (ResnetBlock2D, Transformer2DModel, Upsample2D, Downsample2D):
+            # On the class: a hook on a block changes how it is called.
+            stack.enter_context(mock.patch.object(FUSED[stock], "forward", compared(FUSED[stock].forward)))
+        yield
+
+
+@contextmanager
+def no_block_may_step_aside():
+    """Raises if a fused block runs diffusers' own forward."""
+
+    def fail(block, *args, **kwargs):
+        raise AssertionError(f"{type(block)} runs unfused")
+
+    with ExitStack() as stack:
+        for stock in FUSED:
+            method = "_operate_on_continuous_inputs" if stock is Transformer2DModel else "forward"
+            stack.enter_context(mock.patch.object(stock, method, fail))
+        yield
