@@ -30,6 +30,10 @@ INTEGER = (
     r"(IADD|IMAD|IABS|IMNMX|ISETP|ISCADD|LOP|PLOP|SHF|LEA|PRMT|SEL|SGXT|VIADD|VIMNMX|BMSK|MOV)|"
     r"v_(add|sub|mul|mad|lsh|ash|and|or|xor|not|perm|bfe|bfi|align|cndmask|cmp|mov)"
 )
+# With programmatic dependent launch: a kernel waits for the previous one, and what it may do before.
+PREVIOUS_KERNEL_WAIT = r"ACQBULK\b"
+PREFETCH = r"CCTL\S*\.PF2\b"
+GLOBAL_ACCESS = r"(LD|ST|ATOM|RED)G?(STS)?\b"
 GLOBAL_LOAD = r"LDG(STS)?\b|(global|buffer)_load"
 LOAD_BYTES = (
     (r"\.128|dwordx4", 16),
@@ -72,6 +76,12 @@ def main_loop(instructions: list[Instruction]) -> list[Instruction]:
     jumps = ((line.jump, end + 1) for end, line in enumerate(instructions) if line.jump is not None)
     loops = (instructions[start:end] for start, end in jumps if start < end)
     return min((loop for loop in loops if count(loop, MMA)), key=len, default=instructions)
+
+
+def before_wait(instructions: list[Instruction]) -> list[Instruction]:
+    """The instructions before the wait for the previous kernel; none if there is no such wait."""
+    waits = (i for i, line in enumerate(instructions) if re.match(PREVIOUS_KERNEL_WAIT, line.name))
+    return instructions[: next(waits, 0)]
 
 
 def count(instructions: list[Instruction], pattern: str) -> int:

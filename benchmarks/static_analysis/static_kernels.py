@@ -8,6 +8,8 @@ the names of its columns, then rows:
 
 - ``registers`` of a thread, ``spills`` (instructions that access local memory), ``stack_bytes``, ``shared_bytes``;
   ``blocks``, the resident blocks per multiprocessor, and ``occupancy``, their share of its warps, as limited by these;
+- ``early_prefetches`` and ``early_accesses`` of global memory, before the wait for the previous kernel (programmatic
+  dependent launch);
 - ``mma``: matrix instructions by name, in PTX for NVIDIA, in the machine code for AMD;
 - ``loop_*``: instructions of the main loop, which is the innermost loop with a matrix instruction, or the whole kernel
   if there is none. ``loop_loads`` are loads from global memory by bytes per thread. ``loop_integer`` are integer, logic
@@ -84,13 +86,15 @@ def describe(target: str, kernel: CompiledKernel) -> tuple[Row, list[Instruction
     blocks, share = machine_code.occupancy(
         target, allocation.registers, kernel.metadata.num_warps, shared, columns
     )  # fmt: skip
-    loop = main_loop(instructions)
+    loop, early = main_loop(instructions), machine_code.before_wait(instructions)
     row = {
         **allocation._asdict(),
         "shared_bytes": shared,
         "blocks": blocks,
         "occupancy": round(share, 3),
         "instructions": len(instructions),
+        "early_prefetches": count(early, machine_code.PREFETCH) or None,
+        "early_accesses": count(early, machine_code.GLOBAL_ACCESS) or None,
         "loop_instructions": len(loop),
         "loop_mma": count(loop, MMA),
         "loop_loads": machine_code.global_loads(loop),

@@ -43,25 +43,39 @@ def reciprocal(x, PTX: tl.constexpr):
 
 
 @triton.jit
-def exp(x, PTX: tl.constexpr):
-    """e^x; results below the smallest normal number may be 0."""
+def exp2(x, PTX: tl.constexpr):
+    """2^x; results below the smallest normal number may be 0."""
     if PTX:
         return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.exp(x)
+    return tl.exp2(x)
+
+
+@triton.jit
+def exp(x, PTX: tl.constexpr):
+    """e^x; results below the smallest normal number may be 0."""
+    return exp2(x * 1.4426950408889634, PTX) if PTX else tl.exp(x)
 
 
 @triton.jit
 def follow_previous_kernel(PDL: tl.constexpr):
     """With programmatic dependent launch: waits for the previous kernel, and allows the next one to launch.
 
-    It is the first statement of a kernel, before any memory access. So only the launches overlap, about a microsecond
-    each.
+    It stands before any memory access of a kernel but ``prefetch``. So only the launches overlap, about a microsecond
+    each, and prefetches of what no kernel writes.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """PTX only: fetches the cache lines of these addresses into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

@@ -99,6 +99,7 @@ class ArrivalCounters:
 
     def take(self, number: int, stream: int | None) -> Tensor:
         """At least ``number`` counters for a launch on a stream, None for a launch that is being captured."""
+        number = 4 * cdiv(number, 4)  # 16 bytes: Triton specializes kernels by the alignment of addresses
         with self._lock:
             if stream is None:
                 if number > self._free:

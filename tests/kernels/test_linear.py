@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from diffusers.models.activations import GEGLU
 from flat_operators import ops, reference
 
+from dq_kernels.triton.gemm import _gelu
 from dq_kernels.triton.tuning import LaunchConfig
 
 # Against float64, rounded once to the result's dtype. fp32: about five roundings of 2^-24. fp16: the few values next to
@@ -125,6 +128,23 @@ def test_requantized_result_is_the_references(
     arguments, _ = geglu_quantize_arguments(x_shape, out_channels)
 
     assert_quantized_alike(run("int4_geglu_quantize", arguments), reference.int4_geglu_quantize(**arguments))
+
+
+@triton.jit
+def gelu_kernel(x_ptr, y_ptr, SIZE: tl.constexpr, PTX: tl.constexpr):
+    n = tl.arange(0, SIZE)
+    tl.store(y_ptr + n, _gelu(tl.load(x_ptr + n), PTX))
+
+
+def test_gelu_of_the_gate_has_an_absolute_error_below_a_millionth(triton_device):
+    # Beyond 10 the result is that of ReLU. The fitted polynomial must not turn upwards far from the fitted range.
+    x = torch.cat([torch.linspace(-10, 10, 2**13), 10 * torch.logspace(0, 4, 2**12), -10 * torch.logspace(0, 4, 2**12)])
+    x = x.to(triton_device)
+    y = torch.empty_like(x)
+
+    gelu_kernel[(1,)](x, y, x.numel(), PTX=torch.version.cuda is not None and x.is_cuda)
+
+    torch.testing.assert_close(y.double(), F.gelu(x.double()), rtol=1.2e-7, atol=7e-7)
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4, 2])

@@ -176,6 +176,11 @@ def test_hopper_waits_for_one_product_a_step(rows: list[Row]) -> None:
     assert set(waits.values()) == {1}, waits
 
 
+def test_only_weights_are_touched_before_the_previous_kernel_has_ended(rows: list[Row]) -> None:
+    assert {identity(row): row["early_accesses"] for row in rows if "early_accesses" in row} == {}
+    assert [name for name, row in gemms(rows, "sm_90").items() if "early_prefetches" not in row] == []
+
+
 def test_main_loop_loads_as_wide_as_the_tile_permits(rows: list[Row]) -> None:
     # 16 bytes a thread; if a tile has fewer bytes for each thread, all of them at once.
     wrong = {}
@@ -215,6 +220,8 @@ def test_interpreted_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 # Two steps of a loop, in the form that nvdisasm prints; the first shift computes an address.
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0004*/                   CCTL.E.PF2  [R4] ;
+        /*0008*/                   ACQBULK  ;
 .L_x_1:
         /*0010*/                   IMAD.SHL.U32 R9, R8, 0x10, RZ ;
         /*0020*/                   LDSM.16.M88.4 R4, [R9+UR14+0xc000] ;
@@ -231,6 +238,9 @@ SASS = """
 
 
 def test_sass_is_read_as_written() -> None:
+    early = machine_code.before_wait(machine_code.parse(SASS))
+    assert machine_code.count(early, machine_code.PREFETCH) == 1
+    assert machine_code.count(early, machine_code.GLOBAL_ACCESS) == 0
     loop = machine_code.main_loop(machine_code.parse(SASS))
     assert [line.name for line in (loop[0], loop[-1])] == ["IMAD.SHL.U32", "BRA"]
     assert machine_code.nibble_instructions(loop) == 3

@@ -282,6 +282,7 @@ def counters():
 
 def addresses(counters):
     assert not counters.any()
+    assert counters.data_ptr() % 16 == 0  # otherwise Triton compiles another kernel
     return set(range(counters.data_ptr(), counters.data_ptr() + 4 * counters.numel(), 4))
 
 
@@ -318,7 +319,7 @@ def test_a_capture_allocates_no_block(monkeypatch, counters):
     monkeypatch.setattr(counters, "_allocate", lambda number: pytest.fail("allocated inside a capture"))
 
     for _ in range(20):
-        assert counters.take(3, None).numel() == 3
+        assert counters.take(3, None).numel() >= 3
 
 
 def test_a_capture_after_a_launch_needs_no_fill(counters):

@@ -83,8 +83,8 @@ KERNELS = [
     ),
     Mutant(
         "gemm_upsampled_row", GEMM,
-        "source = (top + row + 1) // 2 * width",
-        "source = (top + row) // 2 * width",
+        "source = (top + row + 1 >> 1) * width",
+        "source = (top + row >> 1) * width",
         TEST_CONV2D, "test_integer_sums_of_an_upsampled_image_are_exact and triton",
     ),
     Mutant(
@@ -155,8 +155,8 @@ KERNELS = [
     ),
     Mutant(
         "gemm_gelu_of_negative_numbers", GEMM,
-        "x * tl.where(x < 0, tail, 1 - tail)",
-        "x * (1 - tail)",
+        "tl.maximum(x, 0.0) - u *",
+        "x - u *",
         TEST_LINEAR, "test_requantized_result_is_the_references and triton",
     ),
     Mutant(
