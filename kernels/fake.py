@@ -18,10 +18,10 @@ def _check_same_kind(op: str, x: Tensor, *others: Tensor) -> None:
             )
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None) -> Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tensor:
     """As ``reference.quantize``."""
     _check_same_kind("quantize", x, quantizer.scale)
-    return x.new_empty(quantized_shape((*x.shape[:-1], quantizer.dilation.shape[0]), padding), dtype=torch.int8)
+    return x.new_empty(quantized_shape(x.shape, padding), dtype=torch.int8)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -45,11 +45,11 @@ def group_norm_quantize(
 
 def int4_linear(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, next_quantizer: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.int4_linear``."""
     _check_same_kind("int4_linear", x, weight.values)
-    return x.new_empty(*x.shape[:-1], weight.values.shape[0], dtype=out_dtype)
+    return x.new_empty(*x.shape[:-1], weight.values.shape[0], dtype=out_dtype if next_quantizer is None else torch.int8)
 
 
 def int4_geglu_quantize(

@@ -77,14 +77,13 @@ _int8_attention = register(*(backend.int8_attention for backend in _BACKENDS))
 _int8_attention_quantize = register(*(backend.int8_attention_quantize for backend in _BACKENDS))
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0), skip: Tensor | None = None) -> Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """Quantizes activations: clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t) to ``quantizer.bits`` bits.
 
     Args:
         x: [B, ..., K] float16, bfloat16 or float32, any strides.
-        quantizer: of K channels, or K + K2 with a skip.
+        quantizer: of K channels.
         padding: (vertical, horizontal): rows and columns of the zero point around images x [B, H, W, K].
-        skip: [B, ..., K2] float, optional: is concatenated behind x's channels, K even.
 
     Returns:
         [B, ..., K'] int8, contiguous; [B, H + 2 vertical, W + 2 horizontal, K'] with padding.
@@ -94,16 +93,10 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0),
     """
     op = "quantize"
     check_floats(op, "x", x, ("B", "...", "K"))
-    channels = x.shape[-1]
-    if skip is not None:
-        check_floats(op, "skip", skip, (*x.shape[:-1], "K2"))
-        if channels % 2:
-            raise ValueError(f"{op}: x must have an even number of channels before a skip, got {channels}")
-        channels += skip.shape[-1]
-    check_quantizer(op, quantizer, x.shape[0], channels)
-    check_padding(op, x, channels, padding)
+    check_quantizer(op, quantizer, x.shape[0], x.shape[-1])
+    check_padding(op, x, x.shape[-1], padding)
     check_samples(op, x.shape[0])
-    return _quantize(x, *quantizer, padding, skip)
+    return _quantize(x, *quantizer, padding)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -205,6 +198,7 @@ def int4_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
+    next_quantizer: Quantizer | None = None,
 ) -> Tensor:
     """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, summed in int32.
 
@@ -214,10 +208,11 @@ def int4_linear(
         quantizer: the one that made x; its dilation and bits are not read.
         bias: [N] float, optional.
         residual: [B, ..., N] float, optional.
-        out_dtype: float16, bfloat16 or float32.
+        out_dtype: float16, bfloat16 or float32; of no effect with ``next_quantizer``.
+        next_quantizer: of N channels, N even, and as many timesteps as ``quantizer``: quantizes the result.
 
     Returns:
-        [B, ..., N] ``out_dtype``, contiguous.
+        [B, ..., N] ``out_dtype``, or int8 with ``next_quantizer``; contiguous.
 
     Raises:
         ValueError: for any other dtype, shape or layout, or a sum that may exceed int32.
@@ -228,7 +223,11 @@ def int4_linear(
     if residual is not None:
         check_tensor(op, "residual", residual, COMPUTE_DTYPES, (*x.shape[:-1], out_channels), any_strides=True)
         residual = residual.contiguous()
-    return _int4_linear(x, *weight, *quantizer, bias, residual, out_dtype)
+    if next_quantizer is not None:
+        if out_channels % 2:
+            raise ValueError(f"{op}: the {out_channels} output channels must be an even number to be quantized")
+        check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels)
+    return _int4_linear(x, *weight, *quantizer, bias, residual, out_dtype, *(next_quantizer or NO_QUANTIZER))
 
 
 def int4_geglu_quantize(

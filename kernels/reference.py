@@ -22,14 +22,12 @@ def _tables(quantizer: Quantizer, ndim: int) -> tuple[Tensor, Tensor]:
     return quantizer.scale[rows].reshape(per_sample), quantizer.zero_point[rows].reshape(per_sample)
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0), skip: Tensor | None = None) -> Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1].
 
-    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side. ``skip`` [B, ..., K2]
-    is concatenated along the channels.
+    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side.
     """
-    x = (x if skip is None else torch.cat([x, skip], dim=-1)).float()
-    dilation = quantizer.dilation
+    x, dilation = x.float(), quantizer.dilation
     if any(padding):
         pad_h, pad_w = padding
         x = F.pad(x, (0, 0, pad_w, pad_w, pad_h, pad_h))
@@ -86,14 +84,17 @@ def _dequantize_product(accumulator: Tensor, weight: PackedWeight, quantizer: Qu
 
 def int4_linear(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, next_quantizer: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, in float64 until the end."""
+    """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, in float64 until the end.
+
+    With ``next_quantizer`` the result is the next layer's int8.
+    """
     y = _dequantize_product(linear_accumulator(x, weight.values), weight, quantizer)
     for addend in (bias, residual):
         if addend is not None:
             y = y + addend.double()
-    return y.to(out_dtype)
+    return y.to(out_dtype) if next_quantizer is None else quantize(y, next_quantizer)
 
 
 def int4_geglu_quantize(

@@ -47,7 +47,9 @@ class _Dispatch(TorchDispatchMode):
     def __init__(self, count: Counter[str]) -> None:
         super().__init__()
         self.count = count
-        self.operators = {name: takes_fields(getattr(triton, name), getattr(reference, name)) for name in triton.__all__}
+        self.operators = {
+            name: takes_fields(getattr(triton, name), getattr(reference, name)) for name in triton.__all__
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -46,7 +46,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, beyond: int) -> Tensor:
 
 def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
     """As ``reference.int8_attention_quantize``."""
-    return quantize(int8_attention(query.float(), key, value, heads), quantizer, (0, 0), None)
+    return quantize(int8_attention(query.float(), key, value, heads), quantizer, (0, 0))
 
 
 def _quantize_to_127(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class _QuantizerArguments(ctypes.Structure):
 _TENSOR, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _QUANTIZER = ctypes.POINTER(_QuantizerArguments)
 _SIGNATURES = {
-    "dq_quantize": [_INT, _TENSOR, _TENSOR, *[_SIZE] * 7, _QUANTIZER, _TENSOR, _INT],
+    "dq_quantize": [_INT, _TENSOR, *[_SIZE] * 6, _QUANTIZER, _TENSOR, _INT],
     "dq_group_norm_quantize": [
         _INT, _TENSOR, _TENSOR, *[_SIZE] * 6, _TENSOR, _TENSOR, _FLOAT, _INT, _TENSOR, _TENSOR, _SIZE, _SIZE,
         _QUANTIZER, _TENSOR, _QUANTIZER, _TENSOR, _INT,
@@ -130,16 +130,12 @@ def _image_sizes(x: Tensor) -> tuple[int, int, int, int]:
     return x.shape[0], 1, x.shape[1:-1].numel(), x.shape[-1]
 
 
-def quantize(
-    functions: ctypes.CDLL, x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None
-) -> Tensor:
+def quantize(functions: ctypes.CDLL, x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tensor:
     """As ``reference.quantize``."""
-    source, beside = _readable(x, skip)
-    beside_channels = 0 if skip is None else skip.shape[-1]
-    shape = [*x.shape[:-1], x.shape[-1] + beside_channels]
-    out = torch.empty(quantized_shape(shape, padding), dtype=torch.int8)
+    source, _ = _readable(x)
+    out = torch.empty(quantized_shape(x.shape, padding), dtype=torch.int8)
     functions.dq_quantize(
-        _DTYPES[source.dtype], source.data_ptr(), _pointer(beside), *_image_sizes(x), beside_channels, *padding,
+        _DTYPES[source.dtype], source.data_ptr(), *_image_sizes(x), *padding,
         _tables(quantizer), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

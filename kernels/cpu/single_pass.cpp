@@ -205,31 +205,20 @@ void fill_image(
     }
 }
 
-// The channels of one pixel of x beside those of skip.
-template <class T>
-inline void quantize_pixel(
-    int8_t* out, const T* x, int64_t channels, const T* skip, int64_t skip_channels, int64_t padded,
-    const float* inverse_dilation, Step step
-) {
-    quantize_row(out, channels, channels, inverse_dilation, step, [=](int64_t k) { return to_float(x[k]); });
-    quantize_row(out + channels, skip_channels, padded - channels, inverse_dilation + channels, step,
-        [=](int64_t k) { return to_float(skip[k]); });
-}
-
 template <class T>
 void quantize(
-    const T* x, const T* skip, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t skip_channels,
-    int64_t pad_h, int64_t pad_w, const Quantizer& quantizer, int8_t* out, int threads
+    const T* x, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t pad_h, int64_t pad_w,
+    const Quantizer& quantizer, int8_t* out, int threads
 ) {
-    int64_t all = channels + skip_channels, padded = all + all % 2;
+    int64_t padded = channels + channels % 2;
     const float* inverse = quantizer.inverse_dilation.data();
     fill_image(out, samples, height, width, padded, pad_h, pad_w, quantizer, threads,
         [&](int64_t sample, int64_t row, int8_t* line) {
             Step step = quantizer.of(sample);
             for (int64_t w = 0; w < width; ++w, line += padded) {
                 int64_t pixel = sample * height * width + row + w;
-                quantize_pixel(line, x + pixel * channels, channels, skip + pixel * skip_channels, skip_channels, padded,
-                    inverse, step);
+                const T* source = x + pixel * channels;
+                quantize_row(line, channels, padded, inverse, step, [=](int64_t k) { return to_float(source[k]); });
             }
         });
 }
@@ -287,9 +276,15 @@ void group_norm_quantize(
                 normalize(line, x + pixel * channels, channels, p, p + all, p + 2 * all, inverse, step);
                 normalize(line + channels, skip + pixel * skip_channels, skip_channels, p + channels, p + all + channels,
                     p + 2 * all + channels, inverse + channels, step);
-                if (plain_quantizer)
-                    quantize_pixel(plain_out + pixel * all, x + pixel * channels, channels, skip + pixel * skip_channels,
-                        skip_channels, all, plain_quantizer->inverse_dilation.data(), plain_quantizer->of(sample));
+                if (plain_quantizer) {
+                    const float* plain_inverse = plain_quantizer->inverse_dilation.data();
+                    Step plain_step = plain_quantizer->of(sample);
+                    for (int64_t k = 0; k < channels; ++k)
+                        plain_out[pixel * all + k] = plain_step(to_float(x[pixel * channels + k]), plain_inverse[k]);
+                    for (int64_t k = 0; k < skip_channels; ++k)
+                        plain_out[pixel * all + channels + k] =
+                            plain_step(to_float(skip[pixel * skip_channels + k]), plain_inverse[channels + k]);
+                }
             }
         });
 }
@@ -403,11 +398,11 @@ static Quantizer unpack(const QuantizerArguments* a) {
 }
 
 void dq_quantize(
-    int dtype, const void* x, const void* skip, int64_t samples, int64_t height, int64_t width, int64_t channels,
-    int64_t skip_channels, int64_t pad_h, int64_t pad_w, const QuantizerArguments* quantizer, int8_t* out, int threads
+    int dtype, const void* x, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t pad_h,
+    int64_t pad_w, const QuantizerArguments* quantizer, int8_t* out, int threads
 ) {
-    DISPATCH(dtype, quantize(static_cast<const T*>(x), static_cast<const T*>(skip), samples, height, width, channels,
-        skip_channels, pad_h, pad_w, unpack(quantizer), out, threads))
+    DISPATCH(dtype, quantize(static_cast<const T*>(x), samples, height, width, channels, pad_h, pad_w, unpack(quantizer),
+        out, threads))
 }
 
 void dq_group_norm_quantize(

@@ -246,7 +246,9 @@ def group_norm_quantize_kernel(
             mask=(position < length)[:, None] & k_inside[None, :],
         )
         if plain_out_ptr is not None:
-            q = quantize_tile(x, plain_inverse_dilation[None, :], plain_inverse_scale, plain_zero_point, PLAIN_BITS, PTX)
+            q = quantize_tile(
+                x, plain_inverse_dilation[None, :], plain_inverse_scale, plain_zero_point, PLAIN_BITS, PTX
+            )
             tl.store(
                 plain_out_ptr + source[:, None] * out_channels + k[None, :],
                 q.to(tl.int8),

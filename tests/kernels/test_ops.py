@@ -9,13 +9,15 @@ from flat_operators import ops, reference
 from dq_kernels.records import Quantizer
 from dq_kernels.triton.tuning import LaunchConfig
 
-PLAIN_QUANTIZER = tuple(f"plain_quantizer_{field}" for field in Quantizer._fields)
+PLAIN_QUANTIZER, NEXT_QUANTIZER = (
+    tuple(f"{name}_quantizer_{field}" for field in Quantizer._fields) for name in ("plain", "next")
+)
 # Each operator's optional arguments, all of which may be None at once.
 OPERATORS = {
-    "quantize": ("skip",),
+    "quantize": (),
     "layer_norm_quantize": ("norm_weight", "norm_bias"),
     "group_norm_quantize": ("skip", "statistics", "skip_statistics", *PLAIN_QUANTIZER),
-    "int4_linear": ("bias", "residual"),
+    "int4_linear": ("bias", "residual", *NEXT_QUANTIZER),
     "int4_geglu_quantize": ("bias",),
     "int4_conv2d": ("bias", "residual", "channel_add"),
     "int8_attention": (),
@@ -34,7 +36,8 @@ def make(
 
     def make(op, dtype=torch.float32, batch=3, size=(5, 7)):
         if op == "int4_linear":
-            return linear_arguments((batch, size[0], 6), 4, dtype)[0]
+            following = {f"next_{name}": value for name, value in quantizer_arguments(batch, 4).items()}
+            return linear_arguments((batch, size[0], 6), 4, dtype)[0] | following
         if op == "int4_geglu_quantize":
             return geglu_quantize_arguments((batch, size[0], 6), 4, dtype)[0]
         if op == "int4_conv2d":
@@ -48,15 +51,15 @@ def make(
         if op == "int8_attention_quantize":
             return attention_quantize_arguments(batch, *size, 2, 3, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
-        x, skip = (torch.randn(batch, *size, channels, generator=generator).to(dtype) for channels in (6, 3))
-        return {"x": x, "skip": skip, **quantizer_arguments(batch, 9), "padding": (1, 2)}
+        x = torch.randn(batch, *size, 6, generator=generator).to(dtype)
+        return {"x": x, **quantizer_arguments(batch, 6), "padding": (1, 2)}
 
     return make
 
 
 def without_optional(op, arguments):
     arguments = arguments | dict.fromkeys(OPERATORS[op])
-    if op in ("quantize", "group_norm_quantize"):
+    if op == "group_norm_quantize":
         channels = arguments["x"].shape[-1]
         parameters = ("quantizer_dilation", "norm_weight", "norm_bias")
         arguments |= {name: arguments[name][:channels] for name in parameters if name in arguments}
@@ -246,16 +249,16 @@ BAD_ARGUMENTS = {
         *each(QUANTIZERS[:2], "x", r"\[B, ..., K\]", lambda t: t.flatten()),
         *of("group_norm_quantize", "x", r"\[B, H, W, K\]", lambda t: t[..., 0]),
     ],
-    "quantizer_dilation-too-long": each(DILATING, "quantizer_dilation", r"\[(9|6|16)\]", lambda t: t.repeat(2)),
-    "quantizer_dilation-scalar": each(DILATING, "quantizer_dilation", r"\[(9|6|16)\]", lambda t: t[0]),
+    "quantizer_dilation-too-long": each(DILATING, "quantizer_dilation", r"\[(6|16)\]", lambda t: t.repeat(2)),
+    "quantizer_dilation-scalar": each(DILATING, "quantizer_dilation", r"\[(6|16)\]", lambda t: t[0]),
     "quantizer_dilation-float16": each(DILATING, "quantizer_dilation", "float32", lambda t: t.half()),
     "quantizer_dilation-strided": each(DILATING, "quantizer_dilation", "contiguous", strided),
     "quantizer_bits-1": each(DILATING, "quantizer_bits", "2 to 8", lambda _: 1),
     "quantizer_bits-9": each(DILATING, "quantizer_bits", "2 to 8", lambda _: 9),
     "padding-negative": each(QUANTIZERS[::2], "padding", "not be negative", lambda _: (-1, 1)),
-    "skip-of-other-samples": each(QUANTIZERS[::2], "skip", r"\[3, 5, 7, K2\]", lambda t: t[:1]),
-    "skip-of-other-size": each(QUANTIZERS[::2], "skip", r"\[3, 5, 7, K2\]", lambda t: t[:, :, 1:]),
-    "skip-int8": each(QUANTIZERS[::2], "skip", "float", lambda t: t.to(torch.int8)),
+    "skip-of-other-samples": of("group_norm_quantize", "skip", r"\[3, 5, 7, K2\]", lambda t: t[:1]),
+    "skip-of-other-size": of("group_norm_quantize", "skip", r"\[3, 5, 7, K2\]", lambda t: t[:, :, 1:]),
+    "skip-int8": of("group_norm_quantize", "skip", "float", lambda t: t.to(torch.int8)),
     # norms
     "weight-of-other-channels": each(QUANTIZERS[1:], "norm_weight", r"\[(6|16)\]", lambda t: t[:4]),
     "weight-int32": each(QUANTIZERS[1:], "norm_weight", "float", lambda t: t.int()),
@@ -264,7 +267,6 @@ BAD_ARGUMENTS = {
     "channels-odd": [
         *of("layer_norm_quantize", "x", "channels must be even .* got 5", lambda t: t[..., :5]),
         *of("group_norm_quantize", "x", "15 channels must be even", lambda t: t[..., :5]),
-        *of("quantize", "x", "even number of channels before a skip, got 5", lambda t: t[..., :5]),
     ],
     "channels-too-many": of("layer_norm_quantize", "x", "at most 8192, got 8194", lambda t: t.new_empty(3, 8194)),
     "num_groups-of-no-even-size": of("group_norm_quantize", "num_groups", "divide into 5 groups", lambda _: 5),
@@ -301,6 +303,9 @@ BAD_ARGUMENTS = {
     # the next layer's quantizer
     "next_quantizer_dilation-of-the-weights-rows": of(
         "int4_geglu_quantize", "next_quantizer_dilation", r"\[4\]", lambda t: t.repeat(2)
+    ),
+    "next_quantizer_dilation-of-other-channels": of(
+        "int4_linear", "next_quantizer_dilation", r"\[4\]", lambda t: t[:3]
     ),
     "next_quantizer_dilation-float16": of(
         "int4_geglu_quantize", "next_quantizer_dilation", "float32", lambda t: t.half()
@@ -461,10 +466,21 @@ def test_odd_number_of_requantized_channels_is_refused(make, linear_arguments, r
         f"half of the weight's {rows} output channels must be an even number",
         make("int4_geglu_quantize") | {name: weight[name] for name in names},
     )
+    if rows % 2:
+        refused(
+            "int4_linear",
+            f"the {rows} output channels must be an even number to be quantized",
+            make("int4_linear") | {"residual": None} | {name: weight[name] for name in names},
+        )
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [("int4_geglu_quantize", "next_quantizer"), ("group_norm_quantize", "plain_quantizer")]
+    ("op", "name"),
+    [
+        ("int4_linear", "next_quantizer"),
+        ("int4_geglu_quantize", "next_quantizer"),
+        ("group_norm_quantize", "plain_quantizer"),
+    ],
 )
 def test_another_quantizer_with_other_timesteps_is_refused(make, op, name):
     arguments = make(op)

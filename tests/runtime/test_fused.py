@@ -122,8 +122,8 @@ def test_each_input_is_multiplied_once(name):
     assert count["int4_conv2d"] == 2 * len(resnets) + len(transformers) + len(resamplers)
     assert count["group_norm_quantize"] == 2 * len(resnets) + len(transformers)
     assert count["layer_norm_quantize"] == 3 * len(blocks)
-    # Embeddings, the two shared inputs, shortcuts, resamplers, two attentions a block and each transformer's proj_out.
-    assert count["quantize"] == embeddings + 2 + shortcuts + len(resamplers) + 2 * len(blocks) + len(transformers)
+    # Embeddings, the two shared inputs, resamplers and two attentions a block.
+    assert count["quantize"] == embeddings + 2 + len(resamplers) + 2 * len(blocks)
 
 
 def residuals(shapes):
