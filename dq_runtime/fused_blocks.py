@@ -34,7 +34,7 @@ from dq_runtime.adapters import (
     run_as_made,
     unwrapped,
 )
-from dq_runtime.attention import Int8AttnProcessor, float_attention, in_int8
+from dq_runtime.attention import Int8AttnProcessor, float_attention, has_few_keys, in_int8
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
 from dq_runtime.layers import QuantConv2d, QuantLinear, wants_gradient
 
@@ -288,8 +288,9 @@ def _attend(
     """Attention over [B, tokens, heads x d], its output projection, and the residual."""
     layer = attention.to_out[0]
     out, active = unwrapped(layer), adapters.get(layer)
-    if active is None and in_int8(attention):
-        mixed = ops.int8_attention_quantize(query, key, value, attention.heads, out.quantizer(query))
+    if active is None and (in_int8(attention) or has_few_keys(attention, key)):
+        attend_quantize = ops.int8_attention_quantize if in_int8(attention) else ops.attention_quantize
+        mixed = attend_quantize(query, key, value, attention.heads, out.quantizer(query))
         return out.multiply(mixed, query.dtype, residual)
     attend = ops.int8_attention if in_int8(attention) else float_attention
     mixed = attend(query, key, value, attention.heads)

@@ -73,6 +73,12 @@ def int4_conv2d(
     return y, x.new_empty(statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32)
 
 
+def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+    """As ``reference.attention_quantize``."""
+    _check_same_kind("attention_quantize", query, key, value, quantizer.scale)
+    return query.new_empty(query.shape, dtype=torch.int8)
+
+
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """As ``reference.int8_attention``."""
     _check_same_kind("int8_attention", query, key, value)

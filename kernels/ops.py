@@ -31,6 +31,8 @@ from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.registration import register
 from dq_kernels.shapes import (
+    MAX_FLOAT_HEAD_CHANNELS,
+    MAX_FLOAT_KEYS,
     MAX_HEAD_CHANNELS,
     MAX_LAYER_NORM_CHANNELS,
     MAX_REDUCTION,
@@ -43,6 +45,8 @@ __all__ = [
     "COMPUTE_DTYPES",
     "INT4_MAX",
     "INT4_MIN",
+    "MAX_FLOAT_HEAD_CHANNELS",
+    "MAX_FLOAT_KEYS",
     "MAX_HEAD_CHANNELS",
     "MAX_LAYER_NORM_CHANNELS",
     "MAX_REDUCTION",
@@ -50,6 +54,7 @@ __all__ = [
     "Norm",
     "PackedWeight",
     "Quantizer",
+    "attention_quantize",
     "free_prepacked",
     "group_norm_quantize",
     "int4_conv2d",
@@ -73,6 +78,7 @@ _group_norm_quantize = register(*(backend.group_norm_quantize for backend in _BA
 _int4_linear = register(*(backend.int4_linear for backend in _BACKENDS))
 _int4_geglu_quantize = register(*(backend.int4_geglu_quantize for backend in _BACKENDS))
 _int4_conv2d = register(*(backend.int4_conv2d for backend in _BACKENDS))
+_attention_quantize = register(*(backend.attention_quantize for backend in _BACKENDS))
 _int8_attention = register(*(backend.int8_attention for backend in _BACKENDS))
 _int8_attention_quantize = register(*(backend.int8_attention_quantize for backend in _BACKENDS))
 
@@ -334,6 +340,32 @@ def int4_conv2d(
     )
 
 
+def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in floating point, for few keys, and ``quantize``.
+
+    Args:
+        query: [B, L, H D] float16, bfloat16 or float32, any strides; H D is even.
+        key, value: [B, S, H D] float, any strides; S is at most ``MAX_FLOAT_KEYS``.
+        heads: H; D is at most ``MAX_FLOAT_HEAD_CHANNELS``.
+        quantizer: of H D channels.
+
+    Returns:
+        [B, L, H D] int8, contiguous.
+
+    Raises:
+        ValueError: for any other dtype or shape.
+    """
+    op = "attention_quantize"
+    _check_attention(op, query, key, value, heads, MAX_FLOAT_HEAD_CHANNELS)
+    if key.shape[1] > MAX_FLOAT_KEYS:
+        raise ValueError(
+            f"{op}: key {list(key.shape)} has more than {MAX_FLOAT_KEYS} tokens; use "
+            "torch.nn.functional.scaled_dot_product_attention and quantize instead"
+        )
+    _check_quantized_attention(op, query, quantizer)
+    return _attention_quantize(query, key, value, heads, *quantizer)
+
+
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with q, k, v and the probabilities in 8 bits, both products summed in int32.
 
@@ -370,14 +402,20 @@ def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: in
     """
     op = "int8_attention_quantize"
     _check_attention(op, query, key, value, heads)
-    batch, _, channels = query.shape
-    if channels % 2:
-        raise ValueError(f"{op}: the channels must be even, got {channels}; use int8_attention and quantize instead")
-    check_quantizer(op, quantizer, batch, channels)
+    _check_quantized_attention(op, query, quantizer)
     return _int8_attention_quantize(query, key, value, heads, *quantizer)
 
 
-def _check_attention(op: str, query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
+def _check_quantized_attention(op: str, query: Tensor, quantizer: Quantizer) -> None:
+    batch, _, channels = query.shape
+    if channels % 2:
+        raise ValueError(f"{op}: the channels must be even, got {channels}; quantize the float result instead")
+    check_quantizer(op, quantizer, batch, channels)
+
+
+def _check_attention(
+    op: str, query: Tensor, key: Tensor, value: Tensor, heads: int, most_channels: int = MAX_HEAD_CHANNELS
+) -> None:
     check_floats(op, "query", query, ("B", "L", "H D"))
     batch, _, channels = query.shape
     check_floats(op, "key", key, (batch, "S", channels))
@@ -385,5 +423,5 @@ def _check_attention(op: str, query: Tensor, key: Tensor, value: Tensor, heads: 
     if key.shape[1] == 0:
         raise ValueError(f"{op}: key {list(key.shape)} has no token")
     check_samples(op, batch)
-    if heads < 1 or channels % heads or not 1 <= channels // heads <= MAX_HEAD_CHANNELS:
-        raise ValueError(f"{op}: the {channels} channels must divide into {heads} heads of 1 to {MAX_HEAD_CHANNELS}")
+    if heads < 1 or channels % heads or not 1 <= channels // heads <= most_channels:
+        raise ValueError(f"{op}: the {channels} channels must divide into {heads} heads of 1 to {most_channels}")

@@ -164,6 +164,16 @@ def _double(norm: Norm) -> Norm:
     return Norm(weight, bias, norm.eps)
 
 
+def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in float64, quantized.
+
+    query [B, L, H D], key and value [B, S, H D] -> int8 [B, L, H D].
+    """
+    q, k, v = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    y = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+    return quantize(y.transpose(1, 2).flatten(2), quantizer)
+
+
 def quantize_to_127(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """x fp32 in steps of its largest magnitude along ``dims`` / 127: int8, and the steps (1 where all of x is 0)."""
     largest = x.abs().amax(dims, keepdim=True)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.static_analysis.int8_baseline import int8_gemm_kernel
 from dq_kernels.shapes import BLOCK_KEYS, STATISTICS_ROWS
-from dq_kernels.triton import attention, norm, quantization
+from dq_kernels.triton import attention, float_attention, norm, quantization
 from dq_kernels.triton.gemm import int4_gemm_kernel
 from dq_kernels.triton.launch import options_of
 from dq_kernels.triton.tuning import AMD_FILE, FILES, LaunchConfig, Problem, adjusted, joins_halves, tuned_shapes
@@ -177,7 +177,19 @@ def _keys_values(name: str, head_channels: int) -> Use:
     )  # fmt: skip
 
 
+def _float_attention(name: str, head_channels: int) -> Use:
+    """Attention to the 77 tokens of a prompt."""
+    constants = {"HEAD_CHANNELS": head_channels, "NEXT_BITS": 8, "BLOCK_M": float_attention.BLOCK_QUERIES}
+    constants |= {"BLOCK_N": 128, "CHUNK": float_attention.CHUNK}
+    constants |= dict.fromkeys(("stride_k", "key_stride_k", "value_stride_k"), 1)
+    return Use(
+        float_attention.attention_quantize_kernel, name, constants, odd=(), types=TO_INT8, fp_fusion=False,
+        num_warps=float_attention.NUM_WARPS,
+    )  # fmt: skip
+
+
 ATTENTION_USES = (
+    *(_float_attention(f"heads of {channels} channels", channels) for channels in (40, 64, 80, 160)),
     *(_keys_values(f"heads of {channels} channels", channels) for channels in (40, 64, 80)),
     _attention("heads of 64 channels", 64, quantized=False),
     _attention("heads of 64 channels, quantized", 64),

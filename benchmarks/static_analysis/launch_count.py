@@ -23,7 +23,7 @@ from benchmarks import quantized_unets, unets
 from benchmarks.command_line import new_parser
 from dq_kernels import reference, triton
 from dq_kernels.registration import NAMESPACE, takes_fields
-from dq_kernels.triton import attention, gemm, norm, quantization
+from dq_kernels.triton import attention, float_attention, gemm, norm, quantization
 from dq_runtime import fuse
 from dq_runtime.timesteps import TimestepGrid
 
@@ -75,7 +75,7 @@ def counted_kernels() -> Iterator[Counter[str]]:
         return torch.empty(number, dtype=torch.int32, device=device)
 
     with ExitStack() as replaced:
-        for module in (attention, gemm, norm, quantization):
+        for module in (attention, float_attention, gemm, norm, quantization):
             for name in vars(module):
                 if name.endswith("_kernel"):
                     kernel = _Kernel(name.removesuffix("_kernel"), count)

@@ -20,6 +20,7 @@ OPERATORS = {
     "int4_linear": ("bias", "residual", *NEXT_QUANTIZER),
     "int4_geglu_quantize": ("bias",),
     "int4_conv2d": ("bias", "residual", "channel_add"),
+    "attention_quantize": (),
     "int8_attention": (),
     "int8_attention_quantize": (),
 }
@@ -48,7 +49,7 @@ def make(
             return group_norm_arguments((batch, *size, 6), 4, 10, dtype, padding=(1, 2), with_plain=True)
         if op == "int8_attention":
             return attention_arguments(batch, *size, 2, 3, dtype)
-        if op == "int8_attention_quantize":
+        if op in ("int8_attention_quantize", "attention_quantize"):
             return attention_quantize_arguments(batch, *size, 2, 3, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *size, 6, generator=generator).to(dtype)
@@ -83,6 +84,7 @@ def variants(make, conv2d_arguments, group_norm_arguments):
         "int4_conv2d statistics": conv2d_arguments((3, 8, 16, 6), 4, with_statistics=True, dtype=torch.float16)[0],
         "int8_attention chunks": make("int8_attention") | chunks,
         "int8_attention_quantize chunks": make("int8_attention_quantize") | chunks,
+        "attention_quantize chunks": make("attention_quantize") | chunks,
     }
 
 
@@ -95,6 +97,7 @@ VARIANTS = [
     "int4_conv2d statistics",
     "int8_attention chunks",
     "int8_attention_quantize chunks",
+    "attention_quantize chunks",
 ]
 
 
@@ -210,8 +213,8 @@ def strided(tensor):
 
 GEMMS = ("int4_linear", "int4_geglu_quantize", "int4_conv2d")
 QUANTIZERS = ("quantize", "layer_norm_quantize", "group_norm_quantize")
-ATTENTION = ("int8_attention", "int8_attention_quantize")
-DILATING = (*QUANTIZERS, "int8_attention_quantize")
+ATTENTION = ("int8_attention", "int8_attention_quantize", "attention_quantize")
+DILATING = (*QUANTIZERS, *ATTENTION[1:])
 
 
 def each(ops, name, expected, change):
@@ -331,7 +334,7 @@ BAD_ARGUMENTS = {
     "channel_add-int32": of("int4_conv2d", "channel_add", "float", lambda t: t.int()),
     # attention
     "heads-that-do-not-divide": each(
-        ATTENTION, "heads", "6 channels must divide into 4 heads of 1 to 128", lambda _: 4
+        ATTENTION, "heads", "6 channels must divide into 4 heads of 1 to (128|256)", lambda _: 4
     ),
     "heads-0": each(ATTENTION, "heads", "6 channels must divide into 0 heads", lambda _: 0),
     "heads-negative": each(ATTENTION, "heads", "6 channels must divide into -2 heads", lambda _: -2),
@@ -404,9 +407,16 @@ def test_attention_to_no_token_is_refused(make, op):
 @pytest.mark.parametrize("op", ATTENTION)
 def test_attention_with_too_large_heads_is_refused(make, op):
     arguments = make(op)
-    wide = {name: arguments[name].repeat(1, 1, 43) for name in ("query", "key", "value")}
+    wide = {name: arguments[name].repeat(1, 1, 86) for name in ("query", "key", "value")}
 
-    refused(op, "258 channels must divide into 2 heads of 1 to 128", arguments | wide)
+    refused(op, "516 channels must divide into 2 heads of 1 to (128|256)", arguments | wide)
+
+
+def test_floating_point_attention_to_many_keys_is_refused(make):
+    arguments = make("attention_quantize")
+    many = {name: arguments[name].repeat(1, 19, 1)[:, :129] for name in ("key", "value")}
+
+    refused("attention_quantize", r"key \[3, 129, 6\] has more than 128 tokens", arguments | many)
 
 
 @pytest.mark.parametrize("op", ATTENTION)
@@ -414,15 +424,16 @@ def test_attention_without_channels_is_refused(make, op):
     arguments = make(op)
     empty = {name: arguments[name][..., :0] for name in ("query", "key", "value")}
 
-    refused(op, "0 channels must divide into 2 heads of 1 to 128", arguments | empty)
+    refused(op, "0 channels must divide into 2 heads of 1 to (128|256)", arguments | empty)
 
 
-def test_odd_number_of_quantized_attentions_channels_is_refused(make):
-    arguments = make("int8_attention_quantize")
+@pytest.mark.parametrize("op", ATTENTION[1:])
+def test_odd_number_of_quantized_attentions_channels_is_refused(make, op):
+    arguments = make(op)
     odd = {name: arguments[name][..., :3] for name in ("query", "key", "value")}
     odd |= {"heads": 1, "quantizer_dilation": arguments["quantizer_dilation"][:3]}
 
-    refused("int8_attention_quantize", "channels must be even, got 3", arguments | odd)
+    refused(op, "channels must be even, got 3", arguments | odd)
     assert ops.int8_attention(*(odd[name] for name in ("query", "key", "value", "heads"))).shape == (3, 5, 3)
 
 
