@@ -9,6 +9,7 @@ gradient) runs diffusers' own forward. ``fused.fuse`` installs these classes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -357,6 +359,32 @@ class FusedTransformer2DModel(Transformer2DModel):
             add_adapters([adapters[self.proj_out]], [residual.shape[-1]], hidden_states, residual)
         y, statistics = proj_out.convolve(q, dtype, residual=residual)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+class FusedTimesteps(Timesteps):
+    """The sinusoids of all channels at once: sin(t frequency + phase), with frequencies that are computed once."""
+
+    waves: torch.Tensor  # [2, channels] fp32, frequencies and phases; no buffer, which a cast of the model would change
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """True if this forward supports the block's options."""
+        return bool(block.num_channels % 2 == 0)
+
+    def waves_on(self, device: torch.device) -> torch.Tensor:
+        """The waves of ``diffusers.models.embeddings.get_timestep_embedding``."""
+        half = self.num_channels // 2
+        exponent = -math.log(10000) / (half - self.downscale_freq_shift) * torch.arange(half, device=device)
+        sine = torch.zeros(half, device=device)
+        phases = [sine + math.pi / 2, sine] if self.flip_sin_to_cos else [sine, sine + math.pi / 2]
+        return torch.stack([self.scale * exponent.exp().repeat(2), torch.cat(phases)])
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """As ``Timesteps.forward``."""
+        if self.waves.device != timesteps.device:
+            self.waves = self.waves_on(timesteps.device)
+        frequency, phase = self.waves
+        return torch.addcmul(phase, timesteps[:, None], frequency).sin().float()
 
 
 class FusedUpsample2D(Upsample2D):
