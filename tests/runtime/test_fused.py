@@ -86,8 +86,7 @@ def test_every_kind_of_block_is_fused():
     kinds = {
         name: type(module).__name__
         for name, module in unet.named_modules()
-        if (isinstance(module, tuple(FUSED))
-        and not isinstance(module, (UpBlock2D, CrossAttnUpBlock2D)))
+        if (isinstance(module, tuple(FUSED)) and not isinstance(module, (UpBlock2D, CrossAttnUpBlock2D)))
         or name in ("up_blocks.0", "up_blocks.1")
     }
     names = list(dict(unet.named_modules()))
