@@ -88,6 +88,17 @@ def float_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
 
+def has_few_keys(attention: Any, key: torch.Tensor) -> bool:
+    """True if ``ops.attention_quantize`` supports an attention to these keys, and nothing replaces PyTorch's."""
+    return (
+        key.shape[1] <= ops.MAX_FLOAT_KEYS
+        and attention.inner_dim == attention.inner_kv_dim
+        and attention.inner_dim // attention.heads <= ops.MAX_FLOAT_HEAD_CHANNELS
+        and attention.inner_dim % 2 == 0
+        and not _is_intercepted()
+    )
+
+
 def reason_against_int8(attention: Any) -> str | None:
     """The reason why an attention cannot run in int8; None if it can."""
     if attention.added_kv_proj_dim is not None:

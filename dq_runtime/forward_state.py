@@ -12,7 +12,7 @@ from torch import nn
 from dq_kernels import ops
 from dq_kernels.ops import PackedWeight
 from dq_runtime.adapters import active_adapters, add_adapters, run_as_made, unwrapped
-from dq_runtime.layers import QuantLinear, wants_gradient
+from dq_runtime.layers import QuantizedLayer, QuantLinear, wants_gradient
 
 QUANTIZER = ("weight_dilation", "act_scale", "act_zero_point")
 MERGED = ("weight", "weight_scale", "weight_sum", "bias")
@@ -142,12 +142,14 @@ class ForwardState:
     """State that the fused blocks of one UNet share within a forward pass.
 
     ``groups`` are the linears that read one tensor: time projections, cross-attention keys and values. The statistics
-    of an image are computed by the convolution that writes it, and used by the norms that read it.
+    of an image are computed by the convolution that writes it, and used by the norms that read it. ``int8_readers``
+    are the layers that alone read the result of a block in this pass: the block writes their int8 input.
     """
 
     def __init__(self, groups: dict[str, LinearGroup]) -> None:
         self.groups = groups
         self.hooks: list[Any] = []  # hooks of the UNet that call the methods below
+        self.int8_readers: dict[nn.Module, QuantizedLayer] = {}
         self._images_are_final = True
         # By the image's id: the image, its version and its statistics. The reference is weak, so that the image is
         # freed as early as in an unfused UNet.
@@ -183,6 +185,7 @@ class ForwardState:
     def forget(self, *_: Any) -> None:
         """Clears all state, at the end of a forward pass."""
         self._statistics.clear()
+        self.int8_readers.clear()
         for group in self.groups.values():
             group.forget()
 

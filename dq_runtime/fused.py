@@ -13,6 +13,7 @@ from typing import Any
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -26,13 +27,14 @@ from dq_runtime.fused_blocks import (
     FusedCrossAttnUpBlock2D,
     FusedDownsample2D,
     FusedResnetBlock2D,
+    FusedTimesteps,
     FusedTransformer2DModel,
     FusedUpBlock2D,
     FusedUpsample2D,
 )
 from dq_runtime.layers import is_quantized, quantized_layers
 
-# In this order: an up block can be fused only if its resnets are.
+# In this order: an up block can be fused only if its resnets are, and timesteps beside other blocks only.
 FUSED = {
     ResnetBlock2D: FusedResnetBlock2D,
     BasicTransformerBlock: FusedBasicTransformerBlock,
@@ -41,6 +43,7 @@ FUSED = {
     Downsample2D: FusedDownsample2D,
     UpBlock2D: FusedUpBlock2D,
     CrossAttnUpBlock2D: FusedCrossAttnUpBlock2D,
+    Timesteps: FusedTimesteps,
 }
 
 # diffusers finds blocks by the names of their classes (regional compilation, device maps), and by the classes (layer
@@ -81,6 +84,8 @@ def fuse(model: Any) -> dict[str, str]:
     )
     fused = {}
     for stock, fast in FUSED.items():
+        if stock is Timesteps and not fused:
+            break
         for name, module in model.named_modules():
             if type(module) is stock and fast.can_fuse(module):
                 module.__class__ = fast
@@ -88,6 +93,8 @@ def fuse(model: Any) -> dict[str, str]:
                 if isinstance(module, FusedBasicTransformerBlock):
                     attention: Any = module.attn1
                     module.self_attention = LinearGroup([(attention, name) for name in ("to_q", "to_k", "to_v")])
+                if isinstance(module, FusedTimesteps):
+                    module.waves = module.waves_on(model.device)
                 fused[name] = stock.__name__
     if not fused:
         unfuse(model)
@@ -123,6 +130,7 @@ def unfuse(model: Any) -> None:
             module.__class__ = stock_class[type(module)]
             for hook in module.__dict__.pop("state").hooks:
                 hook.remove()
-            module.__dict__.pop("self_attention", None)
+            for name in ("self_attention", "waves"):
+                module.__dict__.pop(name, None)
     for layer in quantized_layers(model).values():
         layer.__dict__.pop("after_move", None)

@@ -9,6 +9,7 @@ gradient) runs diffusers' own forward. ``fused.fuse`` installs these classes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
@@ -34,7 +36,7 @@ from dq_runtime.adapters import (
     run_as_made,
     unwrapped,
 )
-from dq_runtime.attention import Int8AttnProcessor, float_attention, in_int8
+from dq_runtime.attention import Int8AttnProcessor, float_attention, has_few_keys, in_int8
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
 from dq_runtime.layers import QuantConv2d, QuantLinear, wants_gradient
 
@@ -93,18 +95,19 @@ class FusedResnetBlock2D(ResnetBlock2D):
         x = input_tensor.permute(0, 2, 3, 1)
         skip = None if skip is None else skip.permute(0, 2, 3, 1)
         conv1, conv2 = unwrapped(self.conv1), unwrapped(self.conv2)
-        q = conv1.group_norm_quantize(
-            x, self.norm1, skip=skip, statistics=statistics, skip_statistics=skip_statistics, padding=conv1.padding
-        )
+        shortcut = None if self.conv_shortcut is None else unwrapped(self.conv_shortcut)
+        q, shortcut_q = conv1.group_norm_quantize(
+            x, self.norm1, skip=skip, statistics=statistics, skip_statistics=skip_statistics, padding=conv1.padding,
+            shortcut=shortcut,
+        )  # fmt: skip
         added = self._added(adapters, self.conv1, self.norm1, x, skip) if adapters else None
         h, statistics = conv1.convolve(q, dtype, channel_add=self._time_embedding(temb), residual=added)
-        q = conv2.group_norm_quantize(
+        q, _ = conv2.group_norm_quantize(
             h, self.norm2, statistics=statistics if statistics.numel() else None, padding=conv2.padding
         )
         residual = x
-        if self.conv_shortcut is not None:
-            shortcut = unwrapped(self.conv_shortcut)
-            residual = shortcut.multiply(shortcut.quantize(x, skip=skip), dtype)
+        if shortcut is not None:
+            residual = shortcut.multiply(shortcut_q, dtype)
             if self.conv_shortcut in adapters:
                 image = x if skip is None else torch.cat([x, skip], dim=-1)
                 add_adapters([adapters[self.conv_shortcut]], [residual.shape[-1]], image, residual)
@@ -229,13 +232,17 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         return self._feed_forward(x, adapters)
 
     def _feed_forward(self, x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
-        """x plus the feed forward of its norm. With adapters, the result of GEGLU is needed in floating point."""
+        """x plus the feed forward of its norm, in int8 if nothing but a quantized layer reads it.
+
+        With adapters, the result of GEGLU is needed in floating point.
+        """
         net: Any = self.ff.net
+        reader = self.state.int8_readers.pop(self, None)
         first, second = net[0].proj, net[2]
         up, down = unwrapped(first), unwrapped(second)
         q = up.layer_norm_quantize(x, layer_norm(self.norm3))
         if not (adapters and (first in adapters or second in adapters)):
-            return down.multiply(up.geglu_quantize(q, down), x.dtype, x)
+            return down.multiply(up.geglu_quantize(q, down), x.dtype, x, reader)
         h = up.multiply(q, x.dtype)
         if first in adapters:
             add_adapters([adapters[first]], [h.shape[-1]], self.norm3(x), h)
@@ -283,8 +290,9 @@ def _attend(
     """Attention over [B, tokens, heads x d], its output projection, and the residual."""
     layer = attention.to_out[0]
     out, active = unwrapped(layer), adapters.get(layer)
-    if active is None and in_int8(attention):
-        mixed = ops.int8_attention_quantize(query, key, value, attention.heads, out.quantizer(query))
+    if active is None and (in_int8(attention) or has_few_keys(attention, key)):
+        attend_quantize = ops.int8_attention_quantize if in_int8(attention) else ops.attention_quantize
+        mixed = attend_quantize(query, key, value, attention.heads, out.quantizer(query))
         return out.multiply(mixed, query.dtype, residual)
     attend = ops.int8_attention if in_int8(attention) else float_attention
     mixed = attend(query, key, value, attention.heads)
@@ -316,10 +324,13 @@ class FusedTransformer2DModel(Transformer2DModel):
         adapters = self._adapters_now(hidden_states)
         if adapters is None:
             return super()._operate_on_continuous_inputs(hidden_states)
+        last: Any = self.transformer_blocks[-1]
+        if self.proj_out not in adapters and run_as_made((last,)):
+            self.state.int8_readers[last] = unwrapped(self.proj_out)
         statistics = self.state.recall(hidden_states)
         proj_in = unwrapped(self.proj_in)
         image = hidden_states.permute(0, 2, 3, 1)
-        q = proj_in.group_norm_quantize(image, self.norm, silu=False, statistics=statistics)
+        q, _ = proj_in.group_norm_quantize(image, self.norm, silu=False, statistics=statistics)
         tokens = proj_in.multiply(q.flatten(1, 2), hidden_states.dtype)
         if self.proj_in in adapters:
             normed = self.norm(hidden_states).permute(0, 2, 3, 1)
@@ -341,13 +352,39 @@ class FusedTransformer2DModel(Transformer2DModel):
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
         proj_out = unwrapped(self.proj_out)
-        q = proj_out.quantize(hidden_states).unflatten(1, (height, width))
-        residual = residual.permute(0, 2, 3, 1)
+        q = hidden_states if hidden_states.dtype == torch.int8 else proj_out.quantize(hidden_states)
+        q, dtype, residual = q.unflatten(1, (height, width)), residual.dtype, residual.permute(0, 2, 3, 1)
         if self.proj_out in adapters:
             residual = residual.clone(memory_format=torch.contiguous_format)
             add_adapters([adapters[self.proj_out]], [residual.shape[-1]], hidden_states, residual)
-        y, statistics = proj_out.convolve(q, hidden_states.dtype, residual=residual)
+        y, statistics = proj_out.convolve(q, dtype, residual=residual)
         return self.state.remember(y.permute(0, 3, 1, 2), statistics)
+
+
+class FusedTimesteps(Timesteps):
+    """The sinusoids of all channels at once: sin(t frequency + phase), with frequencies that are computed once."""
+
+    waves: torch.Tensor  # [2, channels] fp32, frequencies and phases; no buffer, which a cast of the model would change
+
+    @staticmethod
+    def can_fuse(block: Any) -> bool:
+        """True if this forward supports the block's options."""
+        return bool(block.num_channels % 2 == 0)
+
+    def waves_on(self, device: torch.device) -> torch.Tensor:
+        """The waves of ``diffusers.models.embeddings.get_timestep_embedding``."""
+        half = self.num_channels // 2
+        exponent = -math.log(10000) / (half - self.downscale_freq_shift) * torch.arange(half, device=device)
+        sine = torch.zeros(half, device=device)
+        phases = [sine + math.pi / 2, sine] if self.flip_sin_to_cos else [sine, sine + math.pi / 2]
+        return torch.stack([self.scale * exponent.exp().repeat(2), torch.cat(phases)])
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """As ``Timesteps.forward``."""
+        if self.waves.device != timesteps.device:
+            self.waves = self.waves_on(timesteps.device)
+        frequency, phase = self.waves
+        return torch.addcmul(phase, timesteps[:, None], frequency).sin().float()
 
 
 class FusedUpsample2D(Upsample2D):

@@ -130,16 +130,9 @@ class QuantizedLayer(TableModule):
             tables["weight_dilation"], tables["act_scale"], tables["act_zero_point"], index, self.activation_bits
         )
 
-    def quantize(
-        self, x: torch.Tensor, padding: tuple[int, int] = (0, 0), skip: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x [B, ..., K] -> int8 [B, ..., K']; an image is padded.
-
-        Args:
-            skip: further input channels, as if concatenated to x.
-        """
-        channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
-        return ops.quantize(x, self._checked_quantizer(x, channels), padding, skip)
+    def quantize(self, x: torch.Tensor, padding: tuple[int, int] = (0, 0)) -> torch.Tensor:
+        """x [B, ..., K] -> int8 [B, ..., K']; an image is padded."""
+        return ops.quantize(x, self._checked_quantizer(x, x.shape[-1]), padding)
 
     def layer_norm_quantize(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
         """The int8 input of the layer from x [B, ..., K]: layer norm, then quantization."""
@@ -156,20 +149,36 @@ class QuantizedLayer(TableModule):
         statistics: torch.Tensor | None = None,
         skip_statistics: torch.Tensor | None = None,
         padding: tuple[int, int] = (0, 0),
-    ) -> torch.Tensor:
-        """The int8 input of the layer from an image x [B, H, W, K]: ``ops.group_norm_quantize``."""
+        shortcut: QuantizedLayer | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The int8 input of the layer from an image x [B, H, W, K]: ``ops.group_norm_quantize``.
+
+        Also that of the shortcut, which reads x and skip without norm; empty if there is none.
+        """
         channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
         quantizer = self._checked_quantizer(x, channels)
+        plain = None if shortcut is None else shortcut._checked_quantizer(x, channels)
         parameters = Norm(norm.weight, norm.bias, norm.eps)
         return ops.group_norm_quantize(
-            x, norm.num_groups, parameters, quantizer, silu, skip, statistics, skip_statistics, padding
+            x, norm.num_groups, parameters, quantizer, silu, skip, statistics, skip_statistics, padding, plain
         )
 
-    def multiply(self, q: torch.Tensor, out_dtype: torch.dtype, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's output [B, ..., N] for its int8 input; a 1x1 convolution multiplies each pixel."""
+    def multiply(
+        self,
+        q: torch.Tensor,
+        out_dtype: torch.dtype,
+        residual: torch.Tensor | None = None,
+        following: QuantizedLayer | None = None,
+    ) -> torch.Tensor:
+        """The layer's output [B, ..., N] for its int8 input; a 1x1 convolution multiplies each pixel.
+
+        With a following layer the output is that layer's int8 input.
+        """
+        next_quantizer = None if following is None else following.quantizer(q)
+        bias = self._parameters["bias"]
         return ops.int4_linear(
-            q, self.packed_weight(2), self.quantizer(q), self._parameters["bias"], residual, out_dtype
-        )
+            q, self.packed_weight(2), self.quantizer(q), bias, residual, out_dtype, next_quantizer
+        )  # fmt: skip
 
     def geglu_quantize(self, q: torch.Tensor, following: QuantizedLayer) -> torch.Tensor:
         """The int8 input [B, ..., N / 2] of the following layer: the product, GEGLU, then quantization."""

@@ -92,8 +92,8 @@ class TimestepGrid(nn.Module):
                 f"timestep must be a scalar or hold one entry for each of the {batch_size} samples, "
                 f"got shape {list(timestep.shape)}"
             )
-        timestep = timestep.to(device=device, dtype=torch.float32).reshape(-1).expand(batch_size)
-        return torch.bucketize(timestep.contiguous(), self.boundaries.to(device), out_int32=True)
+        values = torch.empty(batch_size, dtype=torch.float32, device=device).copy_(timestep.reshape(-1))
+        return torch.bucketize(values, self.boundaries.to(device), out_int32=True)
 
     def rows_of(self, timesteps: Sequence[float]) -> list[int]:
         """The index of the grid point nearest to each timestep."""

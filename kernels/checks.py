@@ -60,6 +60,15 @@ def check_quantizer(
         raise ValueError(f"{op}: {name}.bits must be 2 to 8, got {bits}")
 
 
+def check_another_quantizer(op: str, name: str, other: Quantizer, quantizer: Quantizer, channels: int) -> None:
+    """A second quantizer of the same samples, for so many channels and the same number of timesteps."""
+    check_quantizer(op, other, quantizer.timestep_index.shape[0], channels, name)
+    if other.scale.shape != quantizer.scale.shape:
+        raise ValueError(
+            f"{op}: {name}.scale has {other.scale.numel()} timesteps, quantizer.scale {quantizer.scale.numel()}"
+        )
+
+
 def check_floats(op: str, name: str, x: Tensor, shape: Sequence[int | str]) -> None:
     """A float tensor with any strides, a sample of which the kernels can count."""
     if "..." not in shape:

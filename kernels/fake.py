@@ -18,10 +18,10 @@ def _check_same_kind(op: str, x: Tensor, *others: Tensor) -> None:
             )
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None) -> Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tensor:
     """As ``reference.quantize``."""
     _check_same_kind("quantize", x, quantizer.scale)
-    return x.new_empty(quantized_shape((*x.shape[:-1], quantizer.dilation.shape[0]), padding), dtype=torch.int8)
+    return x.new_empty(quantized_shape(x.shape, padding), dtype=torch.int8)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -33,19 +33,23 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
 def group_norm_quantize(
     x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.group_norm_quantize``."""
     _check_same_kind("group_norm_quantize", x, quantizer.scale)
-    return x.new_empty(quantized_shape((*x.shape[:-1], quantizer.dilation.shape[0]), padding), dtype=torch.int8)
+    batch, *size, _ = x.shape
+    channels = quantizer.dilation.shape[0]
+    q = x.new_empty(quantized_shape((batch, *size, channels), padding), dtype=torch.int8)
+    return q, x.new_empty((0 if plain_quantizer is None else batch, *size, channels), dtype=torch.int8)
 
 
 def int4_linear(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, next_quantizer: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.int4_linear``."""
     _check_same_kind("int4_linear", x, weight.values)
-    return x.new_empty(*x.shape[:-1], weight.values.shape[0], dtype=out_dtype)
+    return x.new_empty(*x.shape[:-1], weight.values.shape[0], dtype=out_dtype if next_quantizer is None else torch.int8)
 
 
 def int4_geglu_quantize(
@@ -67,6 +71,12 @@ def int4_conv2d(
     size = conv2d_output_size(x.shape[1:3], weight.values.shape[1:3], stride, dilation, upsample)
     y = x.new_empty(batch, *size, out_channels, dtype=out_dtype)
     return y, x.new_empty(statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32)
+
+
+def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+    """As ``reference.attention_quantize``."""
+    _check_same_kind("attention_quantize", query, key, value, quantizer.scale)
+    return query.new_empty(query.shape, dtype=torch.int8)
 
 
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dq_kernels import cpu, fake, reference, triton
 from dq_kernels.checks import (
     COMPUTE_DTYPES,
+    check_another_quantizer,
     check_floats,
     check_norm,
     check_operands,
@@ -30,6 +31,8 @@ from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.registration import register
 from dq_kernels.shapes import (
+    MAX_FLOAT_HEAD_CHANNELS,
+    MAX_FLOAT_KEYS,
     MAX_HEAD_CHANNELS,
     MAX_LAYER_NORM_CHANNELS,
     MAX_REDUCTION,
@@ -42,6 +45,8 @@ __all__ = [
     "COMPUTE_DTYPES",
     "INT4_MAX",
     "INT4_MIN",
+    "MAX_FLOAT_HEAD_CHANNELS",
+    "MAX_FLOAT_KEYS",
     "MAX_HEAD_CHANNELS",
     "MAX_LAYER_NORM_CHANNELS",
     "MAX_REDUCTION",
@@ -49,6 +54,7 @@ __all__ = [
     "Norm",
     "PackedWeight",
     "Quantizer",
+    "attention_quantize",
     "free_prepacked",
     "group_norm_quantize",
     "int4_conv2d",
@@ -63,6 +69,8 @@ __all__ = [
     "unpack_int4",
 ]
 
+NO_QUANTIZER = (None,) * len(Quantizer._fields)
+
 _BACKENDS = (reference, cpu, triton, fake)
 _quantize = register(*(backend.quantize for backend in _BACKENDS))
 _layer_norm_quantize = register(*(backend.layer_norm_quantize for backend in _BACKENDS))
@@ -70,18 +78,18 @@ _group_norm_quantize = register(*(backend.group_norm_quantize for backend in _BA
 _int4_linear = register(*(backend.int4_linear for backend in _BACKENDS))
 _int4_geglu_quantize = register(*(backend.int4_geglu_quantize for backend in _BACKENDS))
 _int4_conv2d = register(*(backend.int4_conv2d for backend in _BACKENDS))
+_attention_quantize = register(*(backend.attention_quantize for backend in _BACKENDS))
 _int8_attention = register(*(backend.int8_attention for backend in _BACKENDS))
 _int8_attention_quantize = register(*(backend.int8_attention_quantize for backend in _BACKENDS))
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0), skip: Tensor | None = None) -> Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """Quantizes activations: clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t) to ``quantizer.bits`` bits.
 
     Args:
         x: [B, ..., K] float16, bfloat16 or float32, any strides.
-        quantizer: of K channels, or K + K2 with a skip.
+        quantizer: of K channels.
         padding: (vertical, horizontal): rows and columns of the zero point around images x [B, H, W, K].
-        skip: [B, ..., K2] float, optional: is concatenated behind x's channels, K even.
 
     Returns:
         [B, ..., K'] int8, contiguous; [B, H + 2 vertical, W + 2 horizontal, K'] with padding.
@@ -91,16 +99,10 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0),
     """
     op = "quantize"
     check_floats(op, "x", x, ("B", "...", "K"))
-    channels = x.shape[-1]
-    if skip is not None:
-        check_floats(op, "skip", skip, (*x.shape[:-1], "K2"))
-        if channels % 2:
-            raise ValueError(f"{op}: x must have an even number of channels before a skip, got {channels}")
-        channels += skip.shape[-1]
-    check_quantizer(op, quantizer, x.shape[0], channels)
-    check_padding(op, x, channels, padding)
+    check_quantizer(op, quantizer, x.shape[0], x.shape[-1])
+    check_padding(op, x, x.shape[-1], padding)
     check_samples(op, x.shape[0])
-    return _quantize(x, *quantizer, padding, skip)
+    return _quantize(x, *quantizer, padding)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -140,7 +142,8 @@ def group_norm_quantize(
     statistics: Tensor | None = None,
     skip_statistics: Tensor | None = None,
     padding: tuple[int, int] = (0, 0),
-) -> Tensor:
+    plain_quantizer: Quantizer | None = None,
+) -> tuple[Tensor, Tensor]:
     """Group norm (torch.nn.GroupNorm), SiLU if wanted, and ``quantize`` to a padded image, without the concat of skips.
 
     Args:
@@ -152,9 +155,12 @@ def group_norm_quantize(
         skip: [B, H, W, K2] float, optional: is concatenated behind x's channels.
         statistics, skip_statistics: of x and of skip, from ``int4_conv2d``; computed if they are not given.
         padding: as for ``quantize``.
+        plain_quantizer: of K + K2 channels and as many timesteps as ``quantizer``: quantizes x beside skip as well,
+            without norm, SiLU and padding (a resnet's shortcut reads them).
 
     Returns:
-        [B, H + 2 vertical, W + 2 horizontal, K + K2] int8, contiguous.
+        [B, H + 2 vertical, W + 2 horizontal, K + K2] int8, contiguous; and [B, H, W, K + K2] int8, contiguous, without
+        samples unless wanted.
 
     Raises:
         ValueError: for any other dtype or shape.
@@ -181,10 +187,13 @@ def group_norm_quantize(
         raise ValueError(f"{op}: norm.weight and norm.bias must be tensors of {channels} channels, not None")
     check_norm(op, norm, channels)
     check_quantizer(op, quantizer, x.shape[0], channels)
+    if plain_quantizer is not None:
+        check_another_quantizer(op, "plain_quantizer", plain_quantizer, quantizer, channels)
     check_padding(op, x, channels, padding)
     check_samples(op, x.shape[0])
     return _group_norm_quantize(
-        x, num_groups, *norm, *quantizer, silu, skip, statistics, skip_statistics, padding
+        x, num_groups, *norm, *quantizer, silu, skip, statistics, skip_statistics, padding,
+        *(plain_quantizer or NO_QUANTIZER),
     )  # fmt: skip
 
 
@@ -195,6 +204,7 @@ def int4_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float16,
+    next_quantizer: Quantizer | None = None,
 ) -> Tensor:
     """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, summed in int32.
 
@@ -204,10 +214,11 @@ def int4_linear(
         quantizer: the one that made x; its dilation and bits are not read.
         bias: [N] float, optional.
         residual: [B, ..., N] float, optional.
-        out_dtype: float16, bfloat16 or float32.
+        out_dtype: float16, bfloat16 or float32; of no effect with ``next_quantizer``.
+        next_quantizer: of N channels, N even, and as many timesteps as ``quantizer``: quantizes the result.
 
     Returns:
-        [B, ..., N] ``out_dtype``, contiguous.
+        [B, ..., N] ``out_dtype``, or int8 with ``next_quantizer``; contiguous.
 
     Raises:
         ValueError: for any other dtype, shape or layout, or a sum that may exceed int32.
@@ -218,7 +229,11 @@ def int4_linear(
     if residual is not None:
         check_tensor(op, "residual", residual, COMPUTE_DTYPES, (*x.shape[:-1], out_channels), any_strides=True)
         residual = residual.contiguous()
-    return _int4_linear(x, *weight, *quantizer, bias, residual, out_dtype)
+    if next_quantizer is not None:
+        if out_channels % 2:
+            raise ValueError(f"{op}: the {out_channels} output channels must be an even number to be quantized")
+        check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels)
+    return _int4_linear(x, *weight, *quantizer, bias, residual, out_dtype, *(next_quantizer or NO_QUANTIZER))
 
 
 def int4_geglu_quantize(
@@ -243,12 +258,7 @@ def int4_geglu_quantize(
     out_channels = _check_linear(op, x, weight, quantizer, bias)
     if out_channels % 4:
         raise ValueError(f"{op}: half of the weight's {out_channels} output channels must be an even number")
-    check_quantizer(op, next_quantizer, x.shape[0], out_channels // 2, "next_quantizer")
-    if next_quantizer.scale.shape != quantizer.scale.shape:
-        raise ValueError(
-            f"{op}: next_quantizer.scale has {next_quantizer.scale.numel()} timesteps, quantizer.scale "
-            f"{quantizer.scale.numel()}"
-        )
+    check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels // 2)
     return _int4_geglu_quantize(x, *weight, *quantizer, *next_quantizer, bias)
 
 
@@ -330,6 +340,32 @@ def int4_conv2d(
     )
 
 
+def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in floating point, for few keys, and ``quantize``.
+
+    Args:
+        query: [B, L, H D] float16, bfloat16 or float32, any strides; H D is even.
+        key, value: [B, S, H D] float, any strides; S is at most ``MAX_FLOAT_KEYS``.
+        heads: H; D is at most ``MAX_FLOAT_HEAD_CHANNELS``.
+        quantizer: of H D channels.
+
+    Returns:
+        [B, L, H D] int8, contiguous.
+
+    Raises:
+        ValueError: for any other dtype or shape.
+    """
+    op = "attention_quantize"
+    _check_attention(op, query, key, value, heads, MAX_FLOAT_HEAD_CHANNELS)
+    if key.shape[1] > MAX_FLOAT_KEYS:
+        raise ValueError(
+            f"{op}: key {list(key.shape)} has more than {MAX_FLOAT_KEYS} tokens; use "
+            "torch.nn.functional.scaled_dot_product_attention and quantize instead"
+        )
+    _check_quantized_attention(op, query, quantizer)
+    return _attention_quantize(query, key, value, heads, *quantizer)
+
+
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with q, k, v and the probabilities in 8 bits, both products summed in int32.
 
@@ -366,14 +402,20 @@ def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: in
     """
     op = "int8_attention_quantize"
     _check_attention(op, query, key, value, heads)
-    batch, _, channels = query.shape
-    if channels % 2:
-        raise ValueError(f"{op}: the channels must be even, got {channels}; use int8_attention and quantize instead")
-    check_quantizer(op, quantizer, batch, channels)
+    _check_quantized_attention(op, query, quantizer)
     return _int8_attention_quantize(query, key, value, heads, *quantizer)
 
 
-def _check_attention(op: str, query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
+def _check_quantized_attention(op: str, query: Tensor, quantizer: Quantizer) -> None:
+    batch, _, channels = query.shape
+    if channels % 2:
+        raise ValueError(f"{op}: the channels must be even, got {channels}; quantize the float result instead")
+    check_quantizer(op, quantizer, batch, channels)
+
+
+def _check_attention(
+    op: str, query: Tensor, key: Tensor, value: Tensor, heads: int, most_channels: int = MAX_HEAD_CHANNELS
+) -> None:
     check_floats(op, "query", query, ("B", "L", "H D"))
     batch, _, channels = query.shape
     check_floats(op, "key", key, (batch, "S", channels))
@@ -381,5 +423,5 @@ def _check_attention(op: str, query: Tensor, key: Tensor, value: Tensor, heads: 
     if key.shape[1] == 0:
         raise ValueError(f"{op}: key {list(key.shape)} has no token")
     check_samples(op, batch)
-    if heads < 1 or channels % heads or not 1 <= channels // heads <= MAX_HEAD_CHANNELS:
-        raise ValueError(f"{op}: the {channels} channels must divide into {heads} heads of 1 to {MAX_HEAD_CHANNELS}")
+    if heads < 1 or channels % heads or not 1 <= channels // heads <= most_channels:
+        raise ValueError(f"{op}: the {channels} channels must divide into {heads} heads of 1 to {most_channels}")

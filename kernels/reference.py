@@ -22,14 +22,12 @@ def _tables(quantizer: Quantizer, ndim: int) -> tuple[Tensor, Tensor]:
     return quantizer.scale[rows].reshape(per_sample), quantizer.zero_point[rows].reshape(per_sample)
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0), skip: Tensor | None = None) -> Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1].
 
-    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side. ``skip`` [B, ..., K2]
-    is concatenated along the channels.
+    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side.
     """
-    x = (x if skip is None else torch.cat([x, skip], dim=-1)).float()
-    dilation = quantizer.dilation
+    x, dilation = x.float(), quantizer.dilation
     if any(padding):
         pad_h, pad_w = padding
         x = F.pad(x, (0, 0, pad_w, pad_w, pad_h, pad_h))
@@ -86,14 +84,17 @@ def _dequantize_product(accumulator: Tensor, weight: PackedWeight, quantizer: Qu
 
 def int4_linear(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, next_quantizer: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, in float64 until the end."""
+    """y = act_scale_t weight_scale_n (sum_k q_x q_w - zp_t sum_k q_w) + bias_n + residual, in float64 until the end.
+
+    With ``next_quantizer`` the result is the next layer's int8.
+    """
     y = _dequantize_product(linear_accumulator(x, weight.values), weight, quantizer)
     for addend in (bias, residual):
         if addend is not None:
             y = y + addend.double()
-    return y.to(out_dtype)
+    return y.to(out_dtype) if next_quantizer is None else quantize(y, next_quantizer)
 
 
 def int4_geglu_quantize(
@@ -138,14 +139,18 @@ def channel_statistics(x: Tensor, run: int = 64) -> Tensor:
 def group_norm_quantize(
     x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Group norm of x [B, H, W, K] beside skip [B, H, W, K2], SiLU if wanted, quantized: int8, padded.
 
-    The statistics are those of x and skip by definition, so they are not read here.
+    With ``plain_quantizer`` x beside skip is also quantized as it is, unpadded (otherwise an empty tensor). The
+    statistics are those of x and skip by definition, so they are not read here.
     """
-    image = (x if skip is None else torch.cat([x, skip], dim=-1)).double().permute(0, 3, 1, 2)
-    y = F.group_norm(image, num_groups, *_double(norm)).permute(0, 2, 3, 1)
-    return quantize(F.silu(y) if silu else y, quantizer, padding)
+    image = x if skip is None else torch.cat([x, skip], dim=-1)
+    y = F.group_norm(image.double().permute(0, 3, 1, 2), num_groups, *_double(norm)).permute(0, 2, 3, 1)
+    q = quantize(F.silu(y) if silu else y, quantizer, padding)
+    plain = torch.empty(0, *image.shape[1:], dtype=torch.int8)
+    return q, plain if plain_quantizer is None else quantize(image, plain_quantizer)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -157,6 +162,16 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
 def _double(norm: Norm) -> Norm:
     weight, bias = (None if parameter is None else parameter.double() for parameter in (norm.weight, norm.bias))
     return Norm(weight, bias, norm.eps)
+
+
+def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in float64, quantized.
+
+    query [B, L, H D], key and value [B, S, H D] -> int8 [B, L, H D].
+    """
+    q, k, v = (x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    y = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
+    return quantize(y.transpose(1, 2).flatten(2), quantizer)
 
 
 def quantize_to_127(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

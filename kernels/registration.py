@@ -1,14 +1,15 @@
 """Registration of the operators with ``torch.library``, whose schemas know tensors and numbers but no records.
 
 An operator's schema is derived from the signature of its oracle: a record becomes its fields, named
-``<parameter>_<field>``. Each implementation takes records; it is wrapped such that it gets them rebuilt.
+``<parameter>_<field>``; those of an optional record are optional. Each implementation takes records; it is wrapped such
+that it gets them rebuilt.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -41,28 +42,36 @@ def register(
 
 def takes_fields(implementation: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation that takes the fields of records one by one, in the order of the oracle's parameters."""
-    parts: list[tuple[Any, Any]] = []  # of each parameter: its record or None, and its place among the fields
+    parts: list[tuple[Any, Any]] = []  # of each parameter: a function that makes its record, its place among the fields
     position = 0
     for _, annotation in _parameters(oracle):
-        if _is_record(annotation):
-            parts.append((annotation, slice(position, position + len(annotation._fields))))
-            position += len(annotation._fields)
+        record, is_optional = record_of(annotation)
+        if record is not None:
+            make = _record_or_none(record) if is_optional else record
+            parts.append((make, slice(position, position + len(record._fields))))
+            position += len(record._fields)
         else:
             parts.append((None, position))
             position += 1
 
     def flat(*fields: Any) -> Any:
-        return implementation(*[record(*fields[at]) if record else fields[at] for record, at in parts])
+        return implementation(*[make(*fields[at]) if make else fields[at] for make, at in parts])
 
     return flat
+
+
+def _record_or_none(record: Any) -> Callable[..., Any]:
+    return lambda *fields: None if fields[0] is None else record(*fields)
 
 
 def _flat_prototype(oracle: Callable[..., Any]) -> Callable[..., Any]:
     """A function with the signature from which torch infers the schema."""
     fields: list[tuple[str, Any]] = []
     for name, annotation in _parameters(oracle):
-        if _is_record(annotation):
-            fields += [(f"{name}_{field}", hint) for field, hint in get_type_hints(annotation).items()]
+        record, is_optional = record_of(annotation)
+        if record is not None:
+            hints = get_type_hints(record)
+            fields += [(f"{name}_{field}", hint | None if is_optional else hint) for field, hint in hints.items()]
         else:
             fields.append((name, Sequence[int] if get_origin(annotation) is tuple else annotation))
 
@@ -82,8 +91,12 @@ def _parameters(oracle: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     return ((name, hints[name]) for name in inspect.signature(oracle).parameters)
 
 
-def _is_record(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields")
+def record_of(annotation: Any) -> tuple[Any, bool]:
+    """The record of a parameter, None if it is of another type; and whether the record may be None."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            return kind, kind is not annotation
+    return None, False
 
 
 def on_the_device_of_x(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 STATISTICS_ROWS = 64  # pixels for which the group norm's statistics have one entry
 BLOCK_KEYS = 64  # keys, or values, of int8 attention that share a scale
 MAX_HEAD_CHANNELS = 128  # of int8 attention
+MAX_FLOAT_KEYS, MAX_FLOAT_HEAD_CHANNELS = 128, 256  # of attention in floating point
 MAX_LAYER_NORM_CHANNELS = 8192  # one program holds a row
 # 16 q_w (q_x - zero_point) is at most 16 * 8 * 255 in magnitude; int32 holds so many products of one sum.
 MAX_REDUCTION = (2**31 - 1) // (16 * 8 * 255)

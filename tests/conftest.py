@@ -164,14 +164,19 @@ def layer_norm_arguments(quantizer_arguments):
 
 
 @pytest.fixture(scope="session")
-def group_norm_arguments(layer_norm_arguments):
+def group_norm_arguments(layer_norm_arguments, quantizer_arguments):
     """Makes keyword arguments for group_norm_quantize of images x, and of a skip if it has channels."""
 
-    def group_norm_arguments(x_shape, num_groups, skip_channels=0, dtype=torch.float32, padding=(0, 0), seed=0):
+    def group_norm_arguments(
+        x_shape, num_groups, skip_channels=0, dtype=torch.float32, padding=(0, 0), with_plain=False, seed=0
+    ):
         *leading, channels = x_shape
         arguments = layer_norm_arguments((*leading, channels + skip_channels), dtype, seed)
         x, skip = (part.contiguous() for part in arguments["x"].split([channels, skip_channels], dim=-1))
+        plain = quantizer_arguments(x_shape[0], channels + skip_channels, seed + 1)
+        plain = plain if with_plain else dict.fromkeys(plain)
         return arguments | {
+            **{f"plain_{name}": value for name, value in plain.items()},
             "x": x,
             "skip": 5 - 2 * skip if skip_channels else None,
             "statistics": None,

@@ -200,7 +200,7 @@ def group_norm_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     reads = _tensors(x, *norm)
     return (
         Side(
-            lambda: ops.group_norm_quantize(x, GROUPS, norm, quantizer, padding=(1, 1)),
+            lambda: ops.group_norm_quantize(x, GROUPS, norm, quantizer, padding=(1, 1))[0],
             reads, 0, dequantizer(quantizer, border=1),
         ),
         Side(lambda: _group_norm_silu(_nchw(x), norm), reads, 0, lambda y: y.permute(0, 2, 3, 1).float()),
@@ -279,12 +279,12 @@ def resnet_chain(shapes: Sequence[LayerShape]) -> tuple[Side, Side]:
     quantizer, following = random_quantizer(batch, channels), random_quantizer(batch, channels)
 
     def fused() -> Tensor:
-        q = ops.group_norm_quantize(x, GROUPS, first, quantizer, padding=(1, 1))
+        q, _ = ops.group_norm_quantize(x, GROUPS, first, quantizer, padding=(1, 1))
         y, statistics = ops.int4_conv2d(
             q, weights.packed, quantizer, weights.bias, embedding, residual, out_dtype=COMPUTE_DTYPE,
             with_statistics=True,
         )  # fmt: skip
-        return ops.group_norm_quantize(y, GROUPS, second, following, statistics=statistics, padding=(1, 1))
+        return ops.group_norm_quantize(y, GROUPS, second, following, statistics=statistics, padding=(1, 1))[0]
 
     def unfused() -> Tensor:
         y = F.conv2d(_group_norm_silu(_nchw(x), first), weights.dense, weights.bias, padding=1)

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from benchmarks.static_analysis.int8_baseline import int8_gemm_kernel
 from dq_kernels.shapes import BLOCK_KEYS, STATISTICS_ROWS
-from dq_kernels.triton import attention, norm, quantization
+from dq_kernels.triton import attention, float_attention, norm, quantization
 from dq_kernels.triton.gemm import int4_gemm_kernel
 from dq_kernels.triton.launch import options_of
 from dq_kernels.triton.tuning import (
@@ -43,14 +43,16 @@ TYPES = {
     "weight_ptr": "*u8",
     **dict.fromkeys(("weight_sum_ptr", "timestep_index_ptr"), INT32),
     **dict.fromkeys(("partial_ptr", "arrivals_ptr"), INT32),
-    **dict.fromkeys(("act_zero_point_ptr", "next_zero_point_ptr"), INT32),
-    **dict.fromkeys(("weight_scale_ptr", "act_scale_ptr", "next_scale_ptr"), FP32),
-    **dict.fromkeys(("weight_dilation_ptr", "next_dilation_ptr", "statistics_ptr", "skip_statistics_ptr"), FP32),
+    **dict.fromkeys(("act_zero_point_ptr", "next_zero_point_ptr", "plain_zero_point_ptr"), INT32),
+    **dict.fromkeys(("weight_scale_ptr", "act_scale_ptr", "next_scale_ptr", "plain_scale_ptr"), FP32),
+    **dict.fromkeys(("weight_dilation_ptr", "next_dilation_ptr", "plain_dilation_ptr"), FP32),
+    **dict.fromkeys(("statistics_ptr", "skip_statistics_ptr"), FP32),
     **dict.fromkeys(("bias_ptr", "channel_add_ptr", "residual_ptr", "out_ptr"), FP16),
     **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), FP16),
     **dict.fromkeys(("key8_ptr", "value8_ptr"), INT8),
     **dict.fromkeys(("key_mean_ptr", "value_mean_ptr", "scales_ptr"), FP32),
     "value_sums_ptr": INT32,
+    "plain_out_ptr": INT8,
     **dict.fromkeys(("eps", "score_scale"), "fp32"),
 }  # fmt: skip
 
@@ -150,10 +152,11 @@ _UNPADDED, _PADDED = {"PAD_H": 0, "PAD_W": 0}, {"PAD_H": 1, "PAD_W": 1}
 _CHANNELS_LAST, _CHANNELS_FIRST = {"stride_k": 1}, {"stride_l": 1}
 _CHANNEL_STATISTICS = partial(Use, norm.channel_statistics_kernel, types=_TO_STATISTICS)
 _STATISTICS_TILE = {"ROWS": STATISTICS_ROWS, "BLOCK_K": norm.STATISTICS_CHANNELS}
-_GROUP_STATISTICS = partial(Use, norm.group_statistics_kernel, types={"out_ptr": FP32}, odd=())
-_GROUPS = {"NUM_GROUPS": 32, "ROWS": STATISTICS_ROWS, "BLOCK_R": 32}
-_GROUP_NORM = partial(Use, norm.group_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False)
-_NORM_TILE = {"NUM_GROUPS": 32, "SILU": True, "BITS": 8, "BLOCK_L": norm.BLOCK_LENGTH, "BLOCK_K": norm.BLOCK_CHANNELS}
+_MERGE_RUNS = partial(Use, norm.merge_runs_kernel, types={"out_ptr": FP32})
+_GROUP_NORM = partial(Use, norm.group_norm_quantize_kernel, types=_TO_INT8, odd=(), fp_fusion=False)
+_NORM = _PADDED | {"SILU": True, "BITS": 8, "PLAIN_BITS": 8, "stride_k": 1, "skip_stride_k": 1}
+_NO_SKIP = dict.fromkeys(("skip_ptr", "skip_statistics_ptr"))
+_NO_PLAIN = dict.fromkeys(("plain_dilation_ptr", "plain_scale_ptr", "plain_zero_point_ptr", "plain_out_ptr"))
 _LAYER_NORM = partial(
     Use, norm.layer_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False, num_warps=norm.LAYER_NORM_WARPS
 )
@@ -186,7 +189,19 @@ def _keys_values(name: str, head_channels: int) -> Use:
     )  # fmt: skip
 
 
+def _float_attention(name: str, head_channels: int) -> Use:
+    """Attention to the 77 tokens of a prompt."""
+    constants = {"HEAD_CHANNELS": head_channels, "NEXT_BITS": 8, "BLOCK_M": float_attention.BLOCK_QUERIES}
+    constants |= {"BLOCK_N": 128, "CHUNK": float_attention.CHUNK}
+    constants |= dict.fromkeys(("stride_k", "key_stride_k", "value_stride_k"), 1)
+    return Use(
+        float_attention.attention_quantize_kernel, name, constants, odd=(), types=TO_INT8, fp_fusion=False,
+        num_warps=float_attention.NUM_WARPS,
+    )  # fmt: skip
+
+
 ATTENTION_USES = (
+    *(_float_attention(f"heads of {channels} channels", channels) for channels in (40, 64, 80, 160)),
     *(_keys_values(f"heads of {channels} channels", channels) for channels in (40, 64, 80)),
     _attention("heads of 64 channels", 64, quantized=False),
     _attention("heads of 64 channels, quantized", 64),
@@ -202,10 +217,10 @@ OTHER_USES = (
     _QUANTIZE("channels first, padded", _QUANTIZE_TILE | _PADDED | _CHANNELS_FIRST),
     _CHANNEL_STATISTICS("channels last", _STATISTICS_TILE | _CHANNELS_LAST),
     _CHANNEL_STATISTICS("channels first", _STATISTICS_TILE | _CHANNELS_FIRST),
-    _GROUP_STATISTICS("320 channels", _GROUPS | {"BLOCK_K": 16, "skip_statistics_ptr": None}),
-    _GROUP_STATISTICS("2560 channels, skip", _GROUPS | {"BLOCK_K": 128}),
-    _GROUP_NORM("padded", _NORM_TILE | _PADDED | {"stride_k": 1, "skip_stride_k": 1, "skip_ptr": None}),
-    _GROUP_NORM("padded, skip", _NORM_TILE | _PADDED | {"stride_k": 1, "skip_stride_k": 1}),
+    _MERGE_RUNS("channels last", _STATISTICS_TILE | {"MERGED": norm.MERGED_RUNS}),
+    _GROUP_NORM("320 channels, padded", norm.group_tile(10) | _NORM | _NO_SKIP | _NO_PLAIN),
+    _GROUP_NORM("1920 channels, padded, skip", norm.group_tile(60) | _NORM | _NO_PLAIN),
+    _GROUP_NORM("960 channels, padded, skip, plain", norm.group_tile(30) | _NORM),
     *(
         _LAYER_NORM(f"{channels} channels", {"BITS": 8, "BLOCK_M": norm.LAYER_NORM_TILE // block, "BLOCK_K": block})
         for channels, block in ((320, 512), (640, 1024), (1280, 2048))

@@ -1,4 +1,4 @@
-"""Attention in int8 on CPUs: its small integers are multiplied in fp32, which is exact for them."""
+"""Attention on CPUs. The small integers of int8 attention are multiplied in fp32, which is exact for them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from dq_kernels.records import Quantizer
 from dq_kernels.shapes import BLOCK_KEYS
 
 ATTENTION_SCORES = 2**24  # in memory at a time: 64 MB, or one head
+
+
+def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+    """As ``reference.attention_quantize``."""
+    q, k, v = (x.to(query.dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return quantize(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), quantizer, (0, 0))
 
 
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -46,7 +52,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, beyond: int) -> Tensor:
 
 def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
     """As ``reference.int8_attention_quantize``."""
-    return quantize(int8_attention(query.float(), key, value, heads), quantizer, (0, 0), None)
+    return quantize(int8_attention(query.float(), key, value, heads), quantizer, (0, 0))
 
 
 def _quantize_to_127(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -40,10 +40,10 @@ class _QuantizerArguments(ctypes.Structure):
 _TENSOR, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _QUANTIZER = ctypes.POINTER(_QuantizerArguments)
 _SIGNATURES = {
-    "dq_quantize": [_INT, _TENSOR, _TENSOR, *[_SIZE] * 7, _QUANTIZER, _TENSOR, _INT],
+    "dq_quantize": [_INT, _TENSOR, *[_SIZE] * 6, _QUANTIZER, _TENSOR, _INT],
     "dq_group_norm_quantize": [
         _INT, _TENSOR, _TENSOR, *[_SIZE] * 6, _TENSOR, _TENSOR, _FLOAT, _INT, _TENSOR, _TENSOR, _SIZE, _SIZE,
-        _QUANTIZER, _TENSOR, _INT,
+        _QUANTIZER, _TENSOR, _QUANTIZER, _TENSOR, _INT,
     ],
     "dq_layer_norm_quantize": [_INT, _TENSOR, *[_SIZE] * 3, _TENSOR, _TENSOR, _FLOAT, _QUANTIZER, _TENSOR, _INT],
     "dq_geglu_quantize": [_TENSOR, *[_SIZE] * 3, _QUANTIZER, _TENSOR, _INT],
@@ -130,16 +130,12 @@ def _image_sizes(x: Tensor) -> tuple[int, int, int, int]:
     return x.shape[0], 1, x.shape[1:-1].numel(), x.shape[-1]
 
 
-def quantize(
-    functions: ctypes.CDLL, x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None
-) -> Tensor:
+def quantize(functions: ctypes.CDLL, x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tensor:
     """As ``reference.quantize``."""
-    source, beside = _readable(x, skip)
-    beside_channels = 0 if skip is None else skip.shape[-1]
-    shape = [*x.shape[:-1], x.shape[-1] + beside_channels]
-    out = torch.empty(quantized_shape(shape, padding), dtype=torch.int8)
+    source, _ = _readable(x)
+    out = torch.empty(quantized_shape(x.shape, padding), dtype=torch.int8)
     functions.dq_quantize(
-        _DTYPES[source.dtype], source.data_ptr(), _pointer(beside), *_image_sizes(x), beside_channels, *padding,
+        _DTYPES[source.dtype], source.data_ptr(), *_image_sizes(x), *padding,
         _tables(quantizer), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -157,19 +153,22 @@ def _readable(x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor | N
 def group_norm_quantize(
     functions: ctypes.CDLL, x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool,
     skip: Tensor | None, statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.group_norm_quantize``; reads the statistics that are given."""
     source, beside = _readable(x, skip)
     beside_channels = 0 if skip is None else skip.shape[-1]
     weight, bias = _float(norm.weight), _float(norm.bias)
     shape = [*x.shape[:-1], x.shape[-1] + beside_channels]
     out = torch.empty(quantized_shape(shape, padding), dtype=torch.int8)
+    plain_out = torch.empty(0 if plain_quantizer is None else shape[0], *shape[1:], dtype=torch.int8)
     functions.dq_group_norm_quantize(
         _DTYPES[source.dtype], source.data_ptr(), _pointer(beside), *_image_sizes(x), beside_channels, num_groups,
         _pointer(weight), _pointer(bias), norm.eps, silu, _pointer(statistics), _pointer(skip_statistics), *padding,
-        _tables(quantizer), out.data_ptr(), torch.get_num_threads(),
+        _tables(quantizer), out.data_ptr(), None if plain_quantizer is None else _tables(plain_quantizer),
+        plain_out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return out
+    return out, plain_out
 
 
 def layer_norm_quantize(functions: ctypes.CDLL, x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:

@@ -149,7 +149,7 @@ def _in_order(parts: list[Tensor], samples: list[list[int]]) -> Tensor:
 
 def int4_linear(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, next_quantizer: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.int4_linear``."""
     out_channels = weight.scale.numel()
@@ -162,7 +162,10 @@ def int4_linear(
         )  # fmt: skip
         return y.view(*samples.shape[:-1], out_channels)
 
-    return _multiply(run, x, weight, quantizer, bias, None, residual, out_dtype)
+    if next_quantizer is None:
+        return _multiply(run, x, weight, quantizer, bias, None, residual, out_dtype)
+    y = _multiply(run, x, weight, quantizer, bias, None, residual, torch.float32)
+    return quantize(y, next_quantizer, (0, 0))
 
 
 def int4_geglu_quantize(
@@ -173,7 +176,7 @@ def int4_geglu_quantize(
     if (functions := compiled.library()) is not None:
         return compiled.geglu_quantize(functions, product, next_quantizer)
     hidden, gate = product.chunk(2, dim=-1)
-    return quantize(hidden * F.gelu(gate), next_quantizer, (0, 0), None)
+    return quantize(hidden * F.gelu(gate), next_quantizer, (0, 0))
 
 
 def int4_conv2d(

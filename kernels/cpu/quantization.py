@@ -11,12 +11,11 @@ from dq_kernels.records import Norm, Quantizer
 from dq_kernels.shapes import quantized_shape
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None) -> Tensor:
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tensor:
     """As ``reference.quantize``."""
     if (functions := compiled.library()) is not None:
-        return compiled.quantize(functions, x, quantizer, padding, skip)
+        return compiled.quantize(functions, x, quantizer, padding)
     dilation, scale, zero_point, timestep_index, bits = quantizer
-    x = x if skip is None else torch.cat([x, skip], dim=-1)
     index = timestep_index.clamp(0, scale.numel() - 1)
     per_sample = (-1, *[1] * (x.ndim - 1))
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -38,17 +37,20 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Te
 def group_norm_quantize(
     x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.group_norm_quantize``."""
     if (functions := compiled.library()) is not None:
         return compiled.group_norm_quantize(
-            functions, x, num_groups, norm, quantizer, silu, skip, statistics, skip_statistics, padding
+            functions, x, num_groups, norm, quantizer, silu, skip, statistics, skip_statistics, padding, plain_quantizer
         )
+    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float()
     # Contiguous, since torch's group norm of channels-last images subtracts squares, which cancels.
-    image = (x if skip is None else torch.cat([x, skip], dim=-1)).float().permute(0, 3, 1, 2).contiguous()
-    y = F.group_norm(image, num_groups, *_float(norm))
-    y = (F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1)
-    return quantize(y, quantizer, padding, None)
+    y = F.group_norm(image.permute(0, 3, 1, 2).contiguous(), num_groups, *_float(norm))
+    q = quantize((F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1), quantizer, padding)
+    if plain_quantizer is None:
+        return q, torch.empty(0, *image.shape[1:], dtype=torch.int8)
+    return q, quantize(image, plain_quantizer, (0, 0))
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -56,7 +58,7 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     if (functions := compiled.library()) is not None:
         return compiled.layer_norm_quantize(functions, x, norm, quantizer)
     y = F.layer_norm(x.float(), x.shape[-1:], *_float(norm))
-    return quantize(y, quantizer, (0, 0), None)
+    return quantize(y, quantizer, (0, 0))
 
 
 def _float(norm: Norm) -> Norm:

@@ -207,10 +207,10 @@ void fill_image(
 
 template <class T>
 void quantize(
-    const T* x, const T* skip, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t skip_channels,
-    int64_t pad_h, int64_t pad_w, const Quantizer& quantizer, int8_t* out, int threads
+    const T* x, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t pad_h, int64_t pad_w,
+    const Quantizer& quantizer, int8_t* out, int threads
 ) {
-    int64_t all = channels + skip_channels, padded = all + all % 2;
+    int64_t padded = channels + channels % 2;
     const float* inverse = quantizer.inverse_dilation.data();
     fill_image(out, samples, height, width, padded, pad_h, pad_w, quantizer, threads,
         [&](int64_t sample, int64_t row, int8_t* line) {
@@ -218,10 +218,7 @@ void quantize(
             for (int64_t w = 0; w < width; ++w, line += padded) {
                 int64_t pixel = sample * height * width + row + w;
                 const T* source = x + pixel * channels;
-                quantize_row(line, channels, channels, inverse, step, [=](int64_t k) { return to_float(source[k]); });
-                const T* beside = skip + pixel * skip_channels;
-                quantize_row(line + channels, skip_channels, padded - channels, inverse + channels, step,
-                    [=](int64_t k) { return to_float(beside[k]); });
+                quantize_row(line, channels, padded, inverse, step, [=](int64_t k) { return to_float(source[k]); });
             }
         });
 }
@@ -241,7 +238,8 @@ template <class T>
 void group_norm_quantize(
     const T* x, const T* skip, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t skip_channels,
     int64_t groups, const float* weight, const float* bias, float eps, bool with_silu, const float* known,
-    const float* skip_known, int64_t pad_h, int64_t pad_w, const Quantizer& quantizer, int8_t* out, int threads
+    const float* skip_known, int64_t pad_h, int64_t pad_w, const Quantizer& quantizer, int8_t* out,
+    const Quantizer* plain_quantizer, int8_t* plain_out, int threads
 ) {
     int64_t rows = height * width, runs = (rows + kRun - 1) / kRun, all = channels + skip_channels;
     const int64_t widths[2] = {channels, skip_channels};
@@ -278,6 +276,15 @@ void group_norm_quantize(
                 normalize(line, x + pixel * channels, channels, p, p + all, p + 2 * all, inverse, step);
                 normalize(line + channels, skip + pixel * skip_channels, skip_channels, p + channels, p + all + channels,
                     p + 2 * all + channels, inverse + channels, step);
+                if (plain_quantizer) {
+                    const float* plain_inverse = plain_quantizer->inverse_dilation.data();
+                    Step plain_step = plain_quantizer->of(sample);
+                    for (int64_t k = 0; k < channels; ++k)
+                        plain_out[pixel * all + k] = plain_step(to_float(x[pixel * channels + k]), plain_inverse[k]);
+                    for (int64_t k = 0; k < skip_channels; ++k)
+                        plain_out[pixel * all + channels + k] =
+                            plain_step(to_float(skip[pixel * skip_channels + k]), plain_inverse[channels + k]);
+                }
             }
         });
 }
@@ -391,22 +398,24 @@ static Quantizer unpack(const QuantizerArguments* a) {
 }
 
 void dq_quantize(
-    int dtype, const void* x, const void* skip, int64_t samples, int64_t height, int64_t width, int64_t channels,
-    int64_t skip_channels, int64_t pad_h, int64_t pad_w, const QuantizerArguments* quantizer, int8_t* out, int threads
+    int dtype, const void* x, int64_t samples, int64_t height, int64_t width, int64_t channels, int64_t pad_h,
+    int64_t pad_w, const QuantizerArguments* quantizer, int8_t* out, int threads
 ) {
-    DISPATCH(dtype, quantize(static_cast<const T*>(x), static_cast<const T*>(skip), samples, height, width, channels,
-        skip_channels, pad_h, pad_w, unpack(quantizer), out, threads))
+    DISPATCH(dtype, quantize(static_cast<const T*>(x), samples, height, width, channels, pad_h, pad_w, unpack(quantizer),
+        out, threads))
 }
 
 void dq_group_norm_quantize(
     int dtype, const void* x, const void* skip, int64_t samples, int64_t height, int64_t width, int64_t channels,
     int64_t skip_channels, int64_t groups, const float* weight, const float* bias, float eps, int with_silu,
     const float* statistics, const float* skip_statistics, int64_t pad_h, int64_t pad_w,
-    const QuantizerArguments* quantizer, int8_t* out, int threads
+    const QuantizerArguments* quantizer, int8_t* out, const QuantizerArguments* plain_quantizer, int8_t* plain_out,
+    int threads
 ) {
+    Quantizer plain = unpack(plain_quantizer);
     DISPATCH(dtype, group_norm_quantize(static_cast<const T*>(x), static_cast<const T*>(skip), samples, height, width,
         channels, skip_channels, groups, weight, bias, eps, with_silu != 0, statistics, skip_statistics, pad_h, pad_w,
-        unpack(quantizer), out, threads))
+        unpack(quantizer), out, plain_quantizer ? &plain : nullptr, plain_out, threads))
 }
 
 void dq_layer_norm_quantize(

@@ -303,13 +303,14 @@ LINEAR = Geometry()
 
 
 class Epilogue(NamedTuple):
-    """The operations on a product after its scale: addends, statistics, and GEGLU with quantization."""
+    """The operations on a product after its scale, in this order but for the statistics, which are of the result."""
 
     bias: Tensor | None = None
     channel_add: Tensor | None = None
     residual: Tensor | None = None
     statistics: Tensor | None = None
-    next_quantizer: Quantizer | None = None  # GEGLU is applied first
+    geglu: bool = False
+    next_quantizer: Quantizer | None = None
 
 
 def launch(
@@ -326,12 +327,12 @@ def launch(
     x is [B, ..., K] for a linear layer, otherwise the padded image [B, H, W, K]; all tensors are contiguous and have
     been checked (see ``ops``). ``tuned`` takes the place of the tuning file's configuration.
     """
-    bias, channel_add, residual, statistics, following = epilogue
+    bias, channel_add, residual, statistics, geglu, following = epilogue
     out_channels, num_rows = out.shape[-1], out.numel() // out.shape[-1]
     rows_per_sample = num_rows // x.shape[0]
     half_channels = x.shape[-1] // 2
     reduction = 2 * weight.values.numel() // weight.values.shape[0]
-    op = "linear_geglu" if following is not None else "linear" if geometry.is_linear else "conv2d"
+    op = "linear_geglu" if geglu else "linear" if geometry.is_linear else "conv2d"
     problem = Problem(op, num_rows, out_channels, reduction, rows_per_sample, statistics is not None)
     config, target = launch_config(problem) if tuned is None else adjusted(tuned, problem), current_target()
     num_tiles = cdiv(out_channels, config.block_n) * cdiv(num_rows, config.block_m)
@@ -375,7 +376,7 @@ def launch(
         DILATION_H=geometry.dilation[0],
         DILATION_W=geometry.dilation[1],
         UPSAMPLE=geometry.upsample,
-        GEGLU=following is not None,
+        GEGLU=geglu,
         NEXT_BITS=8 if following is None else following.bits,
         STATISTICS_ROWS=STATISTICS_ROWS,
         BLOCK_M=config.block_m,
@@ -395,11 +396,12 @@ def launch(
 
 def int4_linear(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, residual: Tensor | None,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype, next_quantizer: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.int4_linear``."""
-    out = torch.empty(*x.shape[:-1], weight.values.shape[0], dtype=out_dtype, device=x.device)
-    launch(x, weight, quantizer, out, Epilogue(bias, residual=residual))
+    dtype = out_dtype if next_quantizer is None else torch.int8
+    out = torch.empty(*x.shape[:-1], weight.values.shape[0], dtype=dtype, device=x.device)
+    launch(x, weight, quantizer, out, Epilogue(bias, residual=residual, next_quantizer=next_quantizer))
     return out
 
 
@@ -408,7 +410,7 @@ def int4_geglu_quantize(
 ) -> Tensor:
     """As ``reference.int4_geglu_quantize``."""
     out = torch.empty(*x.shape[:-1], next_quantizer.dilation.numel(), dtype=torch.int8, device=x.device)
-    launch(x, weight, quantizer, out, Epilogue(bias, next_quantizer=next_quantizer))
+    launch(x, weight, quantizer, out, Epilogue(bias, geglu=True, next_quantizer=next_quantizer))
     return out
 
 

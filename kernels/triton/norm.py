@@ -4,12 +4,18 @@
     layer norm:  q = quantize((x - mean_m) rstd_m weight_k + bias_k)             over a token's channels
 
 Group norm needs its statistics first: a sum and a centred sum of squares of every channel over every run of
-``STATISTICS_ROWS`` pixels. The epilogue of the convolution that made x writes them, or a pass of their own does. They
-are merged group by group with Chan's formula, without cancellation and always in the same order. The group norm of a
-concatenation reads its two sources in place.
+``STATISTICS_ROWS`` pixels. The epilogue of the convolution that made x writes them, or a pass of their own does. Every
+program merges those of its groups with Chan's formula, without cancellation and always in the same order. The group
+norm of a concatenation reads its two sources in place.
+
+A program works on whole groups and reads 8 bytes of statistics a channel and run, from the L2 cache. Launches are
+therefore of few programs: with 64 runs (64 x 64 pixels), 256 programs of 120 channels read 16 MB, which take about as
+long as the launch that they save. More runs are merged before, by a launch of their own.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -24,6 +30,8 @@ from dq_kernels.triton.quantization import padded_position, quantize_tile, selec
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 STATISTICS_CHANNELS = 64
+PROGRAMS = 256  # of a group norm's launch, about: two on each multiprocessor of the largest GPUs
+MAX_RUNS, MERGED_RUNS = 64, 16  # of the statistics that a program of the group norm reads; merged into one, if more
 LAYER_NORM_TILE, LAYER_NORM_WARPS = 8192, 4  # elements of a program, and its warps
 
 
@@ -56,84 +64,100 @@ def channel_statistics_kernel(
     tl.store(out_ptrs + channels, tl.sum(centred * centred, 0), mask=k < channels)
 
 
-@triton.jit
-def group_statistics_kernel(
+@triton.jit(do_not_specialize=["num_runs", "length"])
+def merge_runs_kernel(
     statistics_ptr,
-    skip_statistics_ptr,
     out_ptr,
     num_runs,
     length,
     channels,
-    skip_channels,
-    eps,
-    NUM_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    MERGED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merges a group's channels and runs, of one or two sources: [B, L / ROWS, 2, K] -> out [B, groups, 2]."""
+    """Statistics of runs of ROWS rows [B, L / ROWS, 2, K] -> of runs of MERGED ROWS [B, L / (MERGED ROWS), 2, K]."""
     follow_previous_kernel(PDL)
-    group, sample = tl.program_id(0), tl.program_id(1)
-    group_size = (channels + skip_channels) // NUM_GROUPS
-    within = tl.arange(0, BLOCK_K)
-    k = group * group_size + within
-    first = within < group_size
-    second = first & (k >= channels)
-    first = first & (k < channels)
-    count = group_size * length
-    total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    for start in range(0, num_runs, BLOCK_R):
-        run = start + tl.arange(0, BLOCK_R)
-        row_inside = (run < num_runs)[:, None]
-        rows = sample * num_runs + run
-        total += tl.load(
-            statistics_ptr + rows[:, None] * 2 * channels + k[None, :], mask=row_inside & first[None, :], other=0.0
-        )
-        if skip_statistics_ptr is not None:
-            total += tl.load(
-                skip_statistics_ptr + rows[:, None] * 2 * skip_channels + (k - channels)[None, :],
-                mask=row_inside & second[None, :],
-                other=0.0,
-            )
-    mean = tl.sum(tl.sum(total, 0), 0) / count
-    squares = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    for start in range(0, num_runs, BLOCK_R):
-        run = start + tl.arange(0, BLOCK_R)
-        row_inside = (run < num_runs)[:, None]
-        rows = sample * num_runs + run
-        mask = row_inside & first[None, :]
-        ptrs = statistics_ptr + rows[:, None] * 2 * channels + k[None, :]
-        total = tl.load(ptrs, mask=mask, other=0.0)
-        centred = tl.load(ptrs + channels, mask=mask, other=0.0)
-        if skip_statistics_ptr is not None:
-            skip_mask = row_inside & second[None, :]
-            ptrs = skip_statistics_ptr + rows[:, None] * 2 * skip_channels + (k - channels)[None, :]
-            total += tl.load(ptrs, mask=skip_mask, other=0.0)
-            centred += tl.load(ptrs + skip_channels, mask=skip_mask, other=0.0)
-            mask = mask | skip_mask
-        run_length = tl.maximum(tl.minimum(length - run * ROWS, ROWS), 1).to(tl.float32)[:, None]
-        shift = total / run_length - mean
-        squares += tl.where(mask, centred + run_length * shift * shift, 0.0)
-    variance = tl.sum(tl.sum(squares, 0), 0) / count
-    out_ptrs = out_ptr + (sample * NUM_GROUPS + group) * 2
-    tl.store(out_ptrs, mean)
-    tl.store(out_ptrs + 1, 1 / tl.sqrt_rn(variance + eps))
+    first, sample = tl.program_id(0) * MERGED, tl.program_id(2)
+    run = first + tl.arange(0, MERGED)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (run < num_runs)[:, None] & (k < channels)[None, :]
+    ptrs = statistics_ptr + (sample * num_runs + run)[:, None] * 2 * channels + k[None, :]
+    total = tl.load(ptrs, mask=inside, other=0.0)
+    centred = tl.load(ptrs + channels, mask=inside, other=0.0)
+    rows = tl.maximum(tl.minimum(length - run * ROWS, ROWS), 1).to(tl.float32)[:, None]
+    sum_of_all = tl.sum(total, 0)
+    shift = total / rows - (sum_of_all / tl.minimum(length - first * ROWS, MERGED * ROWS))[None, :]
+    squares = tl.where(inside, centred + rows * shift * shift, 0.0)
+    out_ptrs = out_ptr + (sample * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + k
+    tl.store(out_ptrs, sum_of_all, mask=k < channels)
+    tl.store(out_ptrs + channels, tl.sum(squares, 0), mask=k < channels)
 
 
 @triton.jit
+def _sum_in_groups(v, member):
+    """v [K] -> the sum over each channel's group [K]; member [groups, K] is true where a channel lies in a group."""
+    total = tl.sum(tl.where(member, v[None, :], 0.0), 1)
+    return tl.sum(tl.where(member, total[:, None], 0.0), 0)
+
+
+@triton.jit
+def _group_moments(
+    statistics_ptr, skip_statistics_ptr, k, k_inside, member, num_runs, rows, length, channels, skip_channels,
+    GROUP_SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of each channel's group [K]: Chan's formula over the group's channels and all runs."""
+    first, second = k_inside & (k < channels), k_inside & (k >= channels)
+    count = GROUP_SIZE * length
+    total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for start in range(0, num_runs, BLOCK_R):
+        run = start + tl.arange(0, BLOCK_R)[:, None]
+        ptrs = statistics_ptr + run * 2 * channels + k[None, :]
+        total += tl.load(ptrs, mask=(run < num_runs) & first[None, :], other=0.0)
+        if skip_statistics_ptr is not None:
+            ptrs = skip_statistics_ptr + run * 2 * skip_channels + (k - channels)[None, :]
+            total += tl.load(ptrs, mask=(run < num_runs) & second[None, :], other=0.0)
+    mean = _sum_in_groups(tl.sum(total, 0), member) / count
+    squares = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    for start in range(0, num_runs, BLOCK_R):
+        run = start + tl.arange(0, BLOCK_R)[:, None]
+        mask = (run < num_runs) & first[None, :]
+        ptrs = statistics_ptr + run * 2 * channels + k[None, :]
+        total = tl.load(ptrs, mask=mask, other=0.0)
+        centred = tl.load(ptrs + channels, mask=mask, other=0.0)
+        if skip_statistics_ptr is not None:
+            mask = (run < num_runs) & second[None, :]
+            ptrs = skip_statistics_ptr + run * 2 * skip_channels + (k - channels)[None, :]
+            total += tl.load(ptrs, mask=mask, other=0.0)
+            centred += tl.load(ptrs + skip_channels, mask=mask, other=0.0)
+        run_length = tl.maximum(tl.minimum(length - run * rows, rows), 1).to(tl.float32)
+        shift = total / run_length - mean[None, :]
+        squares += tl.where((run < num_runs) & k_inside[None, :], centred + run_length * shift * shift, 0.0)
+    return mean, _sum_in_groups(tl.sum(squares, 0), member) / count
+
+
+@triton.jit(do_not_specialize=["num_timesteps", "num_runs", "run_length", "positions", "height", "width"])
 def group_norm_quantize_kernel(
     x_ptr,
     skip_ptr,
     statistics_ptr,
+    skip_statistics_ptr,
     weight_ptr,
     bias_ptr,
     weight_dilation_ptr,
     act_scale_ptr,
     act_zero_point_ptr,
+    plain_dilation_ptr,
+    plain_scale_ptr,
+    plain_zero_point_ptr,
     timestep_index_ptr,
     out_ptr,
+    plain_out_ptr,
     num_timesteps,
+    num_runs,
+    run_length,
+    positions,
+    eps,
     height,
     width,
     channels,
@@ -144,60 +168,92 @@ def group_norm_quantize_kernel(
     skip_stride_b,
     skip_stride_l,
     skip_stride_k,
-    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
     SILU: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
     BITS: tl.constexpr,
+    PLAIN_BITS: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile of one sample: x [H * W, K] beside skip [H * W, K2] (strided) -> out [padded H * W, K + K2]."""
+    """Some positions and GROUPS whole groups of one sample.
+
+    x [H * W, K] beside skip [H * W, K2] (strided), statistics [runs, 2, K] -> out [padded H * W, K + K2] and, without
+    norm and padding, plain_out [H * W, K + K2].
+    """
     follow_previous_kernel(PDL)
     sample = tl.program_id(2)
-    position = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    within = tl.arange(0, BLOCK_K)
+    k = tl.program_id(1) * (GROUPS * GROUP_SIZE) + within
     length = (height + 2 * PAD_H) * (width + 2 * PAD_W)
     out_channels = channels + skip_channels
-    k_inside = k < out_channels
+    k_inside = (within < GROUPS * GROUP_SIZE) & (k < out_channels)
 
     t = select_timestep(timestep_index_ptr + sample, num_timesteps)
     inverse_scale = tl.math.div_rn(1.0, tl.load(act_scale_ptr + t))
     inverse_dilation = tl.math.div_rn(1.0, tl.load(weight_dilation_ptr + k, mask=k_inside, other=1.0))
     zero_point = tl.load(act_zero_point_ptr + t)
-    group = tl.where(k_inside, k, 0) // (out_channels // NUM_GROUPS)
-    mean = tl.load(statistics_ptr + (sample * NUM_GROUPS + group) * 2)
-    scale = tl.load(statistics_ptr + (sample * NUM_GROUPS + group) * 2 + 1)
-    scale *= tl.load(weight_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
-
-    source, inside = padded_position(position, height, width, PAD_H, PAD_W)
-    x = tl.load(
-        x_ptr + sample.to(tl.int64) * stride_b + source[:, None] * stride_l + k[None, :] * stride_k,
-        mask=inside[:, None] & (k < channels)[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    if skip_ptr is not None:
-        skip_ptr += sample.to(tl.int64) * skip_stride_b
-        x += tl.load(
-            skip_ptr + source[:, None] * skip_stride_l + (k - channels)[None, :] * skip_stride_k,
-            mask=inside[:, None] & ((k >= channels) & k_inside)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-    y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
-    if SILU:
-        y *= reciprocal(1 + exp(-y, PTX), PTX)
-    q = quantize_tile(y, inverse_dilation[None, :], inverse_scale, zero_point, BITS, PTX)
     # Borders hold the quantized zero, not the norm of 0.
     quantized_zero = tl.minimum(tl.maximum(zero_point, -(2 ** (BITS - 1))), 2 ** (BITS - 1) - 1)
-    q = tl.where(inside[:, None], q, quantized_zero)
-    tl.store(
-        out_ptr + sample.to(tl.int64) * length * out_channels + position[:, None] * out_channels + k[None, :],
-        q.to(tl.int8),
-        mask=(position < length)[:, None] & k_inside[None, :],
-    )
+    weight = tl.load(weight_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
+    statistics_ptr += sample * num_runs * 2 * channels
+    x_ptr += sample.to(tl.int64) * stride_b
+    out_ptr += sample.to(tl.int64) * length * out_channels
+    if skip_ptr is not None:
+        skip_statistics_ptr += sample * num_runs * 2 * skip_channels
+        skip_ptr += sample.to(tl.int64) * skip_stride_b
+    if plain_out_ptr is not None:
+        plain_inverse_scale = tl.math.div_rn(1.0, tl.load(plain_scale_ptr + t))
+        plain_inverse_dilation = tl.math.div_rn(1.0, tl.load(plain_dilation_ptr + k, mask=k_inside, other=1.0))
+        plain_zero_point = tl.load(plain_zero_point_ptr + t)
+        plain_out_ptr += sample.to(tl.int64) * height * width * out_channels
+
+    member = (within // GROUP_SIZE)[None, :] == tl.arange(0, BLOCK_G)[:, None]
+    mean, variance = _group_moments(
+        statistics_ptr, skip_statistics_ptr, k, k_inside, member, num_runs, run_length, height * width, channels,
+        skip_channels, GROUP_SIZE, BLOCK_L, BLOCK_K,
+    )  # fmt: skip
+    scale = weight / tl.sqrt_rn(variance + eps)
+
+    for start in range(0, positions, BLOCK_L):
+        position = tl.program_id(0) * positions + start + tl.arange(0, BLOCK_L)
+        source, inside = padded_position(position, height, width, PAD_H, PAD_W)
+        x = tl.load(
+            x_ptr + source[:, None] * stride_l + k[None, :] * stride_k,
+            mask=inside[:, None] & (k_inside & (k < channels))[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if skip_ptr is not None:
+            x += tl.load(
+                skip_ptr + source[:, None] * skip_stride_l + (k - channels)[None, :] * skip_stride_k,
+                mask=inside[:, None] & (k_inside & (k >= channels))[None, :],
+                other=0.0,
+            ).to(tl.float32)
+        y = (x - mean[None, :]) * scale[None, :] + shift[None, :]
+        if SILU:
+            y *= reciprocal(1 + exp(-y, PTX), PTX)
+        q = quantize_tile(y, inverse_dilation[None, :], inverse_scale, zero_point, BITS, PTX)
+        q = tl.where(inside[:, None], q, quantized_zero)
+        tl.store(
+            out_ptr + position[:, None] * out_channels + k[None, :],
+            q.to(tl.int8),
+            mask=(position < length)[:, None] & k_inside[None, :],
+        )
+        if plain_out_ptr is not None:
+            q = quantize_tile(
+                x, plain_inverse_dilation[None, :], plain_inverse_scale, plain_zero_point, PLAIN_BITS, PTX
+            )
+            tl.store(
+                plain_out_ptr + source[:, None] * out_channels + k[None, :],
+                q.to(tl.int8),
+                mask=inside[:, None] & k_inside[None, :],
+            )
 
 
 @triton.jit
@@ -269,10 +325,48 @@ def channel_statistics(x: Tensor) -> Tensor:
     return out
 
 
+def merge_runs(statistics: Tensor, length: int) -> Tensor:
+    """Statistics of runs that are ``MERGED_RUNS`` times as long."""
+    batch, num_runs, _, channels = statistics.shape
+    out = statistics.new_empty(batch, cdiv(num_runs, MERGED_RUNS), 2, channels)
+    merge_runs_kernel[(out.shape[1], cdiv(channels, STATISTICS_CHANNELS), batch)](
+        statistics,
+        out,
+        num_runs,
+        length,
+        channels,
+        ROWS=STATISTICS_ROWS,
+        MERGED=MERGED_RUNS,
+        BLOCK_K=STATISTICS_CHANNELS,
+        num_warps=4,
+        **launch_options(ptx=False),
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def group_tile(group_size: int) -> dict[str, int]:
+    """Constants of ``group_norm_quantize_kernel`` for groups of so many channels.
+
+    The first channel of every program is a multiple of 8 where the groups permit it: accesses are 16 bytes wide.
+    """
+    block_k = max(BLOCK_CHANNELS, next_power_of_2(group_size))
+    groups, aligned = block_k // group_size, 8 // math.gcd(group_size, 8)
+    groups -= groups % aligned if groups > aligned else 0
+    return {
+        "GROUP_SIZE": group_size,
+        "GROUPS": groups,
+        "BLOCK_L": max(1, BLOCK_LENGTH * BLOCK_CHANNELS // block_k),
+        "BLOCK_G": next_power_of_2(groups),
+        "BLOCK_K": block_k,
+    }
+
+
 def group_norm_quantize(
     x: Tensor, num_groups: int, norm: Norm, quantizer: Quantizer, silu: bool, skip: Tensor | None,
     statistics: Tensor | None, skip_statistics: Tensor | None, padding: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    plain_quantizer: Quantizer | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As ``reference.group_norm_quantize``; statistics that are not given are computed."""
     batch, height, width, channels = x.shape
     statistics = channel_statistics(x) if statistics is None else statistics
@@ -280,60 +374,58 @@ def group_norm_quantize(
     if skip is not None:
         skip_channels = skip.shape[-1]
         skip_statistics = channel_statistics(skip) if skip_statistics is None else skip_statistics
+    run_length = STATISTICS_ROWS
+    if statistics.shape[1] > MAX_RUNS:
+        run_length *= MERGED_RUNS
+        statistics = merge_runs(statistics, height * width)
+        skip_statistics = None if skip_statistics is None else merge_runs(skip_statistics, height * width)
     out_channels = channels + skip_channels
-    group_statistics = torch.empty(batch, num_groups, 2, dtype=torch.float32, device=x.device)
-    group_statistics_kernel[(num_groups, batch)](
-        statistics,
-        skip_statistics,
-        group_statistics,
-        statistics.shape[1],
-        height * width,
-        channels,
-        skip_channels,
-        norm.eps,
-        NUM_GROUPS=num_groups,
-        ROWS=STATISTICS_ROWS,
-        BLOCK_R=32,
-        BLOCK_K=next_power_of_2(out_channels // num_groups),
-        num_warps=4,
-        **launch_options(ptx=False),
-        enable_fp_fusion=True,
-    )
     flat = x.reshape(batch, height * width, channels)
     flat_skip = flat if skip is None else skip.reshape(batch, height * width, skip_channels)
     out = torch.empty(quantized_shape((batch, height, width, out_channels), padding), dtype=torch.int8, device=x.device)
-    length = out.shape[1] * out.shape[2]
-    grid = (cdiv(length, BLOCK_LENGTH), cdiv(out_channels, BLOCK_CHANNELS), batch)
-    group_norm_quantize_kernel[grid](
+    plain_shape = (0 if plain_quantizer is None else batch, height, width, out_channels)
+    plain_out = torch.empty(plain_shape, dtype=torch.int8, device=x.device)
+    tile = group_tile(out_channels // num_groups)
+    tiles, columns = cdiv(out.shape[1] * out.shape[2], tile["BLOCK_L"]), cdiv(num_groups, tile["GROUPS"])
+    tiles_each = max(1, tiles * columns * batch // PROGRAMS)
+    group_norm_quantize_kernel[(cdiv(tiles, tiles_each), columns, batch)](
         flat,
         None if skip is None else flat_skip,
-        group_statistics,
+        statistics,
+        skip_statistics,
         norm.weight,
         norm.bias,
         quantizer.dilation,
         quantizer.scale,
         quantizer.zero_point,
+        None if plain_quantizer is None else plain_quantizer.dilation,
+        None if plain_quantizer is None else plain_quantizer.scale,
+        None if plain_quantizer is None else plain_quantizer.zero_point,
         quantizer.timestep_index,
         out,
+        None if plain_quantizer is None else plain_out,
         quantizer.scale.numel(),
+        statistics.shape[1],
+        run_length,
+        tiles_each * tile["BLOCK_L"],
+        norm.eps,
         height,
         width,
         channels,
         skip_channels,
         *flat.stride(),
         *flat_skip.stride(),
-        NUM_GROUPS=num_groups,
         SILU=silu,
         PAD_H=padding[0],
         PAD_W=padding[1],
         BITS=quantizer.bits,
-        BLOCK_L=BLOCK_LENGTH,
-        BLOCK_K=BLOCK_CHANNELS,
+        PLAIN_BITS=8 if plain_quantizer is None else plain_quantizer.bits,
+        **tile,
         **launch_options(),
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return out
+    return out, plain_out
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:

@@ -62,7 +62,6 @@ def quantize_kernel(
     height,
     width,
     channels,
-    padded_channels,
     out_channels,
     stride_b,
     stride_l,
@@ -75,7 +74,7 @@ def quantize_kernel(
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One tile of one sample: x [H * W, K] (strided) -> K padded to even channels of out [padded H * W, N]."""
+    """One tile of one sample: x [H * W, K] (strided) -> out [padded H * W, K padded to even]."""
     follow_previous_kernel(PDL)
     sample = tl.program_id(2)
     position = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -99,46 +98,37 @@ def quantize_kernel(
     tl.store(
         out_ptr + sample.to(tl.int64) * length * out_channels + position[:, None] * out_channels + k[None, :],
         q.to(tl.int8),
-        mask=(position < length)[:, None] & (k < padded_channels)[None, :],
+        mask=(position < length)[:, None] & (k < out_channels)[None, :],
     )
 
 
-def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int], skip: Tensor | None) -> Tensor:
-    """As ``reference.quantize``; the two sources of a concat are written beside each other."""
-    dilation, scale, zero_point, timestep_index, bits = quantizer
-    shape = quantized_shape((*x.shape[:-1], dilation.numel()), padding)
-    out = torch.empty(shape, dtype=torch.int8, device=x.device)
-    length = out.numel() // (out.shape[0] * out.shape[-1])
-    target = out
-    for source in (x,) if skip is None else (x, skip):
-        channels = source.shape[-1]
-        height, width = (x.shape[1], x.shape[2]) if any(padding) else (length, 1)
-        flat = source.reshape(source.shape[0], height * width, channels)
-        padded_channels = channels + channels % 2
-        grid = (cdiv(length, BLOCK_LENGTH), cdiv(padded_channels, BLOCK_CHANNELS), x.shape[0])
-        quantize_kernel[grid](
-            flat,
-            dilation,
-            scale,
-            zero_point,
-            timestep_index,
-            target,
-            scale.numel(),
-            height,
-            width,
-            channels,
-            padded_channels,
-            out.shape[-1],
-            *flat.stride(),
-            PAD_H=padding[0],
-            PAD_W=padding[1],
-            BITS=bits,
-            BLOCK_L=BLOCK_LENGTH,
-            BLOCK_K=BLOCK_CHANNELS,
-            **launch_options(),
-            num_warps=4,
-            enable_fp_fusion=False,  # a fused multiply-add would round some ties differently from the reference
-        )
-        if skip is not None:
-            dilation, target = quantizer.dilation[channels:], out.view(-1)[channels:]
+def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tensor:
+    """As ``reference.quantize``."""
+    out = torch.empty(quantized_shape(x.shape, padding), dtype=torch.int8, device=x.device)
+    batch, channels, out_channels = x.shape[0], x.shape[-1], out.shape[-1]
+    length = out.numel() // (batch * out_channels)
+    height, width = (x.shape[1], x.shape[2]) if any(padding) else (length, 1)
+    flat = x.reshape(batch, height * width, channels)
+    quantize_kernel[(cdiv(length, BLOCK_LENGTH), cdiv(out_channels, BLOCK_CHANNELS), batch)](
+        flat,
+        quantizer.dilation,
+        quantizer.scale,
+        quantizer.zero_point,
+        quantizer.timestep_index,
+        out,
+        quantizer.scale.numel(),
+        height,
+        width,
+        channels,
+        out_channels,
+        *flat.stride(),
+        PAD_H=padding[0],
+        PAD_W=padding[1],
+        BITS=quantizer.bits,
+        BLOCK_L=BLOCK_LENGTH,
+        BLOCK_K=BLOCK_CHANNELS,
+        **launch_options(),
+        num_warps=4,
+        enable_fp_fusion=False,  # a fused multiply-add would round some ties differently from the reference
+    )
     return out

@@ -114,7 +114,7 @@ def test_addends_may_have_another_dtype_than_the_result(run, linear_arguments, r
 def test_odd_channel_count_passes_from_quantize_to_linear(run, linear_arguments, relative_rms):
     arguments, values = linear_arguments((2, 5, 41), 9, torch.float32)
     quantizer = {name: value for name, value in arguments.items() if name.startswith("quantizer_")}
-    quantizer |= {"padding": (0, 0), "skip": None}
+    quantizer |= {"padding": (0, 0)}
     x = torch.randn(2, 5, 41, generator=torch.Generator().manual_seed(0))
     arguments["x"] = run("quantize", {"x": x} | quantizer)
 
@@ -157,6 +157,22 @@ def test_requantized_result_saturates_at_the_ends_of_its_bits(
     assert expected.max() == 2 ** (bits - 1) - 1
 
     assert_quantized_alike(run("int4_geglu_quantize", arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("x_shape", "out_channels"), [((3, 5, 34), 20), ((2, 33, 66), 130)], ids=str)
+def test_sum_with_the_residual_is_requantized_as_in_the_reference(
+    run, linear_arguments, quantizer_arguments, assert_quantized_alike, x_shape, out_channels, dtype
+):
+    arguments, _ = linear_arguments(x_shape, out_channels, dtype)
+    following = quantizer_arguments(x_shape[0], out_channels)
+    arguments |= {f"next_{name}": value for name, value in following.items()} | {"next_quantizer_bits": 6}
+    expected = reference.int4_linear(**arguments)
+    y = reference.int4_linear(**{name: value for name, value in arguments.items() if not name.startswith("next_")})
+
+    assert_quantized_alike(run("int4_linear", arguments), expected)
+    if dtype == torch.float32:
+        assert torch.equal(expected, reference.quantize(y, **following | {"quantizer_bits": 6}))
 
 
 def test_requantization_does_not_need_a_bias(run, geglu_quantize_arguments, assert_quantized_alike):
@@ -208,7 +224,7 @@ def test_reference_requantizes_torchs_linear_and_geglu_in_float64(geglu_quantize
     geglu.proj = torch.nn.Identity()
     following = {name: arguments[f"next_{name}"] for name in arguments if name.startswith("quantizer_")}
     y = geglu(float64_linear(arguments, values))
-    expected = reference.quantize(x=y, padding=(0, 0), skip=None, **following)
+    expected = reference.quantize(x=y, padding=(0, 0), **following)
     assert expected.unique().numel() > 50
 
     assert torch.equal(reference.int4_geglu_quantize(**arguments), expected)

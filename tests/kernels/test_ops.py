@@ -6,16 +6,21 @@ import pytest
 import torch
 from flat_operators import ops, reference
 
+from dq_kernels.records import Quantizer
 from dq_kernels.triton.tuning import LaunchConfig
 
+PLAIN_QUANTIZER, NEXT_QUANTIZER = (
+    tuple(f"{name}_quantizer_{field}" for field in Quantizer._fields) for name in ("plain", "next")
+)
 # Each operator's optional arguments, all of which may be None at once.
 OPERATORS = {
-    "quantize": ("skip",),
+    "quantize": (),
     "layer_norm_quantize": ("norm_weight", "norm_bias"),
-    "group_norm_quantize": ("skip", "statistics", "skip_statistics"),
-    "int4_linear": ("bias", "residual"),
+    "group_norm_quantize": ("skip", "statistics", "skip_statistics", *PLAIN_QUANTIZER),
+    "int4_linear": ("bias", "residual", *NEXT_QUANTIZER),
     "int4_geglu_quantize": ("bias",),
     "int4_conv2d": ("bias", "residual", "channel_add"),
+    "attention_quantize": (),
     "int8_attention": (),
     "int8_attention_quantize": (),
 }
@@ -32,7 +37,8 @@ def make(
 
     def make(op, dtype=torch.float32, batch=3, size=(5, 7)):
         if op == "int4_linear":
-            return linear_arguments((batch, size[0], 6), 4, dtype)[0]
+            following = {f"next_{name}": value for name, value in quantizer_arguments(batch, 4).items()}
+            return linear_arguments((batch, size[0], 6), 4, dtype)[0] | following
         if op == "int4_geglu_quantize":
             return geglu_quantize_arguments((batch, size[0], 6), 4, dtype)[0]
         if op == "int4_conv2d":
@@ -40,21 +46,21 @@ def make(
         if op == "layer_norm_quantize":
             return layer_norm_arguments((batch, size[0], 6), dtype)
         if op == "group_norm_quantize":
-            return group_norm_arguments((batch, *size, 6), 4, 10, dtype, padding=(1, 2))
+            return group_norm_arguments((batch, *size, 6), 4, 10, dtype, padding=(1, 2), with_plain=True)
         if op == "int8_attention":
             return attention_arguments(batch, *size, 2, 3, dtype)
-        if op == "int8_attention_quantize":
+        if op in ("int8_attention_quantize", "attention_quantize"):
             return attention_quantize_arguments(batch, *size, 2, 3, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
-        x, skip = (torch.randn(batch, *size, channels, generator=generator).to(dtype) for channels in (6, 3))
-        return {"x": x, "skip": skip, **quantizer_arguments(batch, 9), "padding": (1, 2)}
+        x = torch.randn(batch, *size, 6, generator=generator).to(dtype)
+        return {"x": x, **quantizer_arguments(batch, 6), "padding": (1, 2)}
 
     return make
 
 
 def without_optional(op, arguments):
     arguments = arguments | dict.fromkeys(OPERATORS[op])
-    if op in ("quantize", "group_norm_quantize"):
+    if op == "group_norm_quantize":
         channels = arguments["x"].shape[-1]
         parameters = ("quantizer_dilation", "norm_weight", "norm_bias")
         arguments |= {name: arguments[name][:channels] for name in parameters if name in arguments}
@@ -78,6 +84,7 @@ def variants(make, conv2d_arguments, group_norm_arguments):
         "int4_conv2d statistics": conv2d_arguments((3, 8, 16, 6), 4, with_statistics=True, dtype=torch.float16)[0],
         "int8_attention chunks": make("int8_attention") | chunks,
         "int8_attention_quantize chunks": make("int8_attention_quantize") | chunks,
+        "attention_quantize chunks": make("attention_quantize") | chunks,
     }
 
 
@@ -90,6 +97,7 @@ VARIANTS = [
     "int4_conv2d statistics",
     "int8_attention chunks",
     "int8_attention_quantize chunks",
+    "attention_quantize chunks",
 ]
 
 
@@ -171,7 +179,7 @@ def test_block_of_all_operators_compiles_without_graph_breaks_to_the_same_result
         q = ops.quantize(**images | {"x": x})
         q = q[..., :6].contiguous()
         y, statistics = ops.int4_conv2d(**conv | {"x": q, "residual": None})
-        q = ops.group_norm_quantize(**norm | {"x": y, "statistics": statistics})
+        q, _ = ops.group_norm_quantize(**norm | {"x": y, "statistics": statistics})
         q = torch.nn.functional.pad(q.flatten(1, 2), (0, 2))
         tokens = ops.int4_linear(**narrow | {"x": q})
         tokens = torch.cat([tokens, tokens[..., :2]], dim=-1)
@@ -205,8 +213,8 @@ def strided(tensor):
 
 GEMMS = ("int4_linear", "int4_geglu_quantize", "int4_conv2d")
 QUANTIZERS = ("quantize", "layer_norm_quantize", "group_norm_quantize")
-ATTENTION = ("int8_attention", "int8_attention_quantize")
-DILATING = (*QUANTIZERS, "int8_attention_quantize")
+ATTENTION = ("int8_attention", "int8_attention_quantize", "attention_quantize")
+DILATING = (*QUANTIZERS, *ATTENTION[1:])
 
 
 def each(ops, name, expected, change):
@@ -244,16 +252,16 @@ BAD_ARGUMENTS = {
         *each(QUANTIZERS[:2], "x", r"\[B, ..., K\]", lambda t: t.flatten()),
         *of("group_norm_quantize", "x", r"\[B, H, W, K\]", lambda t: t[..., 0]),
     ],
-    "quantizer_dilation-too-long": each(DILATING, "quantizer_dilation", r"\[(9|6|16)\]", lambda t: t.repeat(2)),
-    "quantizer_dilation-scalar": each(DILATING, "quantizer_dilation", r"\[(9|6|16)\]", lambda t: t[0]),
+    "quantizer_dilation-too-long": each(DILATING, "quantizer_dilation", r"\[(6|16)\]", lambda t: t.repeat(2)),
+    "quantizer_dilation-scalar": each(DILATING, "quantizer_dilation", r"\[(6|16)\]", lambda t: t[0]),
     "quantizer_dilation-float16": each(DILATING, "quantizer_dilation", "float32", lambda t: t.half()),
     "quantizer_dilation-strided": each(DILATING, "quantizer_dilation", "contiguous", strided),
     "quantizer_bits-1": each(DILATING, "quantizer_bits", "2 to 8", lambda _: 1),
     "quantizer_bits-9": each(DILATING, "quantizer_bits", "2 to 8", lambda _: 9),
     "padding-negative": each(QUANTIZERS[::2], "padding", "not be negative", lambda _: (-1, 1)),
-    "skip-of-other-samples": each(QUANTIZERS[::2], "skip", r"\[3, 5, 7, K2\]", lambda t: t[:1]),
-    "skip-of-other-size": each(QUANTIZERS[::2], "skip", r"\[3, 5, 7, K2\]", lambda t: t[:, :, 1:]),
-    "skip-int8": each(QUANTIZERS[::2], "skip", "float", lambda t: t.to(torch.int8)),
+    "skip-of-other-samples": of("group_norm_quantize", "skip", r"\[3, 5, 7, K2\]", lambda t: t[:1]),
+    "skip-of-other-size": of("group_norm_quantize", "skip", r"\[3, 5, 7, K2\]", lambda t: t[:, :, 1:]),
+    "skip-int8": of("group_norm_quantize", "skip", "float", lambda t: t.to(torch.int8)),
     # norms
     "weight-of-other-channels": each(QUANTIZERS[1:], "norm_weight", r"\[(6|16)\]", lambda t: t[:4]),
     "weight-int32": each(QUANTIZERS[1:], "norm_weight", "float", lambda t: t.int()),
@@ -262,7 +270,6 @@ BAD_ARGUMENTS = {
     "channels-odd": [
         *of("layer_norm_quantize", "x", "channels must be even .* got 5", lambda t: t[..., :5]),
         *of("group_norm_quantize", "x", "15 channels must be even", lambda t: t[..., :5]),
-        *of("quantize", "x", "even number of channels before a skip, got 5", lambda t: t[..., :5]),
     ],
     "channels-too-many": of("layer_norm_quantize", "x", "at most 8192, got 8194", lambda t: t.new_empty(3, 8194)),
     "num_groups-of-no-even-size": of("group_norm_quantize", "num_groups", "divide into 5 groups", lambda _: 5),
@@ -271,6 +278,10 @@ BAD_ARGUMENTS = {
     "skip_statistics-of-cut-runs": of(
         "group_norm_quantize", "skip_statistics", "64 pixels", lambda _: torch.ones(3, 1, 2, 10)
     ),
+    "plain_quantizer_dilation-too-long": of(
+        "group_norm_quantize", "plain_quantizer_dilation", r"\[16\]", lambda t: t.repeat(2)
+    ),
+    "plain_quantizer_bits-9": of("group_norm_quantize", "plain_quantizer_bits", "bits must be 2 to 8", lambda _: 9),
     # operands
     "x-uint8": each(GEMMS, "x", "int8", lambda t: t.to(torch.uint8)),
     "x-float32": each(GEMMS, "x", "int8", lambda t: t.float()),
@@ -296,6 +307,9 @@ BAD_ARGUMENTS = {
     "next_quantizer_dilation-of-the-weights-rows": of(
         "int4_geglu_quantize", "next_quantizer_dilation", r"\[4\]", lambda t: t.repeat(2)
     ),
+    "next_quantizer_dilation-of-other-channels": of(
+        "int4_linear", "next_quantizer_dilation", r"\[4\]", lambda t: t[:3]
+    ),
     "next_quantizer_dilation-float16": of(
         "int4_geglu_quantize", "next_quantizer_dilation", "float32", lambda t: t.half()
     ),
@@ -320,7 +334,7 @@ BAD_ARGUMENTS = {
     "channel_add-int32": of("int4_conv2d", "channel_add", "float", lambda t: t.int()),
     # attention
     "heads-that-do-not-divide": each(
-        ATTENTION, "heads", "6 channels must divide into 4 heads of 1 to 128", lambda _: 4
+        ATTENTION, "heads", "6 channels must divide into 4 heads of 1 to (128|256)", lambda _: 4
     ),
     "heads-0": each(ATTENTION, "heads", "6 channels must divide into 0 heads", lambda _: 0),
     "heads-negative": each(ATTENTION, "heads", "6 channels must divide into -2 heads", lambda _: -2),
@@ -393,9 +407,16 @@ def test_attention_to_no_token_is_refused(make, op):
 @pytest.mark.parametrize("op", ATTENTION)
 def test_attention_with_too_large_heads_is_refused(make, op):
     arguments = make(op)
-    wide = {name: arguments[name].repeat(1, 1, 43) for name in ("query", "key", "value")}
+    wide = {name: arguments[name].repeat(1, 1, 86) for name in ("query", "key", "value")}
 
-    refused(op, "258 channels must divide into 2 heads of 1 to 128", arguments | wide)
+    refused(op, "516 channels must divide into 2 heads of 1 to (128|256)", arguments | wide)
+
+
+def test_floating_point_attention_to_many_keys_is_refused(make):
+    arguments = make("attention_quantize")
+    many = {name: arguments[name].repeat(1, 19, 1)[:, :129] for name in ("key", "value")}
+
+    refused("attention_quantize", r"key \[3, 129, 6\] has more than 128 tokens", arguments | many)
 
 
 @pytest.mark.parametrize("op", ATTENTION)
@@ -403,15 +424,16 @@ def test_attention_without_channels_is_refused(make, op):
     arguments = make(op)
     empty = {name: arguments[name][..., :0] for name in ("query", "key", "value")}
 
-    refused(op, "0 channels must divide into 2 heads of 1 to 128", arguments | empty)
+    refused(op, "0 channels must divide into 2 heads of 1 to (128|256)", arguments | empty)
 
 
-def test_odd_number_of_quantized_attentions_channels_is_refused(make):
-    arguments = make("int8_attention_quantize")
+@pytest.mark.parametrize("op", ATTENTION[1:])
+def test_odd_number_of_quantized_attentions_channels_is_refused(make, op):
+    arguments = make(op)
     odd = {name: arguments[name][..., :3] for name in ("query", "key", "value")}
     odd |= {"heads": 1, "quantizer_dilation": arguments["quantizer_dilation"][:3]}
 
-    refused("int8_attention_quantize", "channels must be even, got 3", arguments | odd)
+    refused(op, "channels must be even, got 3", arguments | odd)
     assert ops.int8_attention(*(odd[name] for name in ("query", "key", "value", "heads"))).shape == (3, 5, 3)
 
 
@@ -455,13 +477,27 @@ def test_odd_number_of_requantized_channels_is_refused(make, linear_arguments, r
         f"half of the weight's {rows} output channels must be an even number",
         make("int4_geglu_quantize") | {name: weight[name] for name in names},
     )
+    if rows % 2:
+        refused(
+            "int4_linear",
+            f"the {rows} output channels must be an even number to be quantized",
+            make("int4_linear") | {"residual": None} | {name: weight[name] for name in names},
+        )
 
 
-def test_next_layers_other_number_of_timesteps_is_refused(make):
-    arguments = make("int4_geglu_quantize")
-    arguments |= {name: arguments[name][:2] for name in ("next_quantizer_scale", "next_quantizer_zero_point")}
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("int4_linear", "next_quantizer"),
+        ("int4_geglu_quantize", "next_quantizer"),
+        ("group_norm_quantize", "plain_quantizer"),
+    ],
+)
+def test_another_quantizer_with_other_timesteps_is_refused(make, op, name):
+    arguments = make(op)
+    arguments |= {f"{name}_{table}": arguments[f"{name}_{table}"][:2] for table in ("scale", "zero_point")}
 
-    refused("int4_geglu_quantize", "next_quantizer.scale has 2 timesteps, quantizer.scale 3", arguments)
+    refused(op, f"{name}.scale has 2 timesteps, quantizer.scale 3", arguments)
 
 
 @pytest.mark.parametrize("op", QUANTIZERS)

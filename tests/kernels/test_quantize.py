@@ -22,7 +22,6 @@ def quantize_arguments(x, bits=8, act_scale=(0.011, 0.3, 0.07), act_zero_point=(
         "quantizer_timestep_index": torch.tensor(timestep_index, dtype=torch.int32),
         "quantizer_bits": bits,
         "padding": (0, 0),
-        "skip": None,
     }
 
 
@@ -156,39 +155,11 @@ def test_border_holds_the_quantized_zero_of_its_sample(run, padding, channels):
     assert torch.equal(q, expected)
 
 
-@pytest.mark.parametrize(
-    ("x_shape", "skip_channels", "bits"), [((3, 4, 5, 6), 130, 8), ((3, 4, 5, 130), 7, 4), ((2, 9, 34), 1, 8)]
-)
-def test_two_sources_are_quantized_as_their_concat(run, x_shape, skip_channels, bits):
-    x, skip = random_x(*x_shape), 5 * random_x(*x_shape[:-1], skip_channels).half()
-    concat = quantize_arguments(torch.cat([x, skip], dim=-1), bits)
-    if len(x_shape) == 4:
-        concat["padding"] = (1, 2)
+def test_reference_quantizes_a_border_of_zeros():
+    x = random_x(3, 4, 5, 8)
+    bordered = quantize_arguments(torch.nn.functional.pad(x, (0, 0, 2, 2, 1, 1)))
 
-    q = run("quantize", concat | {"x": x, "skip": skip})
-
-    assert torch.equal(q, reference.quantize(**concat))
-
-
-def test_two_sources_may_have_strides_unlike_each_other(run, strided_view):
-    x = strided_view(random_x(4, 6, 7, 37 + 3))
-    x, skip = x[..., : x.shape[-1] // 2 * 2], random_x(*x.shape[:3], 5)
-    concat = quantize_arguments(torch.cat([x, skip], dim=-1))
-
-    q = run("quantize", concat | {"x": x, "skip": skip})
-
-    assert q.is_contiguous()
-    assert torch.equal(q, reference.quantize(**concat))
-
-
-def test_reference_quantizes_a_border_of_zeros_and_a_concat():
-    x, skip = random_x(3, 4, 5, 6), random_x(3, 4, 5, 2)
-    bordered = torch.nn.functional.pad(torch.cat([x, skip], dim=-1), (0, 0, 2, 2, 1, 1))
-    concat = quantize_arguments(bordered)
-
-    assert torch.equal(
-        reference.quantize(**concat | {"x": x, "skip": skip, "padding": (1, 2)}), reference.quantize(**concat)
-    )
+    assert torch.equal(reference.quantize(**bordered | {"x": x, "padding": (1, 2)}), reference.quantize(**bordered))
 
 
 def test_quantizing_leaves_its_input_alone(run):

@@ -41,6 +41,7 @@ class Mutant(NamedTuple):
 GEMM = "kernels/triton/gemm.py"
 QUANTIZE = "kernels/triton/quantization.py"
 NORM = "kernels/triton/norm.py"
+FLOAT_ATTENTION = "kernels/triton/float_attention.py"
 ATTENTION = "kernels/triton/attention.py"
 PACKING = "kernels/packing.py"
 CPU = "kernels/cpu/onednn.py"
@@ -54,6 +55,7 @@ TEST_LINEAR = ("tests/kernels/test_linear.py",)
 TEST_CONV2D = ("tests/kernels/test_conv2d.py",)
 TEST_QUANTIZE = ("tests/kernels/test_quantize.py",)
 TEST_NORM = ("tests/kernels/test_norm.py",)
+TEST_FLOAT_ATTENTION = ("tests/kernels/test_float_attention.py",)
 TEST_ATTENTION = ("tests/kernels/test_attention.py",)
 TEST_PACKING = ("tests/kernels/test_packing.py",)
 TEST_CPU = ("tests/kernels/test_cpu.py",)
@@ -186,7 +188,7 @@ KERNELS = [
     ),
     Mutant(
         "quantize_odd_channel_not_written", QUANTIZE,
-        "(k < padded_channels)[None, :]",
+        "(k < out_channels)[None, :]",
         "(k < channels)[None, :]",
         TEST_QUANTIZE, "test_odd_channel_count_is_padded_with_the_zero_point and triton",
     ),
@@ -211,9 +213,27 @@ KERNELS = [
     ),
     Mutant(
         "norm_last_run_is_shorter", NORM,
-        "tl.maximum(tl.minimum(length - run * ROWS, ROWS), 1)",
-        "(run * 0 + ROWS)",
+        "tl.maximum(tl.minimum(length - run * rows, rows), 1)",
+        "(run * 0 + rows)",
         TEST_NORM, "test_group_norm_is_the_references and triton and one-group",
+    ),
+    Mutant(
+        "norm_means_of_merged_runs_ignored", NORM,
+        "centred + rows * shift * shift",
+        "centred",
+        TEST_NORM, "test_merged_statistics_are_those_of_longer_runs",
+    ),
+    Mutant(
+        "norm_first_tile_repeated", NORM,
+        "tl.program_id(0) * positions + start",
+        "tl.program_id(0) * positions",
+        TEST_NORM, "test_group_norm_of_a_larger_image_is_the_references and triton",
+    ),
+    Mutant(
+        "norm_plain_result_with_the_norms_dilation", NORM,
+        "x, plain_inverse_dilation[None, :]",
+        "x, inverse_dilation[None, :]",
+        TEST_NORM, "test_group_norm_also_quantizes_the_concat_itself and triton",
     ),
     Mutant(
         "norm_group_without_eps", NORM,
@@ -240,6 +260,12 @@ KERNELS = [
         TEST_NORM, "test_group_norms_border_holds_the_quantized_zero and triton",
     ),
     # Attention
+    Mutant(
+        "float_attention_to_padding", FLOAT_ATTENTION,
+        'tl.where(n_inside[None, :], score * score_scale, float("-inf"))',
+        "score * score_scale",
+        TEST_FLOAT_ATTENTION, "test_equals_the_reference and triton",
+    ),
     Mutant(
         "attention_total_does_not_fade", ATTENTION,
         "total = total * fade + tl.sum(p, 1)[:, None]",
@@ -398,8 +424,9 @@ KERNELS = [
     # Registration
     Mutant(
         "ops_fake_dtype", OPS,
-        "query.new_empty(query.shape, dtype=torch.int8)",
-        "query.new_empty(query.shape)",
+        '"int8_attention_quantize", query, key, value, quantizer.scale)\n'
+        "    return query.new_empty(query.shape, dtype=torch.int8)",
+        '"int8_attention_quantize", query, key, value, quantizer.scale)\n    return query.new_empty(query.shape)',
         TEST_OPS, "test_meta_tensors_give_the_shape_dtype_and_strides_of_real_ones and int8_attention_quantize",
     ),
     Mutant(

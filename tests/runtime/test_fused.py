@@ -9,8 +9,10 @@ from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from fused_unets import (
     BATCH,
@@ -34,7 +36,7 @@ from dq_kernels import ops
 from dq_kernels.cpu import onednn
 from dq_kernels.ops import STATISTICS_ROWS
 from dq_runtime import Int8AttnProcessor
-from dq_runtime.fused import fuse
+from dq_runtime.fused import FUSED, fuse
 from dq_runtime.layers import quantized_layers
 
 pytestmark = pytest.mark.usefixtures("contiguous_group_norm")
@@ -84,13 +86,27 @@ def test_every_kind_of_block_is_fused():
     kinds = {
         name: type(module).__name__
         for name, module in unet.named_modules()
-        if isinstance(module, (ResnetBlock2D, BasicTransformerBlock, Transformer2DModel, Upsample2D, Downsample2D))
+        if (isinstance(module, tuple(FUSED)) and not isinstance(module, (UpBlock2D, CrossAttnUpBlock2D)))
         or name in ("up_blocks.0", "up_blocks.1")
     }
     names = list(dict(unet.named_modules()))
 
     assert fuse(unet) == kinds
     assert list(dict(unet.named_modules())) == names
+
+
+@pytest.mark.parametrize("timestep", [torch.tensor([0, 500, 999]), torch.tensor([0.25, 999.0], dtype=torch.float64)])
+@pytest.mark.parametrize("options", [(320, True, 0), (128, False, 1, 4)], ids=str)
+def test_embedding_of_timesteps_is_diffusers(options, timestep):
+    stock, fast = Timesteps(*options), Timesteps(*options)
+    fast.__class__ = FUSED[Timesteps]
+    fast.waves = fast.waves_on(timestep.device)
+
+    embedding = fast(timestep)
+
+    assert embedding.dtype == torch.float32
+    # fp32 holds angles of up to 4 000 to 1/8192.
+    torch.testing.assert_close(embedding, stock(timestep), rtol=0, atol=5e-4)
 
 
 def test_no_float_norm_and_no_concat_is_left_in_the_blocks():
@@ -122,8 +138,9 @@ def test_each_input_is_multiplied_once(name):
     assert count["int4_conv2d"] == 2 * len(resnets) + len(transformers) + len(resamplers)
     assert count["group_norm_quantize"] == 2 * len(resnets) + len(transformers)
     assert count["layer_norm_quantize"] == 3 * len(blocks)
-    # Embeddings, the two shared inputs, shortcuts, resamplers, two attentions a block and each transformer's proj_out.
-    assert count["quantize"] == embeddings + 2 + shortcuts + len(resamplers) + 2 * len(blocks) + len(transformers)
+    # Embeddings, the two shared inputs and resamplers.
+    assert count["quantize"] == embeddings + 2 + len(resamplers)
+    assert count["attention_quantize"] == 2 * len(blocks)
 
 
 def residuals(shapes):

@@ -11,6 +11,7 @@ import dq_kernels.cpu
 import dq_kernels.ops
 import dq_kernels.reference
 import dq_kernels.triton
+from dq_kernels.registration import record_of
 
 OPERATORS = dq_kernels.triton.__all__
 
@@ -20,7 +21,7 @@ def _parameters(operator):
     oracle = getattr(dq_kernels.reference, operator)
     hints = get_type_hints(oracle)
     for name in inspect.signature(oracle).parameters:
-        record = hints[name] if hasattr(hints[name], "_fields") else None
+        record, _ = record_of(hints[name])
         yield name, record, [f"{name}_{field}" for field in record._fields] if record else [name]
 
 
@@ -43,7 +44,8 @@ class FlatOperators:
             fields |= zip([parameter for parameter, _, _ in PARAMETERS[name]], leading, strict=False)
             for parameter, record, names in PARAMETERS[name]:
                 if record is not None:
-                    arguments[parameter] = record(*[fields.pop(field) for field in names])
+                    values = [fields.pop(field, None) for field in names]
+                    arguments[parameter] = None if values[-1] is None else record(*values)
                 elif parameter in fields:
                     arguments[parameter] = fields.pop(parameter)
             assert not fields, f"{name} has no {list(fields)}"
