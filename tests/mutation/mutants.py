@@ -645,14 +645,14 @@ RUNTIME = [
     # CUDA graphs, attention, checkpoints
     Mutant(
         "graphs_strides_are_in_the_key", GRAPHS,
-        "(t.shape, t.dtype, t.stride())",
-        "(t.shape, t.dtype)",
+        "return value.shape, value.dtype, value.stride()",
+        "return value.shape, value.dtype",
         TEST_GRAPHS, "test_new_signature_gets_a_graph_of_its_own_and_keeps_the_others",
     ),
     Mutant(
         "graphs_result_is_overwritten", GRAPHS,
-        "return pytree.tree_map_only(torch.Tensor, torch.clone, result)",
-        "return result",
+        "leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf",
+        "leaf for leaf",
         TEST_GRAPHS, "test_replay_computes_from_new_inputs_without_python",
     ),
     Mutant(

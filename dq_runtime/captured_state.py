@@ -1,0 +1,138 @@
+"""The state of a model that a captured forward pass depends on, besides its arguments.
+
+A CUDA graph repeats kernels: it reads weights at their addresses of the capture, and runs no Python code.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from itertools import chain, repeat
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks
+
+from dq_runtime.forward_state import ForwardState
+from dq_runtime.layers import QuantizedLayer
+from dq_runtime.timesteps import TimestepGrid
+
+FREEU = ("s1", "s2", "b1", "b2")  # attributes of a UNet's up blocks
+KNOWN_PROCESSORS = ("diffusers", "dq_runtime")  # packages whose attention processors keep no state between calls
+
+
+def runs_python(entry: nn.Module) -> bool:
+    """True if a call runs Python code that a replay would skip.
+
+    That are hooks (those of the timestep grid and of fused blocks are captured), replaced forwards (offloading,
+    caching, layerwise casting; but a compiled forward of the entry is captured), and users' attention processors.
+    """
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return True
+    for module in entry.modules():
+        captured = _is_captured if module is entry else None
+        if any(captured is None or not captured(hook) for hook in _forward_hooks(module)):
+            return True
+        forward = vars(module).get("forward")
+        if forward is not None and not (module is entry and hasattr(forward, "_torchdynamo_orig_callable")):
+            return True
+        processor = getattr(module, "processor", None)
+        if processor is not None and type(processor).__module__.partition(".")[0] not in KNOWN_PROCESSORS:
+            return True
+    return False
+
+
+def _forward_hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def _is_captured(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), (TimestepGrid, ForwardState))
+
+
+class ModelState:
+    """A snapshot of a model, to compare with the model at later calls.
+
+    ``unchanged`` compares: the modules and their classes; every parameter and buffer, as an object and by its address;
+    forward hooks and replaced forwards; the attributes of all modules but PyTorch's own layers and quantized ones. It
+    does not see a change inside of an attribute (an element of a list), nor values that a load wrote in place: these
+    need no new capture. ``settings`` are the numbers that change inside of attributes.
+
+    Args:
+        entry: the module whose forward is captured.
+    """
+
+    def __init__(self, entry: nn.Module) -> None:
+        self.is_pure = not runs_python(entry)
+        self.freed: list[Any] = []  # not empty once memory of a weight was freed
+        self._entry = entry
+        self._entry_hooks = _forward_hooks(entry)
+        self._modules = list(entry.modules())
+        self._classes = list(map(type, self._modules))
+        self._hooks = [
+            table for m in self._modules if m is not entry for table in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        tables = [table for m in self._modules for table in (m._parameters, m._buffers, m._modules)]
+        self._empty = [table for table in tables if not table]
+        self._tables: list[Any] = [*filter(None, tables), {"end": None}]  # shows a member that was appended to the last
+        self._members = list(chain.from_iterable(map(dict.values, self._tables)))
+        self._tensors = [member for member in self._members if isinstance(member, torch.Tensor)]
+        self._tensors += [m.boundaries for m in self._modules if isinstance(m, TimestepGrid)]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        # Weak references, so that a model that is moved leaves no memory behind.
+        self._storages = [weakref.ref(tensor.untyped_storage(), self.freed.append) for tensor in self._tensors]
+
+        self._up_blocks = [vars(block) for block in getattr(entry, "up_blocks", ())]
+        self._adapted: list[Any] = [m for m in self._modules if hasattr(m, "merged_adapters")]  # PEFT's layers
+        processors = (getattr(m, "processor", None) for m in self._modules)
+        self._scaled: list[Any] = [processor for processor in processors if hasattr(processor, "scale")]
+        excepted = [*self._up_blocks, *map(vars, self._adapted)]
+        self._compared: list[dict[str, Any]] = []
+        self._others: list[dict[str, Any]] = []
+        for module in self._modules:
+            is_layer = isinstance(module, (QuantizedLayer, TimestepGrid)) or type(module).__module__.startswith(
+                "torch."
+            )
+            own = vars(module)
+            is_other = is_layer or any(own is other for other in excepted)
+            (self._others if is_other else self._compared).append(own)
+        self._attributes = list(map(dict, self._compared))
+
+    def settings(self) -> tuple[Hashable, ...]:
+        """Numbers that the captured kernels contain: FreeU's, the scales of IP-Adapters and of adapters (LoRA)."""
+        return (
+            *[block.get(name) for block in self._up_blocks for name in FREEU],
+            *[str(processor.scale) for processor in self._scaled],
+            *map(adapter_state, self._adapted),
+        )
+
+    def unchanged(self) -> bool:
+        """True if a replay computes the model's forward pass: nothing was replaced, and no Python code would run."""
+        try:
+            return (
+                self.is_pure
+                and not self.freed
+                and not any(self._hooks)
+                and not hooks._global_forward_hooks
+                and not hooks._global_forward_pre_hooks
+                and _forward_hooks(self._entry) == self._entry_hooks
+                and not any(map(dict.get, self._others, repeat("forward")))
+                and list(map(type, self._modules)) == self._classes
+                and not any(self._empty)
+                and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._members))
+                and self._compared == self._attributes
+                and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            )
+        except (RuntimeError, ValueError):  # an attribute is another tensor, which has no truth value
+            return False
+
+
+def adapter_state(layer: Any) -> tuple[Hashable, ...]:
+    """The active adapters of a layer of PEFT, and their scales.
+
+    A scale has six digits: diffusers multiplies it by ``cross_attention_kwargs["scale"]`` for a call, then divides.
+    """
+    scales = [f"{name} {scale:.6g}" for name, scale in getattr(layer, "scaling", {}).items()]
+    return (*layer.active_adapters, layer.disable_adapters, *layer.merged_adapters, *scales)
