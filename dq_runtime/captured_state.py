@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from itertools import chain, repeat
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -55,10 +55,11 @@ def _is_captured(hook: Any) -> bool:
 class ModelState:
     """A snapshot of a model, to compare with the model at later calls.
 
-    ``unchanged`` compares: the modules and their classes; every parameter and buffer, as an object and by its address;
-    forward hooks and replaced forwards; the attributes of all modules but PyTorch's own layers and quantized ones. It
-    does not see a change inside of an attribute (an element of a list), nor values that a load wrote in place: these
-    need no new capture. ``settings`` are the numbers that change inside of attributes.
+    ``unchanged`` finds: modules that were replaced or have another class; parameters and buffers that were replaced;
+    parameters with other ``data``; freed memory of any parameter or buffer; forward hooks and replaced forwards; other
+    attributes of all modules but quantized layers and PyTorch's own. It does not find a change inside of an attribute,
+    such as an element of a list, or other ``data`` of a buffer whose old memory is held elsewhere. Values that are
+    written in place need no new capture. ``settings`` are numbers that are in the captured kernels.
 
     Args:
         entry: the module whose forward is captured.
@@ -76,13 +77,22 @@ class ModelState:
         ]
         tables = [table for m in self._modules for table in (m._parameters, m._buffers, m._modules)]
         self._empty = [table for table in tables if not table]
-        self._tables: list[Any] = [*filter(None, tables), {"end": None}]  # shows a member that was appended to the last
-        self._members = list(chain.from_iterable(map(dict.values, self._tables)))
-        self._tensors = [member for member in self._members if isinstance(member, torch.Tensor)]
-        self._tensors += [m.boundaries for m in self._modules if isinstance(m, TimestepGrid)]
-        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        self._tables = [table for table in tables if table]
+        self._members = list(map(dict, self._tables))
+        # Tables are equal if their members are the same objects. Other members are unequal, except for single values.
+        single = [
+            (table, name, member)
+            for table in self._tables
+            for name, member in table.items()
+            if isinstance(member, torch.Tensor) and member.numel() == 1
+        ]
+        self._single: Any = list(zip(*single, strict=True)) if single else ([], [], [])
+        self._parameters = list(entry.parameters())
+        self._addresses = list(map(torch.Tensor.data_ptr, self._parameters))
+        tensors = [*self._parameters, *entry.buffers()]
+        tensors += [m.boundaries for m in self._modules if isinstance(m, TimestepGrid)]
         # Weak references, so that a model that is moved leaves no memory behind.
-        self._storages = [weakref.ref(tensor.untyped_storage(), self.freed.append) for tensor in self._tensors]
+        self._storages = [weakref.ref(tensor.untyped_storage(), self.freed.append) for tensor in tensors]
 
         self._up_blocks = [vars(block) for block in getattr(entry, "up_blocks", ())]
         self._adapted: list[Any] = [m for m in self._modules if hasattr(m, "merged_adapters")]  # PEFT's layers
@@ -121,11 +131,12 @@ class ModelState:
                 and not any(map(dict.get, self._others, repeat("forward")))
                 and list(map(type, self._modules)) == self._classes
                 and not any(self._empty)
-                and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._members))
+                and self._tables == self._members
+                and all(map(is_, map(dict.get, *self._single[:2]), self._single[2]))
                 and self._compared == self._attributes
-                and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+                and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
             )
-        except (RuntimeError, ValueError):  # an attribute is another tensor, which has no truth value
+        except (RuntimeError, ValueError):  # a tensor was replaced: an equality of tensors has no truth value
             return False
 
 

@@ -6,9 +6,10 @@ The activation scales are selected on the device, so one captured forward is val
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ class CudaGraphRunner:
         self.replaced = self.entry._compiled_call_impl  # of ``compile()``
         self._sample, self._timestep = architecture.sample, architecture.timestep
         self._timestep_dtype = architecture.timestep_dtype
+        self._device_type = model.device.type
         self._signature = architecture.signature(model)
         self._names = tuple(self._signature.parameters)
         self._state = ModelState(self.entry)
@@ -98,7 +100,7 @@ class CudaGraphRunner:
         """As a call of the entry; the result is a copy, which later calls do not overwrite.
 
         These run eagerly: a call that autograd records, autocast, arguments that are neither tensors nor numbers,
-        strings or lists and dicts of them, and models with hooks (see ``runs_python``).
+        strings or lists and dicts of them, models with hooks (see ``runs_python``), and models that left the GPU.
         """
         with self._lock:
             call = self._read(args, kwargs)
@@ -141,7 +143,10 @@ class CudaGraphRunner:
         if len(arguments) != len(args) + len(kwargs):
             self._signature.bind(*args, **kwargs)  # raises TypeError
         sample = arguments.get(self._sample)
-        if not isinstance(sample, torch.Tensor) or torch.is_autocast_enabled(sample.device.type):
+        if not isinstance(sample, torch.Tensor):
+            return None  # the eager forward raises
+        device_type = sample.device.type
+        if device_type != self._device_type or torch.is_autocast_enabled(device_type):
             return None
         tensors: list[torch.Tensor] = []
         key: list[Hashable] = []
@@ -220,26 +225,33 @@ class CudaGraphRunner:
             current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):  # restores the current stream, even after a failed capture
-                for _ in range(WARM_UP_CALLS):
-                    forward()
+                with self._explained(torch.OutOfMemoryError):
+                    for _ in range(WARM_UP_CALLS):
+                        forward()
                 graph = torch.cuda.CUDAGraph()
-                try:
-                    # Other threads may use other models meanwhile.
-                    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                        result = forward()
-                except RuntimeError as error:
-                    cause = error.__context__ or error  # the end of a failed capture raises a second time
-                    raise RuntimeError(
-                        f"The forward of {type(self.model).__name__} cannot be captured as a CUDA graph: {cause}. Call "
-                        "disable_cuda_graphs(model) to run it eagerly. If memory is short, a smaller "
-                        "enable_cuda_graphs(model, max_graphs) helps as well"
-                    ) from error
+                # Other threads may use other models meanwhile.
+                capture = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+                with self._explained(RuntimeError), capture:
+                    result = forward()
             current.wait_stream(stream)
         by_dtype: dict[torch.dtype, list[int]] = {}  # a copy of tensors of one dtype is one kernel
         for i, tensor in enumerate(statics):
             by_dtype.setdefault(tensor.dtype, []).append(i)
         inputs = [(positions, [statics[i] for i in positions]) for positions in by_dtype.values()]
         return CapturedForward(graph, inputs, timestep, *pytree.tree_flatten(result))
+
+    @contextlib.contextmanager
+    def _explained(self, error_class: type[RuntimeError]) -> Iterator[None]:
+        """Adds the remedy to errors of a capture."""
+        try:
+            yield
+        except error_class as error:
+            cause = error.__context__ or error  # the end of a failed capture raises a second time
+            raise RuntimeError(
+                f"The forward of {type(self.model).__name__} cannot be captured as a CUDA graph: {cause}. Call "
+                "disable_cuda_graphs(model) to run it eagerly. Fewer graphs need less memory: "
+                "enable_cuda_graphs(model, max_graphs)"
+            ) from error
 
 
 class _NotCapturedError(Exception):
@@ -297,5 +309,6 @@ def enable_cuda_graphs(model: Any, max_graphs: int = 8) -> None:
 def disable_cuda_graphs(model: Any) -> None:
     """Restores a model's eager call, and frees the graphs."""
     if replays_graphs(model):
+        _synchronize()
         entry: Any = architecture_of(model).entry(model)
         entry._compiled_call_impl = entry._compiled_call_impl.replaced
