@@ -61,6 +61,9 @@ class ModelState:
     such as an element of a list, or other ``data`` of a buffer whose old memory is held elsewhere. Values that are
     written in place need no new capture. ``settings`` are numbers that are in the captured kernels.
 
+    The memory that a graph reads is either alive or reported in ``freed``: the snapshot holds parameters and buffers,
+    but not the memory of a parameter whose ``data`` was set.
+
     Args:
         entry: the module whose forward is captured.
     """
@@ -91,7 +94,7 @@ class ModelState:
         self._addresses = list(map(torch.Tensor.data_ptr, self._parameters))
         tensors = [*self._parameters, *entry.buffers()]
         tensors += [m.boundaries for m in self._modules if isinstance(m, TimestepGrid)]
-        # Weak references, so that a model that is moved leaves no memory behind.
+        # A move sets the parameters' ``data``. Weak references let it free the old memory, and report this.
         self._storages = [weakref.ref(tensor.untyped_storage(), self.freed.append) for tensor in tensors]
 
         self._up_blocks = [vars(block) for block in getattr(entry, "up_blocks", ())]

@@ -61,9 +61,9 @@ class CudaGraphRunner:
 
     It stands in for the call of the model's entry, hooks included, so the timestep is mapped inside of the graph.
 
-    A replay never reads freed memory: a weight whose memory was freed is known at once. All other changes of the model
-    (see ``ModelState``) are found while the GPU runs the graph; then the result is discarded, and the forward is
-    captured again, or runs eagerly if it has hooks. Settings of PyTorch, such as TF32, are those of the capture.
+    Changes of the model (see ``ModelState``) are found while the GPU runs the graph; then the result is discarded, and
+    the forward is captured again, or runs eagerly if the model has hooks. No replay reads freed memory: it is reported
+    when it is freed. Settings of PyTorch, such as TF32, are those of the capture.
 
     Threads: a lock is held during the copy of the inputs, the launch, and the copies of the results, so calls of
     several threads run one after another. If a call is on another stream than the call before, its stream waits for

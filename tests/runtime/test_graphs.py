@@ -4,16 +4,23 @@ Without a GPU a fake graph stands for the real one (``fake_graphs``).
 """
 
 import copy
+import gc
+import pickle
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
 import torch
 from diffusers import UNet2DModel
-from fake_graphs import Double, replace_cuda, with_graphs
+from fake_graphs import Double, FakeStream, replace_cuda, with_graphs
 
 from dq_runtime import graphs
+from dq_runtime.forward_state import ForwardState
 from dq_runtime.fused import fuse
 from dq_runtime.graphs import disable_cuda_graphs, enable_cuda_graphs
+from dq_runtime.timesteps import TimestepGrid
 
 
 @pytest.fixture
@@ -59,6 +66,8 @@ DIFFERENT = {
     "further tensor": lambda unet: unet(X, 7, X),
     "constant": lambda unet: unet(X, 7, scale=3),
     "structure of the result": lambda unet: unet(X, 7, return_dict=False),
+    "order of a dict": lambda unet: unet(X, 7, added={"a": X, "b": X}),
+    "list": lambda unet: unet(X, 7, added={"a": [X, X], "b": X}),
 }
 
 
@@ -99,6 +108,222 @@ def test_one_signature_has_one_graph_however_it_is_written(replayed, fake_graphs
     call(replayed)
 
     assert fake_graphs.made == 1
+
+
+def test_constants_of_different_types_have_different_graphs(replayed, fake_graphs):
+    x = torch.tensor([[1, 2]])
+    assert replayed(x, 1, scale=2).sample.dtype == torch.int64
+    assert replayed(x, 1, scale=2.0).sample.dtype == torch.float32
+    assert fake_graphs.made == 2
+
+
+def test_tensors_in_dicts_and_lists_are_inputs(replayed, fake_graphs):
+    for factor in (1, 2, 3):
+        added = {"a": [X, factor * X], "b": (torch.tensor(factor), factor)}
+        expected = 2 * X + 7 + X + factor * X + 2 * factor
+        assert torch.equal(replayed(X, 7, added=added).sample, expected)
+
+    assert fake_graphs.made == 3  # factor is a constant in "b"
+    added = {"a": [-X, X], "b": (torch.tensor(5), 3)}
+    assert torch.equal(replayed(X, 7, added=added).sample, 2 * X + 7 + 5 + 3)
+    assert fake_graphs.made == 3
+
+
+def test_inputs_of_one_dtype_are_copied_together(replayed, monkeypatch):
+    copies = []
+    own = torch._foreach_copy_
+    call = {"added": {"a": [X, X.double()], "b": [X, X]}, "encoder_hidden_states": X.double()}
+    expected = replayed(X, 7, **call).sample
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: copies.append(len(lists[0])) or own(*lists))
+
+    assert torch.equal(replayed(X, 7, **call).sample, expected)
+
+    assert sorted(copies) == [2, 4]
+
+
+class Own:
+    """An argument whose value may change."""
+
+    def __mul__(self, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize("arguments", [{"scale": Own()}, {"added": {"a": [Own()]}}, {"added": OrderedDict(a=X)}])
+def test_arguments_that_may_change_run_eagerly(replayed, fake_graphs, arguments):
+    for runs in (1, 2):
+        replayed(X, torch.tensor(7), **arguments)
+        assert replayed.runs == runs
+
+    assert fake_graphs.made == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda unet: unet(X),
+        lambda unet: unet(X, 7, sample=X),
+        lambda unet: unet(X, 7, None, 2, True, None, 1),
+        lambda unet: unet(X, 7, unknown=3),
+        lambda unet: unet(X, "7"),
+    ],
+    ids=["missing", "twice", "too many", "unknown", "no number"],
+)
+def test_wrong_arguments_are_errors_as_without_graphs(replayed, call):
+    replayed(X, 7)
+
+    with pytest.raises((TypeError, AttributeError)):
+        call(replayed)
+
+
+def test_a_replay_maps_no_timestep_in_python(subject, fake_graphs, monkeypatch):
+    """The graph maps it: other rows of the tables give other results."""
+    unet = with_graphs(subject.copy())
+    first = subject.call(unet, 0)
+    monkeypatch.setattr(TimestepGrid, "nearest", None)
+    monkeypatch.setattr(ForwardState, "begin", None)
+
+    assert not torch.equal(subject.call(unet, 750), first)
+    assert torch.equal(subject.call(unet, torch.tensor(0)), first)
+
+
+def test_a_call_that_wants_a_gradient_runs_eagerly(replayed, fake_graphs):
+    x = X.clone().requires_grad_()
+    replayed(X, 7)
+
+    with torch.enable_grad():
+        replayed(x, torch.tensor(7)).sample.sum().backward()
+
+    assert torch.equal(x.grad, torch.full_like(X, 2))
+    assert torch.equal(replayed(x, 7).sample, 2 * X + 7)  # without autograd: the graph
+    assert fake_graphs.made == 1
+
+
+def test_a_gradient_for_a_parameter_runs_eagerly(fake_graphs):
+    unet = Double()
+    unet.weight = torch.nn.Parameter(torch.tensor(3.0))
+    with_graphs(unet)
+
+    with torch.enable_grad():
+        unet(X, torch.tensor(7), scale=1).sample.sum()
+    assert fake_graphs.made == 0
+    unet(X, 7)
+    assert fake_graphs.made == 1
+
+
+def test_autocast_runs_eagerly(replayed, fake_graphs):
+    """It keeps casted weights only until it ends."""
+    with torch.autocast("cpu", torch.bfloat16):
+        replayed(X, torch.tensor(7))
+
+    assert fake_graphs.made == 0
+
+
+def test_a_model_that_left_its_device_runs_eagerly(replayed, fake_graphs):
+    replayed(X, 7)
+    runs = replayed.runs
+
+    replayed(X.to("meta"), torch.tensor(7, device="meta"))
+
+    assert replayed.runs == runs + 1
+    assert fake_graphs.made == 1
+
+
+def test_the_least_recently_used_graph_is_freed(fake_graphs):
+    unet = with_graphs(Double(), max_graphs=2)
+    for rows in (1, 2, 1, 3, 1):  # 3 replaces 2
+        assert torch.equal(unet(X[:rows], 7).sample, 2 * X[:rows] + 7)
+    assert fake_graphs.made == 3
+    gc.collect()
+    assert len(fake_graphs.alive) == 2
+
+    unet(X[:2], 7)
+    assert fake_graphs.made == 4
+
+
+@pytest.mark.parametrize("max_graphs", [1, 2, 8])
+def test_all_graphs_share_one_pool(fake_graphs, max_graphs):
+    """A pool ends with its last graph: the fake one asserts that a graph still holds it."""
+    unet = with_graphs(Double(), max_graphs=max_graphs)
+    for rows in (1, 2, 3, 1):
+        unet(X[:rows], 7)
+        gc.collect()
+        assert len({graph.memory for graph in fake_graphs.alive}) == 1
+
+
+def test_no_graph_is_too_few(fake_graphs):
+    with pytest.raises(ValueError, match="max_graphs must be at least 1, got 0"):
+        with_graphs(Double(), max_graphs=0)
+
+
+def test_calls_of_several_threads_run_one_after_another(replayed, monkeypatch, fake_graphs):
+    replayed(X, 7)
+    own = fake_graphs.replay
+
+    def slow_replay(graph):
+        time.sleep(0.002)
+        own(graph)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(fake_graphs, "replay", slow_replay)
+
+    def calls(factor):
+        return all(torch.equal(replayed(factor * X, factor).sample, 2 * factor * X + factor) for _ in range(10))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(calls, range(1, 5)))
+
+
+def test_another_stream_waits_for_the_stream_of_the_call_before(replayed, monkeypatch):
+    replayed(X, 7)
+    first, second = torch.cuda.current_stream(), FakeStream()
+    before = list(first.waits_for)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: second)
+    replayed(X, 7)
+    replayed(X, 7)
+    assert second.waits_for == [first]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: first)
+    replayed(X, 7)
+    assert first.waits_for == [*before, second]
+
+
+@pytest.mark.parametrize("failing_run", [1, graphs.WARM_UP_CALLS + 1], ids=["warm-up", "capture"])
+def test_a_failed_capture_names_its_remedy_and_changes_nothing(replayed, fake_graphs, monkeypatch, failing_run):
+    replayed(X, 7)
+    own, runs = Double.forward, replayed.runs
+
+    def forward(self, *args, **kwargs):
+        if replayed.runs == runs + failing_run - 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return own(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Double, "forward", forward)
+        with pytest.raises(
+            RuntimeError, match=r"Double cannot be captured .*: no memory is left\..*disable_cuda_graphs"
+        ):
+            replayed(X[:2], 7)
+
+    made = fake_graphs.made
+    assert torch.equal(replayed(X, 8).sample, 2 * X + 8)
+    assert fake_graphs.made == made
+    assert torch.equal(replayed(X[:2], 7).sample, 2 * X[:2] + 7)
+
+
+def test_errors_of_the_model_itself_stay_as_they_are(replayed):
+    with pytest.raises(RuntimeError, match=r"^The size of tensor a"):
+        replayed(X, 7, torch.ones(5, 5))
+
+
+def test_a_copy_of_the_model_is_eager(replayed, fake_graphs):
+    replayed(X, 7)
+
+    copies = [copy.deepcopy(replayed), pickle.loads(pickle.dumps(replayed))]
+
+    for unet in copies:
+        assert not graphs.replays_graphs(unet)
+        assert torch.equal(unet(X, torch.tensor(7)).sample, 2 * X + 7)
+    assert replayed.runs == graphs.WARM_UP_CALLS + 1
 
 
 def test_modes_of_autograd_may_alternate(replayed, fake_graphs):

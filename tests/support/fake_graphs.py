@@ -69,6 +69,7 @@ class FakeStream:
 def replace_cuda(monkeypatch):
     """Puts ``FakeGraph`` in the place of CUDA's."""
     FakeGraph.made = 0
+    FakeGraph.alive.clear()
     stream = FakeStream()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", _Capture)
@@ -92,11 +93,13 @@ class Double(UNet2DConditionModel):
     def runs(self):
         return self.counter[0]
 
-    def forward(self, sample, timestep, encoder_hidden_states=None, scale=2, return_dict=True):
+    def forward(self, sample, timestep, encoder_hidden_states=None, scale=2, return_dict=True, added=None):
         self.counter[0] += 1
         sample = scale * sample + timestep.reshape(-1, 1)
         if encoder_hidden_states is not None:
             sample = sample + encoder_hidden_states
+        for value in torch.utils._pytree.tree_leaves(added):
+            sample = sample + value if isinstance(value, (torch.Tensor, int)) else sample
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 
 
