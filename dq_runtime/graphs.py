@@ -83,7 +83,7 @@ class CudaGraphRunner:
         self.replaced = self.entry._compiled_call_impl  # of ``compile()``
         self._sample, self._timestep = architecture.sample, architecture.timestep
         self._timestep_dtype = architecture.timestep_dtype
-        self._device_type = model.device.type
+        self.device_type = model.device.type
         self._signature = architecture.signature(model)
         self._names = tuple(self._signature.parameters)
         self._state = ModelState(self.entry)
@@ -146,7 +146,7 @@ class CudaGraphRunner:
         if not isinstance(sample, torch.Tensor):
             return None  # the eager forward raises
         device_type = sample.device.type
-        if device_type != self._device_type or torch.is_autocast_enabled(device_type):
+        if device_type != self.device_type or torch.is_autocast_enabled(device_type):
             return None
         tensors: list[torch.Tensor] = []
         key: list[Hashable] = []
@@ -199,7 +199,8 @@ class CudaGraphRunner:
         """A graph of the entry's call, in the memory pool of the others.
 
         Raises:
-            RuntimeError: if the forward cannot be captured; the model is as before.
+            RuntimeError: if the forward cannot be captured. The model and the other graphs are as before, but PyTorch
+                keeps the memory that the failed capture reserved.
         """
         while len(self._graphs) >= self.max_graphs:
             _synchronize()

@@ -85,6 +85,8 @@ def measure(call: Callable[[], Any], rounds: int) -> dict[str, float]:
         start = time.perf_counter()
         call()
         end = time.perf_counter()
+        if NoGraph.launched < start:
+            raise RuntimeError("The call ran eagerly")
         launches.append(1e6 * (NoGraph.launched - start))
         calls.append(1e6 * (end - start))
     return {
@@ -100,6 +102,7 @@ def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     unet = quantized_unets.build(name, "meta", torch.float16)
     fuse(unet)
     runner = CudaGraphRunner(unet)
+    runner.device_type = "cpu"  # of the inputs
     runner.eager = lambda **arguments: (torch.zeros_like(arguments["sample"]),)  # type: ignore[method-assign]
     unet._compiled_call_impl = runner
     arguments = small_inputs(name)
