@@ -5,10 +5,11 @@ A CUDA graph repeats kernels: it reads weights at their addresses of the capture
 
 from __future__ import annotations
 
+import copy
+import itertools
 import weakref
 from collections.abc import Hashable
-from itertools import repeat
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dq_runtime.layers import QuantizedLayer
 from dq_runtime.timesteps import TimestepGrid
 
 FREEU = ("s1", "s2", "b1", "b2")  # attributes of a UNet's up blocks
+ADAPTER_ATTRIBUTES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 KNOWN_PROCESSORS = ("diffusers", "dq_runtime")  # packages whose attention processors keep no state between calls
 
 
@@ -98,10 +100,12 @@ class ModelState:
         self._storages = [weakref.ref(tensor.untyped_storage(), self.freed.append) for tensor in tensors]
 
         self._up_blocks = [vars(block) for block in getattr(entry, "up_blocks", ())]
-        self._adapted: list[Any] = [m for m in self._modules if hasattr(m, "merged_adapters")]  # PEFT's layers
+        self._adapted = [vars(m) for m in self._modules if {"merged_adapters", "scaling"} <= vars(m).keys()]  # LoRA's
+        self._adapters: list[Any] = []  # their attributes at the last call
+        self._adapter_key: tuple[Hashable, ...] = ()
         processors = (getattr(m, "processor", None) for m in self._modules)
         self._scaled: list[Any] = [processor for processor in processors if hasattr(processor, "scale")]
-        excepted = [*self._up_blocks, *map(vars, self._adapted)]
+        excepted = [*self._up_blocks, *self._adapted]
         self._compared: list[dict[str, Any]] = []
         self._others: list[dict[str, Any]] = []
         for module in self._modules:
@@ -118,8 +122,15 @@ class ModelState:
         return (
             *[block.get(name) for block in self._up_blocks for name in FREEU],
             *[str(processor.scale) for processor in self._scaled],
-            *map(adapter_state, self._adapted),
+            *self._adapter_settings(),
         )
+
+    def _adapter_settings(self) -> tuple[Hashable, ...]:
+        live = list(map(ADAPTER_ATTRIBUTES, self._adapted))
+        if live != self._adapters:  # faster than making the key
+            self._adapters = [tuple(map(copy.copy, attributes)) for attributes in live]
+            self._adapter_key = tuple(itertools.starmap(adapter_state, self._adapters))
+        return self._adapter_key
 
     def unchanged(self) -> bool:
         """True if a replay computes the model's forward pass: nothing was replaced, and no Python code would run."""
@@ -131,7 +142,7 @@ class ModelState:
                 and not hooks._global_forward_hooks
                 and not hooks._global_forward_pre_hooks
                 and _forward_hooks(self._entry) == self._entry_hooks
-                and not any(map(dict.get, self._others, repeat("forward")))
+                and not any(map(dict.get, self._others, itertools.repeat("forward")))
                 and list(map(type, self._modules)) == self._classes
                 and not any(self._empty)
                 and self._tables == self._members
@@ -143,10 +154,11 @@ class ModelState:
             return False
 
 
-def adapter_state(layer: Any) -> tuple[Hashable, ...]:
-    """The active adapters of a layer of PEFT, and their scales.
+def adapter_state(active: Any, is_disabled: bool, merged: list[str], scaling: dict[str, Any]) -> tuple[Hashable, ...]:
+    """The active adapters of a layer, and their scales.
 
-    A scale has six digits: diffusers multiplies it by ``cross_attention_kwargs["scale"]`` for a call, then divides.
+    A scale has six digits: diffusers multiplies it by ``cross_attention_kwargs["scale"]`` for a call, then divides. A
+    tensor is read by the kernels, so its value is left out.
     """
-    scales = [f"{name} {scale:.6g}" for name, scale in getattr(layer, "scaling", {}).items()]
-    return (*layer.active_adapters, layer.disable_adapters, *layer.merged_adapters, *scales)
+    scales = [(name, scale if isinstance(scale, torch.Tensor) else round(scale, 6)) for name, scale in scaling.items()]
+    return str(active), is_disabled, *merged, *scales
