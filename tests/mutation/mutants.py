@@ -422,6 +422,7 @@ FORWARD_STATE = "dq_runtime/forward_state.py"
 FUSED_BLOCKS = "dq_runtime/fused_blocks.py"
 FUSED = "dq_runtime/fused.py"
 GRAPHS = "dq_runtime/graphs.py"
+CAPTURED_STATE = "dq_runtime/captured_state.py"
 PROCESSOR = "dq_runtime/attention.py"
 QUANTIZER = "dq_runtime/diffusers_quantizer.py"
 
@@ -430,7 +431,7 @@ TEST_TIMESTEPS = ("tests/runtime/test_timesteps.py",)
 TEST_CONFIG = ("tests/runtime/test_config.py",)
 TEST_CONVERT = ("tests/runtime/test_convert.py",)
 TEST_FUSED_STATE = ("tests/runtime/test_fused_state.py",)
-TEST_GRAPHS = ("tests/runtime/test_graphs.py",)
+TEST_GRAPHS = ("tests/runtime/test_graphs.py", "tests/runtime/test_captured_state.py")
 TEST_PROCESSOR = ("tests/runtime/test_attention.py",)
 TEST_CHECKPOINT = ("tests/runtime/test_checkpoint.py",)
 
@@ -648,6 +649,30 @@ RUNTIME = [
         "return value.shape, value.dtype, value.stride()",
         "return value.shape, value.dtype",
         TEST_GRAPHS, "test_new_signature_gets_a_graph_of_its_own_and_keeps_the_others",
+    ),
+    Mutant(
+        "graphs_result_of_a_changed_model_is_returned", GRAPHS,
+        "if self._state.unchanged():  # compared",
+        "if True:  # compared",
+        TEST_GRAPHS, "test_a_changed_model_is_captured_again",
+    ),
+    Mutant(
+        "graphs_threads_share_inputs", GRAPHS,
+        "        with self._lock:\n",
+        "        if True:\n",
+        TEST_GRAPHS, "test_calls_of_several_threads_run_one_after_another",
+    ),
+    Mutant(
+        "graphs_addresses_are_not_compared", CAPTURED_STATE,
+        "and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses",
+        "",
+        TEST_GRAPHS, "test_a_changed_model_is_captured_again",
+    ),
+    Mutant(
+        "graphs_settings_are_in_the_key", GRAPHS,
+        "key.extend(self._state.settings())",
+        "pass",
+        TEST_GRAPHS, "test_the_scale_of_an_ip_adapter_is_part_of_the_key",
     ),
     Mutant(
         "graphs_result_is_overwritten", GRAPHS,
