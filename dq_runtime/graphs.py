@@ -117,8 +117,11 @@ class CudaGraphRunner:
     def _verify_and_call(self, args: Any, kwargs: Any) -> Any:
         self._verified = self._state.unchanged()
         if not self._verified:
-            if runs_python(self.entry):
-                return self.eager(*args, **kwargs)  # the graphs may serve again once the hooks are gone
+            if runs_python(self.entry):  # the graphs may serve again once the hooks are gone
+                if self._state.freed and self._graphs:
+                    _synchronize()
+                    self._graphs.clear()
+                return self.eager(*args, **kwargs)
             self.clear()
         call: Any = self._read(args, kwargs)
         captured = self._graphs.get(call.key)

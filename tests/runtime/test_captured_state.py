@@ -278,6 +278,17 @@ def test_users_attention_processors_run_at_each_call(unet, fake_graphs):
     assert fake_graphs.made == 1
 
 
+def test_users_attention_processors_that_are_there_before_run_at_each_call(unet, fake_graphs):
+    unet.blocks[1].processor = OwnProcessor()
+    with_graphs(unet)
+
+    for runs in (1, 2, 3):
+        unet(X, 7)
+        assert unet.runs == runs
+
+    assert fake_graphs.made == 0
+
+
 def test_a_compiled_forward_of_the_entry_is_captured(unet, fake_graphs):
     unet.forward = torch.compile(unet.forward, backend="eager")
     with_graphs(unet)
@@ -332,6 +343,22 @@ def test_no_graph_is_launched_that_reads_freed_memory(unet, monkeypatch, fake_gr
 
     assert not launches
     assert torch.equal(result, copy.deepcopy(unet)(X, 7)[0])
+
+
+def test_graphs_of_an_offloaded_model_are_freed(unet, fake_graphs):
+    """An offloader replaces forwards, and moves the weights."""
+    with_graphs(unet)
+    unet(X, 7)
+    own = unet.blocks[0].forward
+    unet.blocks[0].forward = lambda x: own(x)
+    unet(X, 7)
+    assert len(fake_graphs.alive) == 1
+
+    unet._compiled_call_impl._state.freed.append("a weight")
+    unet(X, 7)
+    gc.collect()
+
+    assert not fake_graphs.alive
 
 
 # Real UNets.

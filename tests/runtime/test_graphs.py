@@ -120,13 +120,20 @@ def test_constants_of_different_types_have_different_graphs(replayed, fake_graph
 def test_tensors_in_dicts_and_lists_are_inputs(replayed, fake_graphs):
     for factor in (1, 2, 3):
         added = {"a": [X, factor * X], "b": (torch.tensor(factor), factor)}
-        expected = 2 * X + 7 + X + factor * X + 2 * factor
+        expected = 2 * X + 7 + X + factor * X - 2 * factor
         assert torch.equal(replayed(X, 7, added=added).sample, expected)
 
     assert fake_graphs.made == 3  # factor is a constant in "b"
     added = {"a": [-X, X], "b": (torch.tensor(5), 3)}
-    assert torch.equal(replayed(X, 7, added=added).sample, 2 * X + 7 + 5 + 3)
+    assert torch.equal(replayed(X, 7, added=added).sample, 2 * X + 7 - 5 - 3)
     assert fake_graphs.made == 3
+
+
+def test_names_of_arguments_and_of_dicts_are_part_of_the_key(replayed):
+    assert torch.equal(replayed(X, 7, X).sample, 3 * X + 7)
+    assert torch.equal(replayed(X, 7, scale=X).sample, X * X + 7)
+    assert torch.equal(replayed(X, 7, added={"a": X}).sample, 3 * X + 7)
+    assert torch.equal(replayed(X, 7, added={"b": X}).sample, X + 7)
 
 
 def test_inputs_of_one_dtype_are_copied_together(replayed, monkeypatch):
@@ -148,7 +155,9 @@ class Own:
         return 3 * x
 
 
-@pytest.mark.parametrize("arguments", [{"scale": Own()}, {"added": {"a": [Own()]}}, {"added": OrderedDict(a=X)}])
+@pytest.mark.parametrize(
+    "arguments", [{"scale": Own()}, {"scale": Own(), "added": {"a": X}}, {"added": OrderedDict(a=X)}]
+)
 def test_arguments_that_may_change_run_eagerly(replayed, fake_graphs, arguments):
     for runs in (1, 2):
         replayed(X, torch.tensor(7), **arguments)

@@ -98,8 +98,9 @@ class Double(UNet2DConditionModel):
         sample = scale * sample + timestep.reshape(-1, 1)
         if encoder_hidden_states is not None:
             sample = sample + encoder_hidden_states
-        for value in torch.utils._pytree.tree_leaves(added):
-            sample = sample + value if isinstance(value, (torch.Tensor, int)) else sample
+        for name, values in (added or {}).items():
+            for value in torch.utils._pytree.tree_leaves(values):
+                sample = sample + value if name == "a" else sample - value
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 
 
