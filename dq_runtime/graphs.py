@@ -74,6 +74,8 @@ class CudaGraphRunner:
         max_graphs: beyond these, the least recently used graph is freed.
     """
 
+    _state: ModelState  # at the captures
+
     def __init__(self, model: Any, max_graphs: int = 8) -> None:
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
@@ -86,11 +88,15 @@ class CudaGraphRunner:
         self.device_type = model.device.type
         self._signature = architecture.signature(model)
         self._names = tuple(self._signature.parameters)
-        self._state = ModelState(self.entry)
         self._verified = False  # True if the model was as captured at the last call
         self._graphs: OrderedDict[Hashable, CapturedForward] = OrderedDict()
         self._stream: Any = None  # of the last call
         self._lock = threading.RLock()
+
+    def install(self) -> None:
+        """Replaces the calls of the entry."""
+        self.entry._compiled_call_impl = self
+        self.clear()
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the entry, with its hooks."""
@@ -306,8 +312,7 @@ def enable_cuda_graphs(model: Any, max_graphs: int = 8) -> None:
         raise ValueError(f"CUDA graphs need the model on a CUDA device, it is on {model.device}: move it first")
     if replays_graphs(model):
         raise ValueError("The model replays CUDA graphs already")
-    runner = CudaGraphRunner(model, max_graphs)
-    runner.entry._compiled_call_impl = runner
+    CudaGraphRunner(model, max_graphs).install()
 
 
 def disable_cuda_graphs(model: Any) -> None:

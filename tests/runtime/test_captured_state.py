@@ -380,6 +380,7 @@ def replayed(unet2d_condition, fake_graphs):
 
 def test_an_unchanged_unet_is_found_unchanged(replayed, fake_graphs, unet2d_condition):
     unet, check = replayed
+    assert unet._compiled_call_impl._state.unchanged()
     unet._compiled_call_impl.eager(unet2d_condition.sample, 0, **unet2d_condition.arguments)
 
     check()

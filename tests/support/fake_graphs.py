@@ -106,6 +106,5 @@ class Double(UNet2DConditionModel):
 
 def with_graphs(model, **options):
     """As ``enable_cuda_graphs``, on a CPU."""
-    runner = CudaGraphRunner(model, **options)
-    runner.entry._compiled_call_impl = runner
+    CudaGraphRunner(model, **options).install()
     return model
