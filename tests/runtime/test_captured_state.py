@@ -22,10 +22,11 @@ class Block(nn.Module):
         self.register_buffer("table", torch.tensor([1.0, 2.0]))
         self.register_buffer("single", torch.tensor([1.0]))
         self.gain = 1.0
+        self.tail = nn.Sequential()
         self.processor = AttnProcessor2_0()
 
     def forward(self, x):
-        return self.gain * self.linear(x) * self.table + self.single
+        return self.tail(self.gain * self.linear(x) * self.table + self.single)
 
 
 class Weighted(Double):
@@ -101,6 +102,10 @@ def further_layer(block):
     block.linear = nn.Sequential(block.linear, nn.ReLU())
 
 
+def first_member(block):
+    block.tail.append(nn.Tanh())
+
+
 def other_class(block):
     class Negative(nn.Linear):
         def forward(self, x):
@@ -121,6 +126,7 @@ CHANGES = [
     another_dtype_and_back,
     other_module,
     further_layer,
+    first_member,
     other_class,
     other_attribute,
 ]
@@ -150,6 +156,23 @@ def test_a_single_value_that_was_replaced_by_an_equal_one_is_found(unet):
     unet.blocks[1].single.fill_(5)
 
     assert torch.equal(unet(X, 7)[0], copy.deepcopy(unet)(X, 7)[0])
+
+
+def test_tensors_that_the_first_call_replaces_are_those_of_the_graph(fake_graphs):
+    """As a call merges the weights of a model that was copied."""
+
+    class Lazy(Weighted):
+        def forward(self, sample, timestep):
+            weight = self.blocks[0].linear.weight
+            if not self.runs:
+                weight.data = weight.data.clone()
+            return super().forward(sample, timestep)
+
+    unet = with_graphs(Lazy())
+    for _ in range(2):
+        unet(X, 7)
+
+    assert fake_graphs.made == 1
 
 
 def test_values_that_are_loaded_in_place_keep_the_graph(unet, fake_graphs):
