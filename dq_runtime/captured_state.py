@@ -9,7 +9,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Hashable
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -84,14 +84,6 @@ class ModelState:
         self._empty = [table for table in tables if not table]
         self._tables = [table for table in tables if table]
         self._members = list(map(dict, self._tables))
-        # Tables are equal if their members are the same objects. Other members are unequal, except for single values.
-        single = [
-            (table, name, member)
-            for table in self._tables
-            for name, member in table.items()
-            if isinstance(member, torch.Tensor) and member.numel() == 1
-        ]
-        self._single: Any = list(zip(*single, strict=True)) if single else ([], [], [])
         self._parameters = list(entry.parameters())
         self._addresses = list(map(torch.Tensor.data_ptr, self._parameters))
         tensors = [*self._parameters, *entry.buffers()]
@@ -105,16 +97,15 @@ class ModelState:
         self._adapter_key: tuple[Hashable, ...] = ()
         processors = (getattr(m, "processor", None) for m in self._modules)
         self._scaled: list[Any] = [processor for processor in processors if hasattr(processor, "scale")]
-        excepted = [*self._up_blocks, *self._adapted]
+        excepted = {id(own) for own in (*self._up_blocks, *self._adapted)}  # ``settings`` compares them
         self._compared: list[dict[str, Any]] = []
         self._others: list[dict[str, Any]] = []
         for module in self._modules:
             is_layer = isinstance(module, (QuantizedLayer, TimestepGrid)) or type(module).__module__.startswith(
                 "torch."
             )
-            own = vars(module)
-            is_other = is_layer or any(own is other for other in excepted)
-            (self._others if is_other else self._compared).append(own)
+            is_other = is_layer or id(vars(module)) in excepted
+            (self._others if is_other else self._compared).append(vars(module))
         self._attributes = list(map(dict, self._compared))
 
     def settings(self) -> tuple[Hashable, ...]:
@@ -145,8 +136,7 @@ class ModelState:
                 and not any(map(dict.get, self._others, itertools.repeat("forward")))
                 and list(map(type, self._modules)) == self._classes
                 and not any(self._empty)
-                and self._tables == self._members
-                and all(map(is_, map(dict.get, *self._single[:2]), self._single[2]))
+                and self._tables == self._members  # the same objects, or tensors of one value, and that value
                 and self._compared == self._attributes
                 and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
             )
