@@ -123,6 +123,8 @@ class TimestepGrid(nn.Module):
         if sample is None or (self.timestep is not None and self.timestep not in arguments):
             return  # forward itself raises
         timestep = NO_TIMESTEP if self.timestep is None else arguments[self.timestep]
+        if self.boundaries.device != sample.device and not sample.is_meta:
+            self.boundaries = self.boundaries.to(sample.device)  # weights were loaded there without a move
         self.index = self.nearest(timestep, sample.shape[0], sample.device)
         self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
 

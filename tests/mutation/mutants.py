@@ -318,20 +318,20 @@ KERNELS = [
     # CPUs
     Mutant(
         "cpu_rows_not_shifted", CPU,
-        "rows = (samples.view(torch.uint8) ^ 0x80)",
-        "rows = samples.view(torch.uint8)",
+        "unsigned = x.view(torch.uint8) ^ 0x80",
+        "unsigned = x.view(torch.uint8)",
         TEST_LINEAR, "test_integer_sums_are_exact and cpu",
     ),
     Mutant(
         "cpu_zero_point_of_convolutions", CPU,
-        "pixels, scale, zero_point + 128",
-        "pixels, scale, zero_point + 127",
+        "int(quantizer.zero_point[t]) + 128",
+        "int(quantizer.zero_point[t]) + 127",
         TEST_CONV2D, "test_integer_sums_are_exact and cpu and 1x1",
     ),
     Mutant(
         "cpu_samples_out_of_order", CPU,
-        "index = torch.tensor(indices)",
-        "index = torch.tensor(sorted(indices))",
+        "number in numbers]).argsort()]",
+        "number in numbers])]",
         TEST_LINEAR, "test_integer_sums_are_exact and cpu",
     ),
     Mutant(
@@ -456,6 +456,7 @@ FUSED_BLOCKS = "dq_runtime/fused_blocks.py"
 ADAPTERS = "dq_runtime/adapters.py"
 FUSED = "dq_runtime/fused.py"
 GRAPHS = "dq_runtime/graphs.py"
+CAPTURED_STATE = "dq_runtime/captured_state.py"
 PROCESSOR = "dq_runtime/attention.py"
 QUANTIZER = "dq_runtime/diffusers_quantizer.py"
 
@@ -465,7 +466,7 @@ TEST_CONFIG = ("tests/runtime/test_config.py",)
 TEST_CONVERT = ("tests/runtime/test_convert.py",)
 TEST_FUSED_STATE = ("tests/runtime/test_fused_state.py",)
 TEST_LORA = ("tests/runtime/test_lora.py",)
-TEST_GRAPHS = ("tests/runtime/test_graphs.py",)
+TEST_GRAPHS = ("tests/runtime/test_graphs.py", "tests/runtime/test_captured_state.py")
 TEST_PROCESSOR = ("tests/runtime/test_attention.py",)
 TEST_CHECKPOINT = ("tests/runtime/test_checkpoint.py",)
 
@@ -692,14 +693,38 @@ RUNTIME = [
     # CUDA graphs, attention, checkpoints
     Mutant(
         "graphs_strides_are_in_the_key", GRAPHS,
-        "(t.shape, t.dtype, t.stride())",
-        "(t.shape, t.dtype)",
+        "return value.shape, value.dtype, value.stride()",
+        "return value.shape, value.dtype",
         TEST_GRAPHS, "test_new_signature_gets_a_graph_of_its_own_and_keeps_the_others",
     ),
     Mutant(
+        "graphs_result_of_a_changed_model_is_returned", GRAPHS,
+        "if self._state.unchanged():  # compared",
+        "if True:  # compared",
+        TEST_GRAPHS, "test_a_changed_model_is_captured_again",
+    ),
+    Mutant(
+        "graphs_threads_share_inputs", GRAPHS,
+        "        with self._lock:\n",
+        "        if True:\n",
+        TEST_GRAPHS, "test_calls_of_several_threads_run_one_after_another",
+    ),
+    Mutant(
+        "graphs_addresses_are_not_compared", CAPTURED_STATE,
+        "and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses",
+        "",
+        TEST_GRAPHS, "test_a_changed_model_is_captured_again",
+    ),
+    Mutant(
+        "graphs_settings_are_in_the_key", GRAPHS,
+        "key.extend(self._state.settings())",
+        "pass",
+        TEST_GRAPHS, "test_the_scale_of_an_ip_adapter_is_part_of_the_key",
+    ),
+    Mutant(
         "graphs_result_is_overwritten", GRAPHS,
-        "return pytree.tree_map_only(torch.Tensor, torch.clone, result)",
-        "return result",
+        "leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf",
+        "leaf for leaf",
         TEST_GRAPHS, "test_replay_computes_from_new_inputs_without_python",
     ),
     Mutant(

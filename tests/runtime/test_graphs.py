@@ -1,96 +1,37 @@
 """CUDA graphs of a UNet: when a graph is captured, the results of a replay, and disabling.
 
-Without a GPU a fake graph stands for the real one: it keeps the function that was captured and calls it at a replay, so
-that keys, copies and structures are those of a CPU. What a capture itself may do wrong only a GPU shows.
+Without a GPU a fake graph stands for the real one (``fake_graphs``).
 """
 
-import contextlib
 import copy
+import gc
+import pickle
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_models
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers import UNet2DModel
+from fake_graphs import Double, FakeStream, replace_cuda, with_graphs
 
 from dq_runtime import graphs
+from dq_runtime.forward_state import ForwardState
 from dq_runtime.fused import fuse
-from dq_runtime.graphs import CudaGraphRunner, disable_cuda_graphs, enable_cuda_graphs
-
-
-class FakeGraph:
-    """Records the operators that run inside of ``torch.cuda.graph``; a replay runs them again, on the same memory."""
-
-    made = 0
-
-    def __init__(self):
-        type(self).made += 1
-        self.calls = []
-
-    def replay(self):
-        for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(_tensors(result), _tensors(again), strict=True):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def _tensors(result):
-    leaves = torch.utils._pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-class _Capture(torch.utils._python_dispatch.TorchDispatchMode):
-    def __init__(self, graph):
-        super().__init__()
-        self.graph = graph
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        self.graph.calls.append((func, args, kwargs or {}, result))
-        return result
-
-
-class FakeStream:
-    def wait_stream(self, stream):
-        pass
+from dq_runtime.graphs import disable_cuda_graphs, enable_cuda_graphs
+from dq_runtime.timesteps import TimestepGrid
 
 
 @pytest.fixture
 def fake_graphs(monkeypatch):
-    """Puts ``FakeGraph`` in the place of CUDA's."""
-    FakeGraph.made = 0
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", _Capture)
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    return FakeGraph
-
-
-class Double(UNet2DConditionModel):
-    """A UNet that records when its Python code runs."""
-
-    device = torch.device("cpu")
-
-    def __init__(self):
-        torch.nn.Module.__init__(self)
-        self.runs = 0
-
-    def forward(self, sample, timestep, encoder_hidden_states=None, scale=2, return_dict=True):
-        self.runs += 1
-        sample = scale * sample + timestep.reshape(-1, 1)
-        if encoder_hidden_states is not None:
-            sample = sample + encoder_hidden_states
-        return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
+    return replace_cuda(monkeypatch)
 
 
 @pytest.fixture
 def replayed(fake_graphs):
     """A trivial UNet whose forward is captured."""
-    unet = Double()
-    unet.forward = CudaGraphRunner(unet)
-    return unet
+    return with_graphs(Double())
 
 
 X = torch.arange(6.0).reshape(3, 2)
@@ -125,6 +66,8 @@ DIFFERENT = {
     "further tensor": lambda unet: unet(X, 7, X),
     "constant": lambda unet: unet(X, 7, scale=3),
     "structure of the result": lambda unet: unet(X, 7, return_dict=False),
+    "order of a dict": lambda unet: unet(X, 7, added={"a": X, "b": X}),
+    "list": lambda unet: unet(X, 7, added={"a": [X, X], "b": X}),
 }
 
 
@@ -167,6 +110,231 @@ def test_one_signature_has_one_graph_however_it_is_written(replayed, fake_graphs
     assert fake_graphs.made == 1
 
 
+def test_constants_of_different_types_have_different_graphs(replayed, fake_graphs):
+    x = torch.tensor([[1, 2]])
+    assert replayed(x, 1, scale=2).sample.dtype == torch.int64
+    assert replayed(x, 1, scale=2.0).sample.dtype == torch.float32
+    assert fake_graphs.made == 2
+
+
+def test_tensors_in_dicts_and_lists_are_inputs(replayed, fake_graphs):
+    for factor in (1, 2, 3):
+        added = {"a": [X, factor * X], "b": (torch.tensor(factor), factor)}
+        expected = 2 * X + 7 + X + factor * X - 2 * factor
+        assert torch.equal(replayed(X, 7, added=added).sample, expected)
+
+    assert fake_graphs.made == 3  # factor is a constant in "b"
+    added = {"a": [-X, X], "b": (torch.tensor(5), 3)}
+    assert torch.equal(replayed(X, 7, added=added).sample, 2 * X + 7 - 5 - 3)
+    assert fake_graphs.made == 3
+
+
+def test_names_of_arguments_and_of_dicts_are_part_of_the_key(replayed):
+    assert torch.equal(replayed(X, 7, X).sample, 3 * X + 7)
+    assert torch.equal(replayed(X, 7, scale=X).sample, X * X + 7)
+    assert torch.equal(replayed(X, 7, added={"a": X}).sample, 3 * X + 7)
+    assert torch.equal(replayed(X, 7, added={"b": X}).sample, X + 7)
+
+
+def test_inputs_of_one_dtype_are_copied_together(replayed, monkeypatch):
+    copies = []
+    own = torch._foreach_copy_
+    call = {"added": {"a": [X, X.double()], "b": [X, X]}, "encoder_hidden_states": X.double()}
+    expected = replayed(X, 7, **call).sample
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists: copies.append(len(lists[0])) or own(*lists))
+
+    assert torch.equal(replayed(X, 7, **call).sample, expected)
+
+    assert sorted(copies) == [2, 4]
+
+
+class Own:
+    """An argument whose value may change."""
+
+    def __mul__(self, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"scale": Own()}, {"scale": Own(), "added": {"a": X}}, {"added": OrderedDict(a=X)}]
+)
+def test_arguments_that_may_change_run_eagerly(replayed, fake_graphs, arguments):
+    for runs in (1, 2):
+        replayed(X, torch.tensor(7), **arguments)
+        assert replayed.runs == runs
+
+    assert fake_graphs.made == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda unet: unet(X),
+        lambda unet: unet(X, 7, sample=X),
+        lambda unet: unet(X, 7, None, 2, True, None, 1),
+        lambda unet: unet(X, 7, unknown=3),
+        lambda unet: unet(X, "7"),
+    ],
+    ids=["missing", "twice", "too many", "unknown", "no number"],
+)
+def test_wrong_arguments_are_errors_as_without_graphs(replayed, call):
+    replayed(X, 7)
+
+    with pytest.raises((TypeError, AttributeError)):
+        call(replayed)
+
+
+def test_a_replay_maps_no_timestep_in_python(subject, fake_graphs, monkeypatch):
+    """The graph maps it: other rows of the tables give other results."""
+    unet = with_graphs(subject.copy())
+    first = subject.call(unet, 0)
+    monkeypatch.setattr(TimestepGrid, "nearest", None)
+    monkeypatch.setattr(ForwardState, "begin", None)
+
+    assert not torch.equal(subject.call(unet, 750), first)
+    assert torch.equal(subject.call(unet, torch.tensor(0)), first)
+
+
+def test_a_call_that_wants_a_gradient_runs_eagerly(replayed, fake_graphs):
+    x = X.clone().requires_grad_()
+    replayed(X, 7)
+
+    with torch.enable_grad():
+        replayed(x, torch.tensor(7)).sample.sum().backward()
+
+    assert torch.equal(x.grad, torch.full_like(X, 2))
+    assert torch.equal(replayed(x, 7).sample, 2 * X + 7)  # without autograd: the graph
+    assert fake_graphs.made == 1
+
+
+def test_a_gradient_for_a_parameter_runs_eagerly(fake_graphs):
+    unet = Double()
+    unet.weight = torch.nn.Parameter(torch.tensor(3.0))
+    with_graphs(unet)
+
+    with torch.enable_grad():
+        unet(X, torch.tensor(7), scale=1).sample.sum()
+    assert fake_graphs.made == 0
+    unet(X, 7)
+    assert fake_graphs.made == 1
+
+
+def test_autocast_runs_eagerly(replayed, fake_graphs):
+    """It keeps casted weights only until it ends."""
+    with torch.autocast("cpu", torch.bfloat16):
+        replayed(X, torch.tensor(7))
+
+    assert fake_graphs.made == 0
+
+
+def test_a_model_that_left_its_device_runs_eagerly(replayed, fake_graphs):
+    replayed(X, 7)
+    runs = replayed.runs
+
+    replayed(X.to("meta"), torch.tensor(7, device="meta"))
+
+    assert replayed.runs == runs + 1
+    assert fake_graphs.made == 1
+
+
+def test_the_least_recently_used_graph_is_freed(fake_graphs):
+    unet = with_graphs(Double(), max_graphs=2)
+    for rows in (1, 2, 1, 3, 1):  # 3 replaces 2
+        assert torch.equal(unet(X[:rows], 7).sample, 2 * X[:rows] + 7)
+    assert fake_graphs.made == 3
+    gc.collect()
+    assert len(fake_graphs.alive) == 2
+
+    unet(X[:2], 7)
+    assert fake_graphs.made == 4
+
+
+@pytest.mark.parametrize("max_graphs", [1, 2, 8])
+def test_all_graphs_share_one_pool(fake_graphs, max_graphs):
+    """A pool ends with its last graph: the fake one asserts that a graph still holds it."""
+    unet = with_graphs(Double(), max_graphs=max_graphs)
+    for rows in (1, 2, 3, 1):
+        unet(X[:rows], 7)
+        gc.collect()
+        assert len({graph.memory for graph in fake_graphs.alive}) == 1
+
+
+def test_no_graph_is_too_few(fake_graphs):
+    with pytest.raises(ValueError, match="max_graphs must be at least 1, got 0"):
+        with_graphs(Double(), max_graphs=0)
+
+
+def test_calls_of_several_threads_run_one_after_another(replayed, monkeypatch, fake_graphs):
+    replayed(X, 7)
+    own = fake_graphs.replay
+
+    def slow_replay(graph):
+        time.sleep(0.002)
+        own(graph)
+        time.sleep(0.002)
+
+    monkeypatch.setattr(fake_graphs, "replay", slow_replay)
+
+    def calls(factor):
+        return all(torch.equal(replayed(factor * X, factor).sample, 2 * factor * X + factor) for _ in range(10))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(calls, range(1, 5)))
+
+
+def test_another_stream_waits_for_the_stream_of_the_call_before(replayed, monkeypatch):
+    replayed(X, 7)
+    first, second = torch.cuda.current_stream(), FakeStream()
+    before = list(first.waits_for)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: second)
+    replayed(X, 7)
+    replayed(X, 7)
+    assert second.waits_for == [first]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: first)
+    replayed(X, 7)
+    assert first.waits_for == [*before, second]
+
+
+@pytest.mark.parametrize("failing_run", [1, graphs.WARM_UP_CALLS + 1], ids=["warm-up", "capture"])
+def test_a_failed_capture_names_its_remedy_and_changes_nothing(replayed, fake_graphs, monkeypatch, failing_run):
+    replayed(X, 7)
+    own, runs = Double.forward, replayed.runs
+
+    def forward(self, *args, **kwargs):
+        if replayed.runs == runs + failing_run - 1:
+            raise torch.OutOfMemoryError("no memory is left")
+        return own(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Double, "forward", forward)
+        with pytest.raises(
+            RuntimeError, match=r"Double cannot be captured .*: no memory is left\..*disable_cuda_graphs"
+        ):
+            replayed(X[:2], 7)
+
+    made = fake_graphs.made
+    assert torch.equal(replayed(X, 8).sample, 2 * X + 8)
+    assert fake_graphs.made == made
+    assert torch.equal(replayed(X[:2], 7).sample, 2 * X[:2] + 7)
+
+
+def test_errors_of_the_model_itself_stay_as_they_are(replayed):
+    with pytest.raises(RuntimeError, match=r"^The size of tensor a"):
+        replayed(X, 7, torch.ones(5, 5))
+
+
+def test_a_copy_of_the_model_is_eager(replayed, fake_graphs):
+    replayed(X, 7)
+
+    copies = [copy.deepcopy(replayed), pickle.loads(pickle.dumps(replayed))]
+
+    for unet in copies:
+        assert not graphs.replays_graphs(unet)
+        assert torch.equal(unet(X, torch.tensor(7)).sample, 2 * X + 7)
+    assert replayed.runs == graphs.WARM_UP_CALLS + 1
+
+
 def test_modes_of_autograd_may_alternate(replayed, fake_graphs):
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
@@ -184,7 +352,7 @@ def test_every_result_of_a_quantized_unet_is_computed_within_the_graph(
     if is_fused:
         fuse(unet)
     eager = copy.deepcopy(unet)
-    unet.forward = CudaGraphRunner(unet)
+    with_graphs(unet)
     subject.call(unet, 0)
 
     changed = copy.deepcopy(subject)
@@ -197,7 +365,7 @@ def test_every_result_of_a_quantized_unet_is_computed_within_the_graph(
 def test_features_of_a_t2i_adapter_are_captured(unet2d_condition, fake_graphs, relative_rms):
     """The UNet takes them out of the list that it is given."""
     unet, eager = unet2d_condition.copy(), unet2d_condition.copy()
-    unet.forward = CudaGraphRunner(unet)
+    with_graphs(unet)
 
     def call(unet):
         features = [torch.ones(2, 32, 4, 4), torch.ones(2, 64, 4, 4)]
@@ -209,29 +377,12 @@ def test_features_of_a_t2i_adapter_are_captured(unet2d_condition, fake_graphs, r
         assert torch.equal(call(unet), call(eager))
 
 
-def test_a_forward_that_was_wrapped_around_the_graph_stays(replayed):
-    """As offloading and caching do."""
-    calls = []
-    own = replayed.forward
-
-    def wrapper(*args, **kwargs):
-        calls.append(args)
-        return own(*args, **kwargs)
-
-    replayed.forward = wrapper
-    for _ in range(3):
-        replayed(X, 7)
-
-    assert len(calls) == 3
-    assert replayed.forward is wrapper
-
-
 def test_a_fractional_number_of_python_s_is_what_the_unet_takes_it_for(subject, fake_graphs):
     """UNet2DModel makes an integer of it, UNet2DConditionModel does not."""
     unet = subject.copy()
     expected = subject.call(unet, 500.9)
 
-    unet.forward = CudaGraphRunner(unet)
+    with_graphs(unet)
 
     for _ in range(2):
         assert torch.equal(subject.call(unet, 500.9), expected)
@@ -241,7 +392,7 @@ def test_the_decoder_of_an_autoencoder_is_captured(fake_graphs):
     vae = tiny_models.autoencoder()
     latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = [vae.decode(z).sample for z in latents]
-    vae.decoder.forward = CudaGraphRunner(vae)
+    with_graphs(vae)
 
     for _ in range(2):
         for z, image in zip(latents, expected, strict=True):
@@ -249,7 +400,7 @@ def test_the_decoder_of_an_autoencoder_is_captured(fake_graphs):
     assert fake_graphs.made == 1
 
     disable_cuda_graphs(vae)
-    assert "forward" not in vars(vae.decoder)
+    assert vae.decoder._compiled_call_impl is None
 
 
 def test_unet_on_a_cpu_is_refused(unet2d):
@@ -276,19 +427,18 @@ def test_disabling_restores_the_forward(on_fake_cuda):
 
     disable_cuda_graphs(on_fake_cuda)
 
-    assert "forward" not in vars(on_fake_cuda)
+    assert on_fake_cuda._compiled_call_impl is None
     disable_cuda_graphs(on_fake_cuda)  # has nothing to do
     enable_cuda_graphs(on_fake_cuda)
 
 
-def test_disabling_restores_a_forward_that_was_replaced_before(on_fake_cuda):
-    """As ``torch.compile(unet.forward)`` and accelerate's offloading replace it."""
-    replacement = on_fake_cuda.forward = lambda *args: "replaced"
+def test_disabling_restores_a_call_that_was_compiled_before(on_fake_cuda):
+    compiled = on_fake_cuda._compiled_call_impl = lambda *args: "compiled"
     enable_cuda_graphs(on_fake_cuda)
 
     disable_cuda_graphs(on_fake_cuda)
 
-    assert on_fake_cuda.forward is replacement
+    assert on_fake_cuda._compiled_call_impl is compiled
 
 
 def test_warm_up_runs_before_the_capture(replayed):
@@ -332,7 +482,7 @@ def test_replay_is_the_eager_forward(on_gpu):
         for actual, wanted in zip(results, expected, strict=True):
             assert torch.equal(actual, wanted)
     # Integer or float, one for all samples or one for each; UNet2DModel makes an integer of Python's float.
-    assert len(unet.forward._captured) == (3 if isinstance(unet, UNet2DModel) else 4)
+    assert len(unet._compiled_call_impl._graphs) == (3 if isinstance(unet, UNet2DModel) else 4)
 
 
 @pytest.mark.cuda
@@ -359,7 +509,7 @@ def test_new_shapes_are_captured_and_old_ones_replayed(on_gpu, subject):
     for _ in range(2):
         assert torch.equal(call(unet, 500), expected[0])
         assert torch.equal(call(unet, 500, wide), expected[1])
-    assert len(unet.forward._captured) == 2
+    assert len(unet._compiled_call_impl._graphs) == 2
 
 
 @pytest.mark.cuda
@@ -371,7 +521,7 @@ def test_inference_mode_and_no_grad_share_a_graph(on_gpu):
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.equal(call(unet, 500), expected)
-    assert len(unet.forward._captured) == 1
+    assert len(unet._compiled_call_impl._graphs) == 1
 
 
 @pytest.mark.cuda
@@ -385,5 +535,88 @@ def test_disabled_graphs_leave_an_eager_unet(on_gpu):
 
     disable_cuda_graphs(unet)
 
-    assert "forward" not in vars(unet)
+    assert unet._compiled_call_impl is None
     assert torch.equal(call(unet, 500), expected)
+
+
+@pytest.mark.cuda
+def test_a_unet_that_is_moved_away_and_back_is_captured_again(on_gpu):
+    unet, call = on_gpu
+    expected = call(unet, 500)
+    enable_cuda_graphs(unet)
+    call(unet, 0)
+    before = torch.cuda.memory_allocated()
+
+    unet.to("cpu")
+
+    weights = sum(p.numel() * p.element_size() for p in unet.parameters())
+    assert torch.cuda.memory_allocated() < before - weights / 2
+    unet.to("cuda")
+    occupied = [torch.full_like(p, 1) for p in unet.parameters()]  # where the weights were
+    assert torch.equal(call(unet, 500), expected)
+    assert len(occupied) == len(list(unet.parameters()))
+
+
+@pytest.mark.cuda
+def test_weights_that_are_replaced_are_used(on_gpu):
+    unet, call = on_gpu
+    enable_cuda_graphs(unet)
+    call(unet, 500)
+    state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    state["conv_out.bias"] += 1
+
+    unet.load_state_dict(state, assign=True)
+    actual = call(unet, 500)
+
+    disable_cuda_graphs(unet)
+    assert torch.equal(actual, call(unet, 500))
+
+
+@pytest.mark.cuda
+def test_graphs_of_several_shapes_share_their_memory(on_gpu, subject):
+    unet, call = on_gpu
+    samples = [torch.cat(n * [subject.sample], dim=-1) for n in (1, 2, 3)]
+    expected = [call(unet, 500, sample) for sample in samples]
+    enable_cuda_graphs(unet, max_graphs=2)
+
+    for _ in range(2):
+        for sample, wanted in zip(samples, expected, strict=True):
+            assert torch.equal(call(unet, 500, sample), wanted)
+
+    captured = unet._compiled_call_impl._graphs.values()
+    assert len(captured) == 2
+    assert len({forward.graph.pool() for forward in captured}) == 1
+
+
+@pytest.mark.cuda
+def test_calls_on_two_streams_do_not_mix(on_gpu):
+    unet, call = on_gpu
+    expected = [call(unet, timestep) for timestep in (0, 750)]
+    enable_cuda_graphs(unet)
+    call(unet, 0)
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    for _ in range(20):
+        results = []
+        for stream, timestep in zip(streams, (0, 750), strict=True):
+            with torch.cuda.stream(stream):
+                results.append(call(unet, timestep))
+        torch.cuda.synchronize()
+        assert all(torch.equal(actual, wanted) for actual, wanted in zip(results, expected, strict=True))
+
+
+@pytest.mark.cuda
+def test_threads_get_their_own_results(on_gpu):
+    unet, call = on_gpu
+    timesteps = (0, 250, 500, 750)
+    expected = [call(unet, timestep) for timestep in timesteps]
+    enable_cuda_graphs(unet)
+    torch.cuda.synchronize()
+
+    def calls(timestep, wanted):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            return all(torch.equal(call(unet, timestep), wanted) for _ in range(10))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(calls, timesteps, expected))

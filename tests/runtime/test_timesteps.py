@@ -288,3 +288,16 @@ def test_a_fused_forward_that_failed_leaves_nothing_behind(unet2d):
     assert statistics >= 0
     assert not state._statistics
     assert group._read is None
+
+
+@pytest.mark.cuda
+def test_the_boundaries_follow_the_sample_once():
+    """Weights may be loaded onto a GPU without a move of the model; a copy at each call cannot be captured."""
+    grid = TimestepGrid(GRID)
+    grid.before_forward(None, (torch.empty(1, 3, device="cuda"), 500), {})
+    boundaries = grid.boundaries
+
+    grid.before_forward(None, (torch.empty(1, 3, device="cuda"), 500), {})
+
+    assert boundaries.is_cuda
+    assert grid.boundaries is boundaries
