@@ -23,14 +23,19 @@ TIMESTEPS = tuple(range(19, 1000, 49))
 def build(name: str, device: torch.device | str, dtype: torch.dtype, int8_attention: Sequence[str] = ()) -> Any:
     """A quantized UNet of ``unets.CONFIGS`` in evaluation mode; its values are drawn on the device."""
     unet = unets.build(name, "meta", dtype)
-    insert_empty_layers(unet, DilateQuantConfig(timesteps=list(TIMESTEPS), int8_attention=list(int8_attention)))
-    for layer in quantized_layers(unet).values():
-        _fill(layer, device)
+    replace_layers(unet, device, int8_attention)
     for module in unet.modules():
         if not isinstance(module, QuantizedLayer) and any(p.is_meta for p in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)
             _fill_floating_point(module)
     return unet.to(device).eval()
+
+
+def replace_layers(unet: Any, device: torch.device | str, int8_attention: Sequence[str] = ()) -> None:
+    """Replaces a UNet's layers by quantized ones with random weights, in place."""
+    insert_empty_layers(unet, DilateQuantConfig(timesteps=list(TIMESTEPS), int8_attention=list(int8_attention)))
+    for layer in quantized_layers(unet).values():
+        _fill(layer, device)
 
 
 @torch.no_grad()

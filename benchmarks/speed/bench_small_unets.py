@@ -1,0 +1,81 @@
+"""Times the trained small UNets on this CPU: fp32, bf16 and INT4, one forward pass of each in turn.
+
+    python -m benchmarks.speed.bench_small_unets [--task photos]... [--batch 1]... [--output FILE]
+
+INT4 layers have random weights: latency does not depend on their values. bf16 is left out where the processor emulates
+it. Without ``--output``, the report goes to ``benchmarks/results/bench_small_unets.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import environment, quantized_unets
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import RESULTS, write_whole
+from dq_runtime.fused import fuse
+from examples.small_unets.demo import LARGEST_BF16_SLOWDOWN, bf16_slowdown
+from examples.small_unets.task import Task
+from examples.small_unets.tasks import TASKS
+
+WARM_UP_ROUNDS = 3
+TIMESTEP = 500
+
+
+def models(task: Task, with_bf16: bool) -> dict[str, Any]:
+    """The UNet in each form, by name."""
+    int4 = task.unet()
+    quantized_unets.replace_layers(int4, "cpu")
+    fuse(int4)
+    forms = {"fp32": task.unet()} | ({"bf16": task.unet(torch.bfloat16)} if with_bf16 else {}) | {"int4": int4.eval()}
+    return {name: unet.eval() for name, unet in forms.items()}
+
+
+@torch.inference_mode()
+def measure(task: Task, batch: int, rounds: int, with_bf16: bool) -> dict[str, Any]:
+    """Median milliseconds of a forward pass by form, and INT4's speed-up over each other."""
+    unets, noise = models(task, with_bf16), task.noise(batch, seed=0)
+    condition = task.condition(task.labels(batch))
+    times: dict[str, list[float]] = {name: [] for name in unets}
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        for name, unet in unets.items():
+            arguments = {
+                key: value.to(unet.dtype) if value.is_floating_point() else value for key, value in condition.items()
+            }
+            sample = noise.to(unet.dtype)
+            start = time.perf_counter()
+            unet(sample, TIMESTEP, **arguments)
+            times[name].append(time.perf_counter() - start)
+    medians = {name: 1e3 * statistics.median(each[WARM_UP_ROUNDS:]) for name, each in times.items()}
+    speed_up = {name: ms / medians["int4"] for name, ms in medians.items() if name != "int4"}
+    return {"task": task.name, "batch": batch, "median_ms": medians, "speed_up": speed_up}
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--task", action="append", choices=TASKS, help="may be repeated (default: all)")
+    parser.add_argument("--batch", type=int, action="append", help="may be repeated (default: 1, 100)")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench_small_unets.json")
+    arguments = parser.parse_args()
+    with_bf16 = bf16_slowdown() <= LARGEST_BF16_SLOWDOWN
+    report = {**environment.describe(), "cpu_capability": torch.backends.cpu.get_cpu_capability(), "rows": []}
+    for name in arguments.task or TASKS:
+        for batch in arguments.batch or (1, 100):
+            row = measure(TASKS[name], batch, arguments.rounds, with_bf16)
+            report["rows"].append(row)
+            write_whole(arguments.output, json.dumps(report, indent=1) + "\n")
+            times = ", ".join(f"{form} {ms:.2f} ms" for form, ms in row["median_ms"].items())
+            ratios = ", ".join(f"{ratio:.2f}x {form}" for form, ratio in row["speed_up"].items())
+            print(f"{name}, batch {batch}: {times}; INT4 is {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
