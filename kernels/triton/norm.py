@@ -29,6 +29,7 @@ from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
 from dq_kernels.triton.quantization import padded_position, quantize_tile, select_timestep
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
+BLOCK_RUNS = 16  # of statistics that a program reads at a time; with more, registers spill
 STATISTICS_CHANNELS = 64
 PROGRAMS = 256  # of a group norm's launch, about: two on each multiprocessor of the largest GPUs
 MAX_RUNS, MERGED_RUNS = 64, 16  # of the statistics that a program of the group norm reads; merged into one, if more
@@ -178,6 +179,7 @@ def group_norm_quantize_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -217,7 +219,7 @@ def group_norm_quantize_kernel(
     member = (within // GROUP_SIZE)[None, :] == tl.arange(0, BLOCK_G)[:, None]
     mean, variance = _group_moments(
         statistics_ptr, skip_statistics_ptr, k, k_inside, member, num_runs, run_length, height * width, channels,
-        skip_channels, GROUP_SIZE, BLOCK_L, BLOCK_K,
+        skip_channels, GROUP_SIZE, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     scale = weight / tl.sqrt_rn(variance + eps)
 
@@ -359,6 +361,7 @@ def group_tile(group_size: int) -> dict[str, int]:
         "BLOCK_L": max(1, BLOCK_LENGTH * BLOCK_CHANNELS // block_k),
         "BLOCK_G": next_power_of_2(groups),
         "BLOCK_K": block_k,
+        "BLOCK_R": max(1, BLOCK_RUNS * BLOCK_CHANNELS // block_k),
     }
 
 
