@@ -136,10 +136,14 @@ def add_adapters(adapters: Sequence[Sequence[Adapter]], sizes: Sequence[int], x:
             count = len(run.adapters)
             low, scaling = _scaled(low, run.adapters[0].scaling)
             up = stacked([adapter.up.weight for adapter in run.adapters]).flatten(1).to(x.dtype)
-            # A view [count, M, N] of the columns. With as_strided, torch.compile can write to it.
-            result = rows.as_strided((count, len(rows), run.size), (run.size, rows.shape[1], 1), run.column)
             low = low.unflatten(1, (count, run.rank)).transpose(0, 1)
-            result.baddbmm_(low, up.unflatten(0, (count, run.size)).transpose(1, 2), alpha=scaling)
+            up = up.unflatten(0, (count, run.size)).transpose(1, 2)
+            if torch.compiler.is_compiling():  # it cannot write to the view below
+                product = torch.bmm(low, up).transpose(0, 1).flatten(1)
+                rows[:, run.column : run.column + count * run.size].add_(product, alpha=scaling)
+            else:
+                result = rows.as_strided((count, len(rows), run.size), (run.size, rows.shape[1], 1), run.column)
+                result.baddbmm_(low, up, alpha=scaling)
 
 
 def residual_with_adapters(

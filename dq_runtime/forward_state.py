@@ -115,12 +115,7 @@ class LinearGroup:
 
     def _all_results(self, base: Any, x: torch.Tensor) -> list[torch.Tensor | None]:
         """The members' results, None for those whose adapter needs PEFT's forward; no results if members are hooked."""
-        if (
-            wants_gradient(x)
-            or not run_as_made(self.layers)
-            or any("forward" in module.__dict__ for module in self.around)
-            or any(member.weight.device != x.device for member in self.layers)
-        ):
+        if wants_gradient(x) or not run_as_made(self.layers) or not self._all_loaded(x.device):
             return []
         adapters = [active_adapters(parent._modules[name]) for parent, name in self.places]
         y = self.multiply(base.quantize(x), x.dtype)
@@ -128,6 +123,12 @@ class LinearGroup:
             add_adapters([active or [] for active in adapters], self.sizes, x, y)
         results = y.split(self.sizes, dim=-1)
         return [None if active is None else part for active, part in zip(adapters, results, strict=True)]
+
+    def _all_loaded(self, device: torch.device) -> bool:
+        for module in self.around:
+            if "forward" in module.__dict__:
+                return False
+        return {member._parameters["weight"].device for member in self.layers} == {device}
 
     def count_new_weights(self, *_: Any) -> None:
         """Increments the version of the merged weight after a member was loaded in place: oneDNN's copy is outdated."""

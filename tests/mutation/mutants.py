@@ -674,8 +674,8 @@ RUNTIME = [
     ),
     Mutant(
         "adapters_without_scaling", ADAPTERS,
-        ".transpose(1, 2), alpha=scaling)",
-        ".transpose(1, 2))",
+        "result.baddbmm_(low, up, alpha=scaling)",
+        "result.baddbmm_(low, up)",
         TEST_LORA, "test_changes_of_adapters_are_seen and weights",
     ),
     Mutant(
