@@ -82,7 +82,7 @@ def fuse(model: Any) -> dict[str, str]:
             if linears and same_quantizer(linears)
         }
     )
-    fused = {}
+    fused: dict[str, str] = {}
     for stock, fast in FUSED.items():
         if stock is Timesteps and not fused:
             break

@@ -1,6 +1,6 @@
 """Counts the kernels of one forward pass of a fused UNet on a GPU, without a GPU.
 
-    python -m benchmarks.static_analysis.launch_count [--unet sd15]... [--int8-attention all] [--batch 2]
+    python -m benchmarks.static_analysis.launch_count [--unet sd15]... [--int8-attention attn1] [--batch 2]
 
 The forward pass runs on the meta device, where operators compute shapes alone, and starts every Triton kernel that it
 would start on a GPU. An operator of PyTorch counts as one kernel, a view or an allocation as none. The kernels that
@@ -109,7 +109,9 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--unet", action="append", choices=unets.CONFIGS, help="may be repeated (default: sd15, sdxl)")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--int8-attention", action="append", default=[], help="names of attentions, or all")
+    parser.add_argument(
+        "--int8-attention", action="append", default=[], help="names of attentions, such as attn1; may be repeated"
+    )
     arguments = parser.parse_args()
     for name in arguments.unet or ("sd15", "sdxl"):
         count = kernels_of(name, arguments.batch, tuple(arguments.int8_attention))
