@@ -55,7 +55,10 @@ class Problem:
             floats(batch, shape.out_channels) if shape.channel_add else None,
             floats(*out_shape) if shape.residual else None,
             statistics,
-            self.quantizer._replace(dilation=torch.ones(shape.out_channels, device=device)) if to_int8 else None,
+            geglu=to_int8,
+            next_quantizer=self.quantizer._replace(dilation=torch.ones(shape.out_channels, device=device))
+            if to_int8
+            else None,
         )
 
     def run(self, config: LaunchConfig, copy: int = 0) -> Any:
