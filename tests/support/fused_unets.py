@@ -143,7 +143,7 @@ def blocks_compared(distance):
             with unfused(block):
                 expected = block.forward(*args, **kwargs)
             actual, expected = (result if torch.is_tensor(result) else result[0] for result in (y, expected))
-            assert distance(actual, expected) < BLOCK_TOLERANCE, type(block)
+            assert distance(actual, expected) < BLOCK_TOLERANCE, (type(block), distance(actual, expected))
             return y
 
         return new_forward
