@@ -26,6 +26,7 @@ from fused_unets import (
 from operators import Operators
 from peft import LoraConfig
 
+from dq_kernels.cpu import compiled
 from dq_runtime import Int8AttnProcessor
 from dq_runtime.adapters import stacked
 from dq_runtime.fused import fuse, unfuse
@@ -101,7 +102,9 @@ def test_adapter_works_where_all_projections_are_linear(assert_fused_alike, targ
     assert_fused_alike([add_lora(make("linear projections"), target_modules) for make in (fused, quantized)])
 
 
-def test_adapter_works_with_int8_attention(assert_fused_alike, relative_rms, pair):
+def test_adapter_works_with_int8_attention(assert_fused_alike, relative_rms, pair, monkeypatch):
+    # Both forwards compute norms in PyTorch: last bits that differ would be rounded to other integers, several times.
+    monkeypatch.setattr(compiled, "library", lambda: None)
     for unet in pair:
         for attention in modules_of(unet, Attention):
             attention.set_processor(Int8AttnProcessor())
@@ -161,9 +164,10 @@ SD15 = {
 
 
 def kernels(unet):
-    call(unet)
+    """Kernels of a call at SD1.5's image size, at which self-attention has many keys and cross-attention few."""
+    call(unet, size=(64, 64))
     with Operators() as operators:
-        call(unet)
+        call(unet, size=(64, 64))
     return operators.kernels
 
 
