@@ -53,9 +53,11 @@ class DilateQuantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raises ValueError for missing tensors; diffusers would only warn, and leave the layer empty."""
-        missing_keys = [key for key in missing_keys if not key.endswith(f".{digest.NAME}")]
-        self._refuse("missing", missing_keys)
-        return missing_keys
+        others = [key for key in missing_keys if not key.endswith(f".{digest.NAME}")]
+        self._refuse("missing", others)
+        if len(others) < len(missing_keys):
+            digest.warn_without_digest()
+        return others
 
     def _refuse(self, what: str, keys: list[str]) -> None:
         if keys:
@@ -129,8 +131,7 @@ class DilateQuantizer(DiffusersQuantizer):
         for layer in quantized_layers(model).values():
             if not layer.weight.is_meta:  # else the weight is offloaded to disk
                 layer.check_tensors()
-        if not digest.verify(model, self._checksums, self.quantization_config):
-            digest.warn_without_digest()
+        digest.verify(model, self._checksums, self.quantization_config)
         self._checksums = {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.

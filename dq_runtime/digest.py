@@ -51,31 +51,30 @@ def expect(model: nn.Module) -> None:
         holder.register_buffer(NAME, torch.empty(tensors + 1, dtype=torch.int64, device="meta"))
 
 
-def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantConfig) -> bool:
+def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantConfig) -> None:
     """Compares the loaded digest with the tensors that were read, and removes it from the model.
+
+    Nothing is compared if the checkpoint has no digest, or the digest was offloaded to disk unread.
 
     Args:
         checksums: of the tensors as they are stored; tensors that were offloaded to disk unread may be missing.
-
-    Returns:
-        False if the checkpoint has no digest.
 
     Raises:
         ValueError: if a tensor or the config is not that of the save which wrote the digest.
     """
     holder = _holder(model)
     if holder is None:
-        return True
+        return
     loaded = holder._buffers.pop(NAME)
     if loaded is None or loaded.is_meta:
-        return False
+        return
     names = sorted(model.state_dict())
     if len(loaded) != len(names) + 1:
         raise ValueError(
             f"The checkpoint was saved with {len(loaded) - 1} tensors, this model has {len(names)}: config.json is "
             "from another save. Download or save all files again"
         )
-    expected = dict(zip(names, loaded.tolist(), strict=False))
+    expected = dict(zip(names, loaded[:-1].tolist(), strict=True))
     differing = [name for name in names if name in checksums and checksums[name] != expected[name]]
     if differing:
         listed = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
@@ -88,7 +87,6 @@ def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantCo
             "The quantization_config in config.json is not the one that was saved with these tensors. It was edited or "
             "is from another save: download or save all files again"
         )
-    return True
 
 
 def warn_without_digest() -> None:
