@@ -571,7 +571,7 @@ def test_gpu_result_replays_in_a_cuda_graph_with_new_timesteps(make, to_device, 
 @pytest.mark.cuda
 @pytest.mark.parametrize("split_k", [2, 5])
 def test_gpu_replays_a_split_sum_in_a_cuda_graph(make, to_device, use_config, split_k):
-    """The counters of arrivals are part of the graph, and zero again at every replay."""
+    """A captured launch has counters of its own, which it leaves zero for the next replay."""
     use_config(LaunchConfig(16, 16, 32, 4, 2, 1, split_k))
     arguments = to_device(without_optional("int4_conv2d", make("int4_conv2d")), "cuda")
     expected = ops.int4_conv2d(**arguments)
