@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from dq_kernels import ops
-from dq_runtime.layers import QuantConv2d, QuantLinear
+from dq_runtime.layers import QuantConv2d, QuantLinear, pads_with_zeros
 
 LORA = "peft.tuners.lora.layer"  # the module of PEFT's wrappers, which is not imported: it takes seconds
 STOCK: dict[type, type[nn.Module]] = {QuantLinear: nn.Linear, QuantConv2d: nn.Conv2d}
@@ -36,13 +36,17 @@ Adapters = dict[nn.Module, list[Adapter]]  # layer -> its active adapters; layer
 def run_as_made(modules: Iterable[nn.Module]) -> bool:
     """True if a call of each module runs the forward of its class and nothing else, so a fused forward may replace it.
 
-    Offloaders, profilers and users' code register hooks on a module, or replace its ``forward``.
+    Offloaders, profilers and users' code register hooks on a module, or replace its ``forward``. Seamless tiling
+    changes how convolutions pad.
     """
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
+    module: Any
     for module in modules:  # called hundreds of times a forward pass: no generator, no attribute lookup
         own = module.__dict__
         if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return False
+        if "padding_mode" in own and not pads_with_zeros(module):
             return False
     return True
 
@@ -109,7 +113,7 @@ def _is_plain(down: Any, up: Any, dropout: Any, base: Any) -> bool:
         and up.bias is None
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training))
         and run_as_made((down, up, dropout))
-        and down.weight.device == up.weight.device == base.weight.device
+        and down.weight.device == up.weight.device == base.packed_weight.device
         and down.weight.dtype in ops.COMPUTE_DTYPES
         and not (torch.is_grad_enabled() and (down.weight.requires_grad or up.weight.requires_grad))
     )

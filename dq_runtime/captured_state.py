@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from dq_runtime.forward_state import ForwardState
-from dq_runtime.layers import QuantizedLayer
+from dq_runtime.layers import QuantizedLayer, replaces_conv_forward
 from dq_runtime.timesteps import TimestepGrid
 
 FREEU = ("s1", "s2", "b1", "b2")  # attributes of a UNet's up blocks
+CONVOLUTION_SETTINGS = itemgetter("padding_mode", "padding", "stride", "dilation")
 ADAPTER_ATTRIBUTES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 KNOWN_PROCESSORS = ("diffusers", "dq_runtime")  # packages whose attention processors keep no state between calls
 
@@ -38,6 +39,8 @@ def runs_python(entry: nn.Module) -> bool:
         if any(captured is None or not captured(hook) for hook in _forward_hooks(module)):
             return True
         forward = vars(module).get("forward")
+        if isinstance(module, nn.Conv2d) and replaces_conv_forward(module):
+            return True
         if forward is not None and not (module is entry and hasattr(forward, "_torchdynamo_orig_callable")):
             return True
         processor = getattr(module, "processor", None)
@@ -59,7 +62,8 @@ class ModelState:
 
     ``unchanged`` finds: modules that were replaced or have another class; parameters and buffers that were replaced;
     parameters with other ``data``; freed memory of any parameter or buffer; forward hooks and replaced forwards; other
-    attributes of all modules but quantized layers and PyTorch's own. It does not find a change inside of an attribute,
+    attributes of all modules but quantized layers and PyTorch's own, of which only the padding and strides of
+    convolutions are compared. It does not find a change inside of an attribute,
     such as an element of a list, or other ``data`` of a buffer whose old memory is held elsewhere. Values that are
     written in place need no new capture. ``settings`` are numbers that are in the captured kernels.
 
@@ -91,6 +95,8 @@ class ModelState:
         # A move sets the parameters' ``data``. Weak references let it free the old memory, and report this.
         self._storages = [weakref.ref(tensor.untyped_storage(), self.freed.append) for tensor in tensors]
 
+        self._convolutions = [vars(m) for m in self._modules if isinstance(m, nn.Conv2d)]
+        self._convolution_settings = list(map(CONVOLUTION_SETTINGS, self._convolutions))
         self._up_blocks = [vars(block) for block in getattr(entry, "up_blocks", ())]
         self._adapted = [vars(m) for m in self._modules if {"merged_adapters", "scaling"} <= vars(m).keys()]  # LoRA's
         self._adapters: list[Any] = []  # their attributes at the last call
@@ -134,6 +140,8 @@ class ModelState:
                 and not hooks._global_forward_pre_hooks
                 and _forward_hooks(self._entry) == self._entry_hooks
                 and not any(map(dict.get, self._others, itertools.repeat("forward")))
+                and not any(map(dict.get, self._convolutions, itertools.repeat("_conv_forward")))
+                and list(map(CONVOLUTION_SETTINGS, self._convolutions)) == self._convolution_settings
                 and list(map(type, self._modules)) == self._classes
                 and not any(self._empty)
                 and self._tables == self._members  # the same objects, or tensors of one value, and that value

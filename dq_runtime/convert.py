@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -18,7 +18,7 @@ from dq_kernels import ops
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.attention import Int8AttnProcessor, reason_against_int8
 from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
-from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, is_quantized
+from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, is_quantized, quantized_layers
 from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
@@ -137,8 +137,8 @@ def _reason_to_keep(
         return "a FIR resampler reads its weight directly"
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return "groups > 1"
-    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"padding {module.padding!r}, mode {module.padding_mode!r}"
+    if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+        return f"padding {module.padding!r}"
     weight: Any = module.weight
     in_channels, taps = weight.shape[1], weight[0, 0].numel()
     if (in_channels + in_channels % 2) * taps > ops.MAX_REDUCTION:
@@ -199,16 +199,34 @@ def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLaye
     attention: Any  # diffusers annotates processors with its own classes only
     for attention in plan.attentions.values():
         attention.set_processor(Int8AttnProcessor())
-    unet.requires_grad_(False)  # a gradient through the layers would raise
+    unet.requires_grad_(False)  # packed weights have no gradients
     unet.add_module(GRID_NAME, grid.train(unet.training))
     grid.attach(unet)
+    unet.num_parameters = partial(_num_parameters, unet)
     for method, remedy in REFUSED.items():
         if hasattr(unet, method):
-            setattr(unet, method, partial(_refuse, remedy))
+            setattr(unet, method, partial(_refuse, unet, method, remedy))
 
 
-def _refuse(remedy: str, *args: Any, **kwargs: Any) -> NoReturn:
+def restore_methods(unet: Any) -> None:
+    """Removes the methods that a quantized model has instead of its class's."""
+    for method in (*REFUSED, "num_parameters"):
+        unet.__dict__.pop(method, None)
+
+
+def _refuse(unet: Any, method: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
+    if method == "fuse_lora" and not getattr(unet, "peft_config", None):  # a pipeline's adapter may be another model's
+        return getattr(type(unet), method)(unet, *args, **kwargs)
     raise ValueError(remedy)
+
+
+def _num_parameters(unet: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """As ``ModelMixin.num_parameters``: a packed weight counts as the stock layer's."""
+    stored = type(unet).num_parameters(unet, only_trainable, exclude_embeddings)
+    if only_trainable:
+        return stored
+    layers = quantized_layers(unet).values()
+    return stored + sum(layer.weight.numel() - layer.packed_weight.numel() for layer in layers)
 
 
 def replace_layers(unet: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:

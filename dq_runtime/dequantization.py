@@ -9,11 +9,12 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
+from dq_runtime.architectures.supported import without_compilation
 from dq_runtime.attention import Int8AttnProcessor
-from dq_runtime.convert import REFUSED, replace_layers
+from dq_runtime.convert import replace_layers, restore_methods
 from dq_runtime.fused import unfuse
 from dq_runtime.graphs import disable_cuda_graphs
-from dq_runtime.layers import QuantConv2d, QuantizedLayer, constructor_arguments, is_quantized, quantized_layers
+from dq_runtime.layers import QuantizedLayer, constructor_arguments, is_quantized, quantized_layers
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def dequantize(model: Any) -> Any:
     Raises:
         ValueError: if the model is not quantized.
     """
+    given, model = model, without_compilation(model)
     if not is_quantized(model):
         raise ValueError("The model is not quantized")
     disable_cuda_graphs(model)
@@ -36,18 +38,15 @@ def dequantize(model: Any) -> Any:
     for hook in model.timestep_grid.hooks:
         hook.remove()
     del model.timestep_grid
-    for method in REFUSED:
-        model.__dict__.pop(method, None)
+    restore_methods(model)
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer
     model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
-    return model
+    return given
 
 
 def _dequantized_layer(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:
-    weight = layer.dequantized_weight()
-    if isinstance(layer, QuantConv2d):
-        weight = weight.permute(0, 3, 1, 2).contiguous()
+    weight = layer.dequantized_weight().movedim(-1, 1).contiguous()
     module = layer.stock(**constructor_arguments(layer), device="meta")
     state = {"weight": weight.to(dtype)}
     if layer.bias is not None:

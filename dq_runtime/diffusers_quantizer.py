@@ -5,9 +5,13 @@ Importing ``dq_runtime`` registers it in diffusers' two mappings; diffusers has 
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from diffusers import ControlNetModel, UNetMotionModel
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
@@ -16,7 +20,9 @@ from dq_kernels import ops
 from dq_runtime import digest
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
 from dq_runtime.convert import insert_empty_layers
-from dq_runtime.layers import QuantizedLayer, quantized_layers
+from dq_runtime.layers import QuantizedLayer, is_quantized, quantized_layers
+
+TABLES = (".weight_scale", ".weight_sum", ".weight_dilation", ".act_scale", ".act_zero_point", f".{digest.NAME}")
 
 
 class DilateQuantizer(DiffusersQuantizer):
@@ -35,6 +41,7 @@ class DilateQuantizer(DiffusersQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
+        self._tables: dict[str, torch.Tensor] = {}  # the small tensors of quantized layers, as they are stored
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -50,6 +57,23 @@ class DilateQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         insert_empty_layers(model, self.quantization_config)
         digest.expect(model)
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """The tensors' present names: older versions saved packed weights as ``weight``."""
+        return present_names(loaded_keys)
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The tensors of a file under their present names. All are checksummed, also those that go to disk unread."""
+        tensors = dict(zip(present_names(state_dict), state_dict.values(), strict=True))
+        for name, tensor in tensors.items():
+            self._add_checksum(name, tensor)
+            if name.endswith(TABLES):
+                self._tables[name] = tensor.clone()
+        return tensors
+
+    def _add_checksum(self, name: str, tensor: torch.Tensor) -> None:
+        if not name.endswith(f".{digest.NAME}") and name not in self._checksums:
+            self._checksums[name] = digest.checksum(name, tensor)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raises ValueError for missing tensors; diffusers would only warn, and leave the layer empty."""
@@ -72,11 +96,11 @@ class DilateQuantizer(DiffusersQuantizer):
     ) -> bool:
         """True if a tensor is a packed weight or a table, which must not be cast.
 
-        Loading calls this once for every tensor at least, with the tensors as they are stored: they are checksummed.
+        Tensors are checksummed here, too: older versions of diffusers do not call ``maybe_update_state_dict``.
         """
         module_name, _, tensor_name = param_name.rpartition(".")
-        if tensor_name != digest.NAME and param_name not in self._checksums and param_name in state_dict:
-            self._checksums[param_name] = digest.checksum(param_name, state_dict[param_name])
+        if param_name in state_dict:
+            self._add_checksum(param_name, state_dict[param_name])
         module = model.get_submodule(module_name)
         return isinstance(module, QuantizedLayer) and tensor_name != "bias"
 
@@ -124,15 +148,26 @@ class DilateQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The tensors to save, with their digest."""
-        return digest.with_digest(state_dict, self.quantization_config), {}
+        """The tensors to save, with their digest; those of adapters are left out.
+
+        Raises:
+            ValueError: if the model has an IP-Adapter, which changes its config.
+        """
+        if any(".processor." in name for name in state_dict):
+            raise ValueError(
+                "The UNet has an IP-Adapter, which a checkpoint of the UNet cannot store: call unload_ip_adapter(), "
+                "save, and load it again"
+            )
+        return digest.with_digest(without_adapters(state_dict), self.quantization_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for layer in quantized_layers(model).values():
-            if not layer.weight.is_meta:  # else the weight is offloaded to disk
-                layer.check_tensors()
+        for name, layer in quantized_layers(model).items():
+            for table, tensor in layer._buffers.items():
+                if tensor is not None and tensor.is_meta:  # the device map says disk, where accelerate reads no buffers
+                    layer._buffers[table] = self._tables.get(f"{name}.{table}", tensor)
+            layer.check_tensors()
         digest.verify(model, self._checksums, self.quantization_config)
-        self._checksums = {}
+        self._checksums, self._tables = {}, {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.
         model.is_quantized = False
@@ -145,13 +180,44 @@ class DilateQuantizer(DiffusersQuantizer):
         return dequantize(model)
 
 
+def present_names(names: Iterable[str]) -> list[str]:
+    """The names of a checkpoint's tensors, with those of an older version replaced: ``weight`` of quantized layers."""
+    names = list(names)
+    packed = {f"{name.removesuffix('_scale')}" for name in names if name.endswith(".weight_scale")}
+    return [f"{name.removesuffix('weight')}packed_weight" if name in packed else name for name in names]
+
+
+def without_adapters(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model without its adapters, which PEFT puts around layers as ``base_layer``."""
+    base = ".base_layer."
+    wrapped = {name.partition(base)[0] for name in tensors if base in name}
+    inside = tuple(f"{name}." for name in wrapped)
+    kept = (name for name in tensors if base in name or not name.startswith(inside))
+    return {name.replace(base, "."): tensors[name] for name in kept}
+
+
 def attach_quantizer(unet: Any, config: DilateQuantConfig) -> None:
     """Enables ``save_pretrained`` and ``unet.dequantize()`` for a UNet that was quantized in memory."""
     unet.hf_quantizer = DilateQuantizer(config, pre_quantized=True)
     unet.register_to_config(quantization_config=config)
 
 
+def _with_stock_unet(method: Any) -> Any:
+    """A class method that makes a model from a UNet's layers, for a quantized UNet as well: it gets a stock copy."""
+    function = method.__func__
+
+    @functools.wraps(function)
+    def from_any_unet(cls: Any, unet: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_quantized(unet):
+            unet = copy.deepcopy(unet).dequantize()
+        return function(cls, unet, *args, **kwargs)
+
+    return classmethod(from_any_unet)
+
+
 def register() -> None:
     """Registers the quantization method with diffusers."""
+    for model_class, method in ((ControlNetModel, "from_unet"), (UNetMotionModel, "from_unet2d")):
+        setattr(model_class, method, _with_stock_unet(getattr(model_class, method)))
     AUTO_QUANTIZER_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,10 +13,21 @@ from torch import nn
 from dq_kernels import ops
 from dq_kernels.ops import PackedWeight
 from dq_runtime.adapters import active_adapters, add_adapters, run_as_made, unwrapped
-from dq_runtime.layers import QuantizedLayer, QuantLinear, wants_gradient
+from dq_runtime.call_state import CallState
+from dq_runtime.gradients import wants_gradient
+from dq_runtime.layers import QuantizedLayer, QuantLinear
 
 QUANTIZER = ("weight_dilation", "act_scale", "act_zero_point")
-MERGED = ("weight", "weight_scale", "weight_sum", "bias")
+_MERGING = threading.Lock()  # held while linears are merged: threads may share a model
+MERGED = ("packed_weight", "weight_scale", "weight_sum", "bias")
+
+
+class _Results:
+    """The members' results for one input."""
+
+    def __init__(self) -> None:
+        self.read: torch.Tensor | None = None
+        self.of_members: Sequence[torch.Tensor | None] = ()
 
 
 class LinearGroup:
@@ -34,7 +46,7 @@ class LinearGroup:
             weights may not be loaded while another's are.
     """
 
-    weight: torch.Tensor
+    packed_weight: torch.Tensor
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
     bias: torch.Tensor | None
@@ -50,15 +62,20 @@ class LinearGroup:
         self.sizes = [layer.out_features for layer in self.layers]
         self.activation = activation
         self.around = around
-        self._read: torch.Tensor | None = None  # the input of ``_results``
-        self._results: list[torch.Tensor | None] = []
+        self._calls = CallState(_Results)
+        self._addresses: list[int] = []
         self._merge()
         for layer in self.layers:
             layer.after_move = self.follow
 
     def _merge(self) -> None:
+        with _MERGING:
+            if self._addresses != self._members_addresses():  # else another thread has merged
+                self._merge_now()
+
+    def _merge_now(self) -> None:
         # Inference tensors share memory with inference tensors only: those of a model made in inference mode.
-        with torch.inference_mode(self.layers[0].weight.is_inference()):
+        with torch.inference_mode(self.layers[0].packed_weight.is_inference()):
             for name in MERGED:
                 parts = [getattr(layer, name) for layer in self.layers]
                 present = [part for part in parts if part is not None]
@@ -78,7 +95,7 @@ class LinearGroup:
 
     def follow(self) -> None:
         """Merges again once the last member was moved or cast: compiled code does not compare addresses."""
-        devices = {layer.weight.device for layer in self.layers}
+        devices = {layer.packed_weight.device for layer in self.layers}
         dtypes = {layer.bias.dtype for layer in self.layers if layer.bias is not None}
         if len(devices) == 1 and len(dtypes) <= 1 and self._addresses != self._members_addresses():
             self._merge()
@@ -91,7 +108,7 @@ class LinearGroup:
         """int8 [B, ..., K] -> the members' results, concatenated: [B, ..., sum of N]."""
         if not torch.compiler.is_compiling() and self._addresses != self._members_addresses():
             self._merge()  # a member's tensors were replaced, or the model was copied
-        weight = PackedWeight(self.weight, self.weight_scale, self.weight_sum)
+        weight = PackedWeight(self.packed_weight, self.weight_scale, self.weight_sum)
         return ops.int4_linear(q, weight, self.layers[0].quantizer(q), self.bias, out_dtype=out_dtype)
 
     def result(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -102,10 +119,11 @@ class LinearGroup:
             x: the input, before the activation.
         """
         base = unwrapped(layer)
-        if self._read is not x:
-            self._results = self._all_results(base, self._activated(x))
-            self._read = x
-        for member, result in zip(self.layers, self._results, strict=False):
+        results = self._calls.now()
+        if results.read is not x:
+            results.of_members = self._all_results(base, self._activated(x))
+            results.read = x
+        for member, result in zip(self.layers, results.of_members, strict=False):
             if member is base and result is not None:
                 return result
         return layer(self._activated(x))
@@ -128,15 +146,27 @@ class LinearGroup:
         for module in self.around:
             if "forward" in module.__dict__:
                 return False
-        return {member._parameters["weight"].device for member in self.layers} == {device}
+        return {member._parameters["packed_weight"].device for member in self.layers} == {device}
 
     def count_new_weights(self, *_: Any) -> None:
         """Increments the version of the merged weight after a member was loaded in place: oneDNN's copy is outdated."""
-        self.weight.add_(0)
+        self.packed_weight.add_(0)
 
     def forget(self) -> None:
         """Clears the results, at the end of a forward pass."""
-        self._read, self._results = None, []
+        for results in self._calls.all_of_call():
+            results.read, results.of_members = None, ()
+
+
+class _Pass:
+    """The state of a forward pass."""
+
+    def __init__(self) -> None:
+        self.int8_readers: dict[nn.Module, QuantizedLayer] = {}
+        self.images_are_final = True
+        # By the image's id: the image, its version and its statistics. The reference is weak, so that the image is
+        # freed as early as in an unfused UNet.
+        self.statistics: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
 
 
 class ForwardState:
@@ -150,23 +180,24 @@ class ForwardState:
     def __init__(self, groups: dict[str, LinearGroup]) -> None:
         self.groups = groups
         self.hooks: list[Any] = []  # hooks of the UNet that call the methods below
-        self.int8_readers: dict[nn.Module, QuantizedLayer] = {}
-        self._images_are_final = True
-        # By the image's id: the image, its version and its statistics. The reference is weak, so that the image is
-        # freed as early as in an unfused UNet.
-        self._statistics: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+        self._calls = CallState(_Pass)
+
+    @property
+    def int8_readers(self) -> dict[nn.Module, QuantizedLayer]:
+        """The only reader of a block's result, by block."""
+        return self._calls.now().int8_readers
 
     def remember(self, image: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
         """Stores an image's statistics, if there are any, for the norms that read the image; returns the image."""
-        if statistics.numel() and self._images_are_final and not torch.compiler.is_compiling():
-            self._statistics[id(image)] = (weakref.ref(image), _version(image), statistics)
+        if statistics.numel() and self._calls.now().images_are_final and not torch.compiler.is_compiling():
+            self._calls.now().statistics[id(image)] = (weakref.ref(image), _version(image), statistics)
         return image
 
     def recall(self, image: torch.Tensor | None) -> torch.Tensor | None:
         """The statistics of an image; None if they are not stored, or the image was changed since."""
         if image is None or torch.compiler.is_compiling():
             return None
-        known, version, statistics = self._statistics.get(id(image), (lambda: None, 0, None))
+        known, version, statistics = self._calls.now().statistics.get(id(image), (lambda: None, 0, None))
         return statistics if known() is image and version == _version(image) else None
 
     def begin(self, unet: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -178,15 +209,16 @@ class ForwardState:
         self.forget()
         if torch.compiler.is_compiling():
             return  # no statistics are kept
-        self._images_are_final = kwargs.get("down_intrablock_additional_residuals") is None and (
+        self._calls.now().images_are_final = kwargs.get("down_intrablock_additional_residuals") is None and (
             not torch.is_inference_mode_enabled()
             or run_as_made(module for module in unet.modules() if module is not unet)
         )
 
     def forget(self, *_: Any) -> None:
         """Clears all state, at the end of a forward pass."""
-        self._statistics.clear()
-        self.int8_readers.clear()
+        for state in self._calls.all_of_call():
+            state.statistics.clear()
+            state.int8_readers.clear()
         for group in self.groups.values():
             group.forget()
 
@@ -205,7 +237,7 @@ def same_quantizer(layers: Iterable[Any]) -> bool:
         and type(first) is QuantLinear
         and layer.in_features == first.in_features
         and layer.activation_bits == first.activation_bits
-        and layer.weight.device == first.weight.device
+        and layer.packed_weight.device == first.packed_weight.device
         and all(_equal(getattr(layer, name), getattr(first, name)) for name in QUANTIZER)
         for layer in members
     )

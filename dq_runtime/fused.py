@@ -20,7 +20,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from dq_runtime.architectures.supported import architecture_of
+from dq_runtime.architectures.supported import architecture_of, without_compilation
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
 from dq_runtime.fused_blocks import (
     FusedBasicTransformerBlock,
@@ -69,6 +69,7 @@ def fuse(model: Any) -> dict[str, str]:
     Raises:
         ValueError: if the model is not quantized, or is already fused.
     """
+    model = without_compilation(model)
     if not is_quantized(model):
         raise ValueError("The model is not quantized: calibrate it, or load a quantized one, before fuse()")
     if is_fused(model):

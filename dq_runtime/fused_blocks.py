@@ -38,7 +38,8 @@ from dq_runtime.adapters import (
 )
 from dq_runtime.attention import Int8AttnProcessor, float_attention, has_few_keys, in_int8
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
-from dq_runtime.layers import QuantConv2d, QuantLinear, wants_gradient
+from dq_runtime.gradients import wants_gradient
+from dq_runtime.layers import QuantConv2d, QuantLinear
 
 
 def layer_norm(norm: Any) -> nn.LayerNorm:
@@ -374,8 +375,12 @@ class FusedTimesteps(Timesteps):
     def waves_on(self, device: torch.device) -> torch.Tensor:
         """The waves of ``diffusers.models.embeddings.get_timestep_embedding``."""
         half = self.num_channels // 2
-        exponent = -math.log(10000) / (half - self.downscale_freq_shift) * torch.arange(half, device=device)
-        sine = torch.zeros(half, device=device)
+        exponent = (
+            -math.log(10000)
+            / (half - self.downscale_freq_shift)
+            * torch.arange(half, dtype=torch.float32, device=device)
+        )
+        sine = torch.zeros(half, dtype=torch.float32, device=device)
         phases = [sine + math.pi / 2, sine] if self.flip_sin_to_cos else [sine, sine + math.pi / 2]
         return torch.stack([self.scale * exponent.exp().repeat(2), torch.cat(phases)])
 

@@ -7,37 +7,21 @@ Its forward quantizes the input with the current timestep's scale, multiplies in
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.grad import conv2d_input
 
 from dq_kernels import ops
 from dq_kernels.ops import Norm, PackedWeight, Quantizer
+from dq_runtime.gradients import pass_gradient, wants_gradient
+from dq_runtime.stock_weight import StockWeight
 from dq_runtime.tables import TableModule
 from dq_runtime.timesteps import TimestepGrid
-
-
-class _NoGradient(torch.autograd.Function):
-    """Returns y; a gradient from y to x raises, since rounding has none and zero would be silently wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-        ctx.name = name
-        ctx.mark_dirty(y)  # not a view of y: those may not be changed in place
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.name}: no gradient passes through a quantized layer. Call unet.dequantize() to train, or to guide "
-            "sampling by gradients"
-        )
-
-
-def wants_gradient(x: torch.Tensor) -> bool:
-    """True if autograd may need a gradient through x."""
-    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class QuantizedLayer(TableModule):
@@ -46,14 +30,16 @@ class QuantizedLayer(TableModule):
     ``quantize`` and ``*_norm_quantize`` compute the int8 input of ``multiply`` and ``convolve``.
 
     Tensors (N output channels, K input channels, T timesteps):
-        weight: uint8, packed: [N, K'/2] or [N, KH, KW, K'/2], K' = K padded to even.
+        packed_weight: uint8: [N, K'/2] or [N, KH, KW, K'/2], K' = K padded to even.
         weight_scale, weight_sum: [N] fp32; [N] int32, the sum of a channel's 4-bit values (also a checksum).
         weight_dilation: [K] fp32.
         act_scale, act_zero_point: [T] fp32, [T] int32.
         bias: [N] in the compute dtype, or None.
+
+    ``weight`` is the rounded weight as users of the stock layer expect it (see ``StockWeight``).
     """
 
-    weight: torch.Tensor
+    packed_weight: torch.Tensor
     bias: Any
     weight_scale: torch.Tensor
     weight_sum: torch.Tensor
@@ -63,7 +49,9 @@ class QuantizedLayer(TableModule):
     timestep_grid: TimestepGrid
     name: str
     activation_bits: int
+    compute_dtype: torch.dtype  # that of ``weight``; of bias, too, if there is one
     stock: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
+    fixed: ClassVar[frozenset[str]]  # attributes that cannot be set
     stride: tuple[int, int]
     dilation: tuple[int, int]
     _weight_view: torch.Tensor | None = None
@@ -81,14 +69,20 @@ class QuantizedLayer(TableModule):
     ) -> QuantizedLayer:
         """An empty quantized layer with the shape of a stock layer (groups = 1)."""
         quantized = cls.__new__(cls)
-        cls.stock.__init__(quantized, **constructor_arguments(layer), device="meta", dtype=layer.weight.dtype)
+        stock = cls.stock(**constructor_arguments(layer), device="meta", dtype=layer.weight.dtype)
+        quantized.__dict__.update(stock.__dict__)
+        del quantized._parameters["weight"]
+        if "_conv_forward" in layer.__dict__:
+            own: Any = layer._conv_forward
+            quantized._conv_forward = MethodType(own.__func__, quantized) if isinstance(own, MethodType) else own
+        quantized.compute_dtype = layer.weight.dtype
         out_channels, in_channels, *taps = layer.weight.shape
         quantized.name = name
         quantized.activation_bits = activation_bits
         # All layers share the UNet's grid; as a submodule it would be saved once per layer.
         object.__setattr__(quantized, "timestep_grid", timestep_grid)
         packed = torch.empty(out_channels, *taps, (in_channels + 1) // 2, dtype=torch.uint8, device="meta")
-        quantized.weight = nn.Parameter(packed, requires_grad=False)
+        quantized.packed_weight = nn.Parameter(packed, requires_grad=False)
         if quantized.bias is not None:
             quantized.bias.requires_grad_(False)
         for table, size, dtype in (
@@ -177,12 +171,12 @@ class QuantizedLayer(TableModule):
         next_quantizer = None if following is None else following.quantizer(q)
         bias = self._parameters["bias"]
         return ops.int4_linear(
-            q, self.packed_weight(2), self.quantizer(q), bias, residual, out_dtype, next_quantizer
+            q, self.weight_record(2), self.quantizer(q), bias, residual, out_dtype, next_quantizer
         )  # fmt: skip
 
     def geglu_quantize(self, q: torch.Tensor, following: QuantizedLayer) -> torch.Tensor:
         """The int8 input [B, ..., N / 2] of the following layer: the product, GEGLU, then quantization."""
-        weight = self.packed_weight(2)
+        weight = self.weight_record(2)
         return ops.int4_geglu_quantize(q, weight, self.quantizer(q), following.quantizer(q), self._parameters["bias"])
 
     def convolve(
@@ -201,14 +195,14 @@ class QuantizedLayer(TableModule):
         stride, dilation = (self.stride, self.dilation) if isinstance(self, nn.Conv2d) else ((1, 1), (1, 1))
         bias = self._parameters["bias"]
         return ops.int4_conv2d(
-            q, self.packed_weight(4), self.quantizer(q), bias, channel_add, residual, stride, dilation, upsample,
+            q, self.weight_record(4), self.quantizer(q), bias, channel_add, residual, stride, dilation, upsample,
             out_dtype, with_statistics,
         )  # fmt: skip
 
-    def packed_weight(self, ndim: int) -> PackedWeight:
+    def weight_record(self, ndim: int) -> PackedWeight:
         """The weight as a matrix [N, K'/2] or, for 4 dimensions, as taps [N, KH, KW, K'/2]."""
         tables: Any = self._buffers
-        values: Any = self._parameters["weight"]
+        values: Any = self._parameters["packed_weight"]
         if values.ndim != ndim:
             values = self._with_other_rank(values)
         return PackedWeight(values, tables["weight_scale"], tables["weight_sum"])
@@ -255,57 +249,171 @@ class QuantizedLayer(TableModule):
         return duplicate
 
     def check_tensors(self) -> None:
-        """Raises ValueError, naming the layer, if a tensor holds values that calibration cannot produce."""
+        """Raises ValueError, naming the layer, if a tensor holds values that calibration cannot produce.
+
+        A weight on the meta device, which is offloaded to disk, is not checked.
+        """
         remedy = "The checkpoint is corrupt: download or save it again"
         for name, table in self.named_buffers(recurse=False):
             if table.is_floating_point() and not bool((table.isfinite() & (table > 0)).all()):
                 raise ValueError(f"{self.name}.{name} must be finite and positive. {remedy}")
-        if self.bias is not None and not bool(self.bias.isfinite().all()):
+        if self.bias is not None and not self.bias.is_meta and not bool(self.bias.isfinite().all()):
             raise ValueError(f"{self.name}.bias must be finite in {self.bias.dtype}. {remedy}")
         limit = 2 ** (self.activation_bits - 1)
         if not bool(((self.act_zero_point >= -limit) & (self.act_zero_point < limit)).all()):
             raise ValueError(f"{self.name}.act_zero_point must lie in [{-limit}, {limit - 1}]. {remedy}")
-        if not torch.equal(ops.unpack_int4(self.weight).flatten(1).sum(1, dtype=torch.int32), self.weight_sum):
-            raise ValueError(f"{self.name}.weight does not add up to {self.name}.weight_sum. {remedy}")
+        if not self.packed_weight.is_meta and not torch.equal(
+            ops.unpack_int4(self.packed_weight).flatten(1).sum(1, dtype=torch.int32), self.weight_sum
+        ):
+            raise ValueError(f"{self.name}.packed_weight does not add up to {self.name}.weight_sum. {remedy}")
 
     def dequantized_weight(self) -> torch.Tensor:
         """The rounded weights without their dilation: [N, K] or [N, KH, KW, K] fp32."""
-        per_output = self.weight_scale.view(-1, *[1] * (self.weight.ndim - 1))
-        weight = ops.unpack_int4(self.weight)[..., : self.weight_dilation.numel()]
+        per_output = self.weight_scale.view(-1, *[1] * (self.packed_weight.ndim - 1))
+        weight = ops.unpack_int4(self.packed_weight)[..., : self.weight_dilation.numel()]
         return weight * per_output / self.weight_dilation
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rounded weight in the stock layer's shape and the compute dtype; read only."""
+        return self.stock_weight_values() if torch.compiler.is_compiling() else StockWeight(self)
 
-class QuantLinear(QuantizedLayer, nn.Linear):
+    @property
+    def stock_shape(self) -> tuple[int, ...]:
+        """The shape of the stock layer's weight."""
+        out_channels, *taps, _ = self.packed_weight.shape
+        return (out_channels, self.weight_dilation.numel(), *taps)
+
+    @torch.no_grad()
+    def stock_weight_values(self) -> torch.Tensor:
+        """The values of ``weight``, as an ordinary tensor."""
+        return self.dequantized_weight().movedim(-1, 1).to(self.compute_dtype).contiguous()
+
+    def unclamped(self, q: torch.Tensor) -> torch.Tensor:
+        """True where an int8 input [B, ..., K'] is inside its range: [B, ..., K] bool."""
+        limit = 2 ** (self.activation_bits - 1)
+        q = q[..., : self.weight_dilation.numel()]
+        return (q > -limit) & (q < limit - 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.fixed:
+            raise ValueError(
+                f"{self.__dict__.get('name', type(self).__name__)}.{name} cannot be changed: the weight is packed in "
+                "INT4 for it. Change the floating-point model before calibration, or call dequantize() first"
+            )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        old = state_dict.get(f"{prefix}weight")  # the name of ``packed_weight`` in older versions
+        if old is not None and old.dtype == torch.uint8:
+            state_dict[f"{prefix}packed_weight"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.packed_weight.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
     """``y = x W^T + b`` with packed INT4 weights; takes and returns [B, ..., channels] in the compute dtype."""
 
     stock = nn.Linear
+    fixed = frozenset({"weight", "in_features", "out_features"})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.multiply(self.quantize(x), x.dtype)
-        return _NoGradient.apply(y, x, self.name) if wants_gradient(x) else y
+        q = self.quantize(x)
+        y = self.multiply(q, x.dtype)
+        return pass_gradient(y, x, q, self) if wants_gradient(x) else y
+
+    def input_gradient(
+        self, gradient: torch.Tensor, q: torch.Tensor, shape: torch.Size, padding: tuple[int, int]
+    ) -> torch.Tensor:
+        """The gradient [B, ..., K] of the input for that of the output [B, ..., N] (see ``gradients``)."""
+        return (gradient @ self.stock_weight_values().to(gradient.dtype)) * self.unclamped(q)
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW]."""
+class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
+    """A 2-D convolution with packed INT4 weights; takes [B, K, H, W], returns channels_last [B, N, OH, OW].
+
+    Changes of ``padding``, ``padding_mode``, ``stride``, ``dilation`` and ``_conv_forward`` are heeded.
+    """
 
     stock = nn.Conv2d
+    fixed = frozenset(
+        {"weight", "in_channels", "out_channels", "kernel_size", "groups", "transposed", "output_padding"}
+    )
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("stride", "padding", "dilation"):
+            value = self._pair(name, value)
+        super().__setattr__(name, value)
+
+    def _pair(self, name: str, value: Any) -> tuple[int, int]:
+        """A setting for height and width, as ``nn.Conv2d`` takes it.
+
+        Raises:
+            ValueError: if it is another value, or needs more padding on one side than on the other.
+        """
+        if value == "valid":
+            return (0, 0)
+        if value == "same":
+            sizes = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            if not any(size % 2 for size in sizes):
+                return (sizes[0] // 2, sizes[1] // 2)
+        pair = (value, value) if isinstance(value, int) else value
+        least = 0 if name == "padding" else 1
+        if (
+            not isinstance(pair, (tuple, list))
+            or len(pair) != 2
+            or not all(isinstance(size, int) and size >= least for size in pair)
+        ):
+            raise ValueError(f"{self.name}.{name} must be one or two numbers of at least {least}, got {value!r}")
+        return (pair[0], pair[1])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q = self.quantize(x.permute(0, 2, 3, 1), self.padding)
+        """As ``nn.Conv2d.forward``."""
+        padding = self.padding
+        if not pads_with_zeros(self):
+            if replaces_conv_forward(self):
+                return self._conv_forward(x, self.stock_weight_values(), self.bias)
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
+        q = self.quantize(x.permute(0, 2, 3, 1), padding)
         y = self.convolve(q, x.dtype, with_statistics=False)[0]
         if wants_gradient(x):
-            y = _NoGradient.apply(y, x, self.name)
+            y = pass_gradient(y, x, q, self, padding)
         return y.permute(0, 3, 1, 2)
+
+    def input_gradient(
+        self, gradient: torch.Tensor, q: torch.Tensor, shape: torch.Size, padding: tuple[int, int]
+    ) -> torch.Tensor:
+        """The gradient [B, K, H, W] of the input for that of the output [B, OH, OW, N] (see ``gradients``)."""
+        weight, gradient = self.stock_weight_values().to(gradient.dtype), gradient.permute(0, 3, 1, 2)
+        (top, left), (height, width) = padding, shape[2:]
+        inside = self.unclamped(q[:, top : top + height, left : left + width]).permute(0, 3, 1, 2)
+        return conv2d_input(shape, weight, gradient, self.stride, padding, self.dilation) * inside
+
+
+STOCK_CONV_FORWARD = nn.Conv2d._conv_forward
+
+
+def replaces_conv_forward(conv: nn.Conv2d) -> bool:
+    """True if a user set ``_conv_forward``, of this convolution or of all."""
+    return "_conv_forward" in conv.__dict__ or nn.Conv2d._conv_forward is not STOCK_CONV_FORWARD
+
+
+def pads_with_zeros(conv: nn.Conv2d) -> bool:
+    """True if a convolution pads with zeros, as the kernels do; seamless tiling changes that."""
+    return conv.padding_mode == "zeros" and not replaces_conv_forward(conv)
 
 
 def constructor_arguments(layer: nn.Module) -> dict[str, Any]:
     """The arguments of ``nn.Linear`` or ``nn.Conv2d`` for a layer of the same shape."""
     names = ["in_features", "out_features"]
     if isinstance(layer, nn.Conv2d):
-        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode"]
     return {**{name: getattr(layer, name) for name in names}, "bias": layer.bias is not None}
 
 

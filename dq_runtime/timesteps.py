@@ -7,8 +7,9 @@ without timesteps has one row.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from torch import nn
 
 from dq_runtime.architectures.supported import architecture_of
+from dq_runtime.call_state import CallState
 
 NO_TIMESTEP = 0.0  # the grid's only point for a model without timesteps
+NO_INDEX = torch.empty(0, dtype=torch.int32)  # outside of a forward pass
 
 
 def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
@@ -32,6 +35,14 @@ def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
     return [middles[i] for i in sorted(set(TimestepGrid(middles).rows_of(timesteps)))]
 
 
+class _Rows:
+    """The rows of the tables in a forward pass."""
+
+    def __init__(self) -> None:
+        self.index = NO_INDEX
+        self.uniform = False
+
+
 class TimestepGrid(nn.Module):
     """The sorted timesteps that a model was calibrated on, and the row index that its layers read.
 
@@ -42,8 +53,7 @@ class TimestepGrid(nn.Module):
     # Neither is a buffer: offloaders load buffers after the pre-hook that reads these, and torch.compile recompiles if
     # a buffer is replaced.
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
-    index: torch.Tensor  # [B] int32, of the current forward pass; empty outside of one
-    uniform: bool  # True if the call had one timestep for all samples
+    calls: CallState[_Rows]
     hooks: list[Any]  # hooks of the model that call the methods below
     # Names of the parameters of the model's forward: all in order, the sample's and the timestep's.
     parameter_names: tuple[str, ...] = ("sample", "timestep")
@@ -57,9 +67,27 @@ class TimestepGrid(nn.Module):
         values = torch.tensor(timesteps, dtype=torch.float32, device="cpu")  # even under a default device of meta
         self.num_timesteps = len(timesteps)
         self.boundaries = (values[1:] + values[:-1]) / 2
-        self._no_index = self.index = torch.empty(0, dtype=torch.int32)
-        self.uniform = False
+        self.calls = CallState(_Rows)
         self.hooks = []
+
+    @property
+    def index(self) -> torch.Tensor:
+        """The row for each sample of the forward pass that runs in this thread, [B] int32; empty outside of one."""
+        return self._rows().index
+
+    @index.setter
+    def index(self, rows: torch.Tensor) -> None:
+        self.calls.now().index = rows
+
+    @property
+    def uniform(self) -> bool:
+        """True if the call has one timestep for all samples."""
+        return self._rows().uniform
+
+    def _rows(self) -> _Rows:
+        """Those of this thread; those of compiled code, if it was called with the timestep and calls back."""
+        rows = self.calls.now()
+        return rows if rows.index.numel() else self.calls.of_compiled_code
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -97,7 +125,7 @@ class TimestepGrid(nn.Module):
 
     def rows_of(self, timesteps: Sequence[float]) -> list[int]:
         """The index of the grid point nearest to each timestep."""
-        values = torch.tensor(timesteps)
+        values = torch.tensor(timesteps, dtype=torch.float32)
         return self.nearest(values, len(timesteps), values.device).tolist()
 
     def follow(self, model: nn.Module) -> Any:
@@ -125,9 +153,50 @@ class TimestepGrid(nn.Module):
         timestep = NO_TIMESTEP if self.timestep is None else arguments[self.timestep]
         if self.boundaries.device != sample.device and not sample.is_meta:
             self.boundaries = self.boundaries.to(sample.device)  # weights were loaded there without a move
-        self.index = self.nearest(timestep, sample.shape[0], sample.device)
-        self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+        index = self.nearest(timestep, sample.shape[0], sample.device)
+        uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+        for rows in self.calls.all_of_call():
+            rows.index, rows.uniform = index, uniform
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._keep_timesteps_of_checkpoints(module)
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward hook: clears ``index``, or a bare ``forward(...)``, which runs no hooks, would use an old one."""
-        self.index = self._no_index  # not a new tensor: torch.compile would compile this hook as a graph of its own
+        # Not a new tensor: torch.compile would compile this hook as a graph of its own.
+        for rows in self.calls.all_of_call():
+            rows.index = NO_INDEX
+
+    def _keep_timesteps_of_checkpoints(self, model: nn.Module) -> None:
+        """Makes gradient checkpointing run its blocks again, in the backward pass, with the timesteps of this call."""
+        for module in model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _Checkpointing):
+                module.__dict__["_gradient_checkpointing_func"] = _Checkpointing(function, self)
+
+    @contextlib.contextmanager
+    def at(self, index: torch.Tensor, uniform: bool) -> Iterator[None]:
+        """Runs layers with the given rows."""
+        rows = self.calls.now()
+        before = rows.index, rows.uniform
+        rows.index, rows.uniform = index, uniform
+        try:
+            yield
+        finally:
+            rows.index, rows.uniform = before
+
+
+class _Checkpointing:
+    """A function for gradient checkpointing whose recomputation has the timesteps of the first computation."""
+
+    def __init__(self, function: Callable[..., Any], grid: TimestepGrid) -> None:
+        self._function = function
+        self._grid = grid
+
+    def __call__(self, block: Callable[..., Any], *args: Any) -> Any:
+        index, uniform = self._grid.index, self._grid.uniform
+
+        def run(*args: Any) -> Any:
+            with self._grid.at(index, uniform):
+                return block(*args)
+
+        return self._function(run, *args)

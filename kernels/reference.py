@@ -125,7 +125,7 @@ def int4_conv2d(
         if addend is not None:
             y = y + addend.double()
     y = y.to(out_dtype)
-    return y, channel_statistics(y) if with_statistics else torch.empty(0, 0, 2, y.shape[-1])
+    return y, channel_statistics(y) if with_statistics else torch.empty(0, 0, 2, y.shape[-1], dtype=torch.float32)
 
 
 def channel_statistics(x: Tensor, run: int = 64) -> Tensor:

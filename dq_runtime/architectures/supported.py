@@ -16,6 +16,11 @@ def is_supported(model: object) -> bool:
     return isinstance(model, nn.Module) and any(is_a(model, known.model_class) for known in ARCHITECTURES)
 
 
+def without_compilation(model: nn.Module) -> nn.Module:
+    """The model inside of ``torch.compile(model)``; any other model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def architecture_of(model: nn.Module) -> Architecture:
     """The description of a model's class.
 

@@ -72,12 +72,12 @@ class MixedBatches:
 
     def importance(self, i: int) -> torch.Tensor:
         """The importance of each sample's timestep in batch ``i``, [B] fp32."""
-        return torch.tensor([self._importance[row.timestep] for row in self._batches[i]])
+        return torch.tensor([self._importance[row.timestep] for row in self._batches[i]], dtype=torch.float32)
 
     def share(self, i: int) -> torch.Tensor:
         """The share of each sample's timestep among all training, or all validation, samples, [B] fp32."""
         shares = self._training_share if i in self.training else self._validation_share
-        return torch.tensor([shares[row.timestep] for row in self._batches[i]])
+        return torch.tensor([shares[row.timestep] for row in self._batches[i]], dtype=torch.float32)
 
     def _counts(self, samples: int) -> dict[float, int]:
         """The number of samples to draw of each timestep."""
@@ -176,7 +176,7 @@ def _shape(row: Row) -> str:
 
 def _joined(rows: Sequence[Row]) -> RecordedCall:
     sample = torch.stack([row.call.sample[row.number] for row in rows])
-    timestep = torch.tensor([row.timestep for row in rows])
+    timestep = torch.tensor([row.timestep for row in rows], dtype=torch.float32)
     columns = zip(*(_parts(row)[0] for row in rows), strict=True)
     arguments = [torch.stack(column) if isinstance(column[0], torch.Tensor) else column[0][0] for column in columns]
     return RecordedCall(sample, timestep, tree_unflatten(arguments, _parts(rows[0])[1]), rows[0].call.shared)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dq_runtime.architectures.supported import architecture_of
+from dq_runtime.architectures.supported import architecture_of, without_compilation
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation
 from dq_runtime.calibration.distillation import Distillation, distil
@@ -54,6 +54,7 @@ def calibrate(
         ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
             belongs to another calibration. After either error the model is unchanged.
     """
+    given, model = model, without_compilation(model)
     config, architecture = config or DilateQuantConfig(), architecture_of(model)
     architecture.signature(model)  # raises if the forward lacks the sample or the timestep
     if config.modules_to_not_convert == list(NOT_CONVERTED):
@@ -87,7 +88,7 @@ def calibrate(
         tensors = distil(model, layers, tensors, sharing, calibration_set, config, distillation)
     convert(model, config, tensors)
     attach_quantizer(model, config)
-    return model
+    return given
 
 
 def _quantize_layers(
@@ -137,7 +138,7 @@ def _quantize_group(
     elif config.dilation == "weight":
         dilation = shared_weight_dilation(weights, config.max_dilation)
     else:
-        dilation = torch.ones(weights[0].shape[1], device=weights[0].device)
+        dilation = torch.ones(weights[0].shape[1], dtype=torch.float32, device=weights[0].device)
     act_scale, act_zero_point = temporal_quantizer(by_group(seen, groups), dilation, bits)
 
     tensors = {}

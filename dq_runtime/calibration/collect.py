@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
-from dq_runtime.architectures.supported import architecture_of, is_supported
+from dq_runtime.architectures.supported import architecture_of, is_supported, without_compilation
 from dq_runtime.timesteps import NO_TIMESTEP
 
 PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # types that ``save`` can write
@@ -142,8 +142,11 @@ def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
     Raises:
         TypeError: if the model's class is not supported, or its forward lacks the sample or the timestep.
     """
-    architecture = architecture_of(model)
-    signature = architecture.signature(model)
+    inner = without_compilation(model)
+    architecture = architecture_of(inner)
+    signature = architecture.signature(inner)
+    # Code that is compiled already runs no new hooks, but those of the compiled module run around it.
+    entry = architecture.entry(inner) if architecture.entry_name else model
     calibration_set = CalibrationSet(scheduler=scheduler)
 
     def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -171,7 +174,7 @@ def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
             )
         )
 
-    handle = architecture.entry(model).register_forward_pre_hook(hook, with_kwargs=True)
+    handle = entry.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield calibration_set
     finally:
@@ -244,7 +247,7 @@ def collect_from_scheduler(
     Raises:
         TypeError: if the model's class is not supported, or the scheduler cannot use its prediction.
     """
-    architecture = architecture_of(model)
+    architecture = architecture_of(without_compilation(model))
     if not architecture.predicts:
         raise TypeError(
             f"{type(model).__name__} does not predict a sampler's next step: run its pipeline inside record(), or "

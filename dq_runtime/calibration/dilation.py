@@ -70,7 +70,7 @@ def joint_dilation(
     Returns:
         [K] fp32.
     """
-    factors = torch.tensor(importance or [1.0] * len(per_timestep), device=weights[0].device)
+    factors = torch.tensor(importance or [1.0] * len(per_timestep), dtype=torch.float32, device=weights[0].device)
     groups = groups or range(len(per_timestep))
     few = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
     some = [part[:few] for part in per_timestep]
@@ -120,7 +120,7 @@ def _output_errors(
         tables = temporal_quantizer(inputs, dilation, bits, scales)
         scale, zero_point = (table[group, None] for table in tables)
         quantized = rounded(x / dilation, scale, zero_point, bits)
-        error = torch.zeros((), device=x.device)
+        error = torch.zeros((), dtype=torch.float32, device=x.device)
         for weight, y in zip(weights, expected, strict=True):
             values, weight_scale = quantize_weight(_channels_last(weight) * dilation, scales)
             restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))

@@ -331,7 +331,7 @@ class _Trainer:
     def _error_of_timesteps(self, error: SampleLosses) -> torch.Tensor:
         """The present mean error of each timestep, [T]. Timesteps without samples get the mean of all."""
         # On the CPU, where the order of summation is fixed.
-        total, count = (torch.zeros(self.grid.num_timesteps) for _ in range(2))
+        total, count = (torch.zeros(self.grid.num_timesteps, dtype=torch.float32) for _ in range(2))
         for i in self.error_batches:
             errors, index = error(i).cpu(), self.indices[i].cpu()
             total.index_add_(0, index, errors)

@@ -44,7 +44,11 @@ class SecondMoments:
         taps = self.layer.values[0, 0].numel()
         at_once = max(1, PATCH_ELEMENTS // (x[0, part].numel() * taps))
         for images in x[:, part].split(at_once):
-            patches = F.unfold(images, conv.kernel_size, conv.dilation, conv.padding, conv.stride)  # type: ignore[arg-type]
+            padding: Any = conv.padding
+            if conv.padding_mode != "zeros":
+                images = F.pad(images, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+                padding = 0
+            patches = F.unfold(images, conv.kernel_size, conv.dilation, padding, conv.stride)
             yield patches.transpose(1, 2).flatten(0, 1)
 
     def rounded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +61,7 @@ class SecondMoments:
         """
         steps = self.layer.dilated_weight() / self.layer.weight_scale
         moved = steps.clone()
-        products, squares = (torch.zeros(len(steps), device=steps.device) for _ in range(2))
+        products, squares = (torch.zeros(len(steps), dtype=torch.float32, device=steps.device) for _ in range(2))
         for part, total in zip(self.parts, self.sums, strict=True):
             if isinstance(total, torch.Tensor):  # else no drawn sample reached the layer
                 exact = steps[:, part].flatten(1)

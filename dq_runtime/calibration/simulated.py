@@ -155,7 +155,7 @@ class SimulatedLayer(nn.Module):
         self.log_ratio: torch.Tensor | None = None
         self.bias_steps: torch.Tensor | None = None
         self.register_buffer("weight_scale", _per_output(tensors["weight_scale"], layer.weight))
-        values = unpack_int4(tensors["weight"])[..., : layer.weight.shape[1]].movedim(-1, 1).contiguous()
+        values = unpack_int4(tensors["packed_weight"])[..., : layer.weight.shape[1]].movedim(-1, 1).contiguous()
         self._fix(self.dilated_weight() / self.weight_scale, values)
         self.register_buffer("fixed_bias", None if layer.bias is None else layer.bias.detach().float())
 
@@ -249,7 +249,7 @@ class SimulatedLayer(nn.Module):
             weight = _RoundWeights.apply(self.steps, self.log_ratio.exp(), self.weight_scale)
         q = self.quantized_input(x)
         if isinstance(layer, nn.Conv2d):
-            y = F.conv2d(q, weight, self._bias(), layer.stride, layer.padding, layer.dilation)
+            y = layer._conv_forward(q, weight, self._bias())
         else:
             y = F.linear(q, weight, self._bias())
         return y.to(x.dtype)

@@ -149,7 +149,7 @@ def search_range(values: torch.Tensor, bits: int, candidates: int = CANDIDATES) 
     """
     low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
     lowest, highest = low, high
-    fractions = torch.linspace(1.0, 1.0 / candidates, candidates).tolist()
+    fractions = torch.linspace(1.0, 1.0 / candidates, candidates, dtype=torch.float32).tolist()
     for _ in range(ROUNDS):
         high = _best_end(values, bits, [(low, highest * fraction) for fraction in fractions])[1]
         low = _best_end(values, bits, [(lowest * fraction, high) for fraction in fractions])[0]

@@ -25,7 +25,7 @@ def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple
     largest = rows.abs().amax(1, keepdim=True)
     rows = torch.where(largest > 0, rows / largest, 0.0)  # in [-1, 1], so that no square underflows
     best_clip, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-    for clip in torch.linspace(1.0, SMALLEST_CLIP, candidates):
+    for clip in torch.linspace(1.0, SMALLEST_CLIP, candidates, dtype=torch.float32):
         scale = clip.to(rows) / INT4_MAX
         error = (round_to_int4(rows / scale) * scale - rows).square().sum(1, keepdim=True)
         best_clip = torch.where(error < best_error, clip.to(rows), best_clip)
@@ -51,7 +51,7 @@ def layer_tensors(
         bias: [N], or None.
     """
     tensors = {
-        "weight": pack_int4(values.contiguous()),
+        "packed_weight": pack_int4(values.contiguous()),
         "weight_scale": weight_scale.clone(),
         "weight_sum": values.flatten(1).sum(1, dtype=torch.int32),
         "weight_dilation": weight_dilation.clone(),

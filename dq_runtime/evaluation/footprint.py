@@ -12,7 +12,7 @@ from dq_kernels import ops
 from dq_runtime.layers import QuantizedLayer, quantized_layers
 
 FP16_BYTES = 2
-WEIGHT_TENSORS = ("weight", "weight_scale")
+WEIGHT_TENSORS = ("packed_weight", "weight_scale")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def footprint(unet: nn.Module) -> Footprint:
     layers = quantized_layers(unet).values()
     weights = sum(_bytes(getattr(layer, name)) for layer in layers for name in WEIGHT_TENSORS)
     buffers = sum(_bytes(buffer) for layer in layers for buffer in layer.buffers())
-    packed = sum(layer.weight.numel() for layer in layers)
+    packed = sum(layer.packed_weight.numel() for layer in layers)
     elements = sum(map(_elements, layers))
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     return Footprint(
@@ -60,7 +60,7 @@ def footprint(unet: nn.Module) -> Footprint:
         weights=weights,
         weights_fp16=FP16_BYTES * elements,
         tables=buffers - sum(_bytes(layer.weight_scale) for layer in layers),
-        cpu_prepacked=ops.prepacked_bytes([layer.weight for layer in layers]),
+        cpu_prepacked=ops.prepacked_bytes([layer.packed_weight for layer in layers]),
     )
 
 

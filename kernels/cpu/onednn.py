@@ -205,6 +205,6 @@ def int4_conv2d(
         )  # fmt: skip
         return y.permute(0, 2, 3, 1).contiguous()
 
-    statistics = torch.empty(statistics_shape(batch, size, out_channels, with_statistics))
+    statistics = torch.empty(statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32)
     wanted = statistics if with_statistics else None
     return _multiply(run, x, weight, quantizer, bias, channel_add, residual, out_dtype, wanted), statistics

@@ -137,7 +137,7 @@ def test_the_result_stays_close(subject, timestep, size):
 def test_activations_of_eight_bits_cost_little(subject, timestep, size):
     rounded = copy.deepcopy(subject.stock)
     for name, layer in quantized_layers(subject.quantized).items():
-        weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation)
+        weight = reference.dequantize_weight(layer.packed_weight, layer.weight_scale, layer.weight_dilation)
         rounded.get_submodule(name).weight.copy_(weight.movedim(-1, 1))
     expected = subject.call(rounded, timestep, size)
 
@@ -147,7 +147,7 @@ def test_activations_of_eight_bits_cost_little(subject, timestep, size):
 def test_weights_are_the_rounded_dilated_ones(subject):
     for name, layer in quantized_layers(subject.quantized).items():
         original = subject.stock.get_submodule(name)
-        restored = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation)
+        restored = reference.dequantize_weight(layer.packed_weight, layer.weight_scale, layer.weight_dilation)
         assert relative_rms(restored, original.weight.movedim(1, -1)) < 0.12, name
         if original.bias is None:
             assert layer.bias is None, name

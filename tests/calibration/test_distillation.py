@@ -69,7 +69,7 @@ def test_two_distillations_agree_bit_by_bit(plain):
 def test_the_seed_and_the_settings_reach_the_result(plain):
     settings = ({"samples": 12}, {"samples": 12, "seed": 1}, {"error_feedback": False})
     packed = [
-        torch.cat([layer.weight.flatten() for layer in quantized_layers(unet).values()])
+        torch.cat([layer.packed_weight.flatten() for layer in quantized_layers(unet).values()])
         for unet in (plain.distilled, *(plain.distil(**each) for each in settings))
     ]
     for i, first in enumerate(packed):
@@ -90,7 +90,7 @@ def test_what_is_not_quantized_is_not_touched(subject):
 def test_every_layer_learns(subject):
     rounded, scales_learned = quantized_layers(subject.rounded), 0
     for name, layer in quantized_layers(subject.distilled).items():
-        assert not torch.equal(layer.weight, rounded[name].weight), name
+        assert not torch.equal(layer.packed_weight, rounded[name].packed_weight), name
         assert torch.equal(layer.weight_dilation, rounded[name].weight_dilation), name
         scales_learned += not torch.equal(layer.act_scale, rounded[name].act_scale)
     assert scales_learned

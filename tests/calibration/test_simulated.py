@@ -150,7 +150,7 @@ def test_what_was_learned_is_what_is_packed(kind, bits):
     stand_in.freeze()
     assert_close(stand_in(x), trained, "frozen")
     assert_close(packed(stand_in, stand_in.tensors(), bits)(x), trained, "packed")
-    assert not torch.equal(stand_in.tensors()["weight"], tensors["weight"])
+    assert not torch.equal(stand_in.tensors()["packed_weight"], tensors["packed_weight"])
     assert not any(parameter.requires_grad for parameter in stand_in.input_quantizer.parameters())
 
 
@@ -191,7 +191,7 @@ def test_it_starts_from_the_values_that_were_packed():
 
         stand_in = SimulatedLayer(layer, tensors, InputQuantizer(tensors, 8, grid()))
         assert torch.equal(stand_in.values, values)
-        assert torch.equal(stand_in.tensors()["weight"], tensors["weight"])
+        assert torch.equal(stand_in.tensors()["packed_weight"], tensors["packed_weight"])
 
 
 def rounded(v):

@@ -516,8 +516,8 @@ RUNTIME = [
     ),
     Mutant(
         "timesteps_of_the_last_call", TIMESTEPS,
-        "self.index = self._no_index",
-        "self.index = self.index.clone()",
+        "rows.index = NO_INDEX",
+        "rows.index = rows.index.clone()",
         TEST_LAYERS, "test_a_forward_past_the_hooks_does_not_use_the_timestep_of_the_last_call",
     ),
     Mutant(
@@ -596,14 +596,14 @@ RUNTIME = [
     ),
     Mutant(
         "group_keeps_its_old_weights", FORWARD_STATE,
-        "self.weight.add_(0)",
-        "self.weight.abs()",
+        "self.packed_weight.add_(0)",
+        "self.packed_weight.abs()",
         TEST_FUSED_STATE, "test_weights_loaded_into_a_fused_unet_are_used or test_weights_loaded_into_a_part",
     ),
     Mutant(
         "group_keeps_its_results", FORWARD_STATE,
-        "self._read, self._results = None, []",
-        "self._read, self._results = self._read, self._results",
+        "results.read, results.of_members = None, ()",
+        "results.read = results.read",
         TEST_FUSED_STATE, "test_prompt_changed_in_place_is_read_anew",
     ),
     Mutant(

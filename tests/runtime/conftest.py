@@ -130,7 +130,7 @@ def new_layer():
         shape = stock.weight.movedim(1, -1).shape
         values = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
         state = {
-            "weight": pack_int4(values),
+            "packed_weight": pack_int4(values),
             "weight_scale": 0.01 + 0.02 * torch.rand(shape[0], generator=generator),
             "weight_sum": values.flatten(1).sum(1, dtype=torch.int32),
             "weight_dilation": 1 + 3 * torch.rand(shape[-1], generator=generator),
@@ -157,7 +157,7 @@ def fake_quantized():
             layer.weight_dilation, layer.act_scale, layer.act_zero_point, index, layer.activation_bits
         )
         x = reference.dequantize_activation(reference.quantize(x, quantizer), quantizer).double()
-        weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation).double()
+        weight = reference.dequantize_weight(layer.packed_weight, layer.weight_scale, layer.weight_dilation).double()
         bias = None if layer.bias is None else layer.bias.double()
         if not is_conv:
             return F.linear(x, weight, bias)

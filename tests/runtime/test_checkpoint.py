@@ -257,7 +257,7 @@ def test_tensor_of_another_shape_is_refused_by_name(damaged, name):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        (f"{CONV}.weight", torch.int8),
+        (f"{CONV}.packed_weight", torch.int8),
         (f"{CONV}.weight_scale", torch.float16),
         (f"{CONV}.weight_sum", torch.int64),
         (f"{LINEAR}.act_scale", torch.bfloat16),
@@ -289,10 +289,10 @@ def put(value):
 @pytest.mark.parametrize(
     ("tensor", "change"),
     [
-        ("weight", flip_bits(0x01)),
-        ("weight", flip_bits(0x80)),
-        ("weight", flip_bits(0xFF)),
-        ("weight", lambda tensor: tensor.zero_()),
+        ("packed_weight", flip_bits(0x01)),
+        ("packed_weight", flip_bits(0x80)),
+        ("packed_weight", flip_bits(0xFF)),
+        ("packed_weight", lambda tensor: tensor.zero_()),
         ("weight_sum", flip_bits(0x01)),
         ("weight_scale", put(-0.01)),
         ("weight_scale", put(0.0)),
@@ -322,7 +322,7 @@ def swap(a, b):
 
 def exchange_nibbles(tensors):
     """Two weights of one output channel change places, so that their sum stays."""
-    row = tensors[f"{LINEAR}.weight"][0]
+    row = tensors[f"{LINEAR}.packed_weight"][0]
     place = int((row & 0x0F != row >> 4).nonzero()[0])
     row[place] = row[place] >> 4 | (row[place] & 0x0F) << 4
 
@@ -334,7 +334,7 @@ def shift(name):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (exchange_nibbles, f"{LINEAR}.weight"),
+        (exchange_nibbles, f"{LINEAR}.packed_weight"),
         (swap("mid_block.resnets.0.conv1.act_scale", "mid_block.resnets.1.conv1.act_scale"), f"{CONV}.act_scale"),
         *(
             (shift(name), name)

@@ -97,7 +97,7 @@ def test_no_floating_point_copy_of_a_weight_is_hidden(subject):
 def test_weights_are_rounded_to_four_bits_of_the_original(subject, relative_rms):
     originals = stock_layers(subject.stock)
     for name, layer in quantized_layers(subject.quantized).items():
-        weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation)
+        weight = reference.dequantize_weight(layer.packed_weight, layer.weight_scale, layer.weight_dilation)
 
         # Uniform weights, as stock layers start with: 15 steps over their range cost 1 / 15 of their RMS. Channels in
         # another order would cost 1.4.
@@ -391,7 +391,7 @@ WAYS_BACK = pytest.mark.parametrize(
 def test_dequantized_unet_is_stock_with_the_rounded_weights(subject, dequantize, assert_same_tensors, relative_rms):
     expected = copy.deepcopy(subject.stock)
     for name, layer in quantized_layers(subject.quantized).items():
-        weight = reference.dequantize_weight(layer.weight, layer.weight_scale, layer.weight_dilation)
+        weight = reference.dequantize_weight(layer.packed_weight, layer.weight_scale, layer.weight_dilation)
         expected.get_submodule(name).weight.copy_(weight.movedim(-1, 1))
     unet = subject.copy()
 

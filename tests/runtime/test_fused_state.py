@@ -85,7 +85,7 @@ def test_weights_loaded_into_a_fused_unet_are_used(assign, has_run):
         if parameter.is_floating_point():
             parameter *= 1.1
     for layer in quantized_layers(other).values():
-        layer.weight.copy_(layer.weight.flip(0))
+        layer.packed_weight.copy_(layer.packed_weight.flip(0))
         layer.weight_sum.copy_(layer.weight_sum.flip(0))
         layer.weight_scale.copy_(2 * layer.weight_scale)
     if has_run:
@@ -110,8 +110,8 @@ def test_what_was_merged_goes_with_the_unet_at_once(move):
     layers = [layer for group in groups for layer in group.layers]
     assert len(layers) > 6
     for group in groups:
-        assert {group.weight.device} == {layer.weight.device for layer in group.layers}
-        assert group.weight.shape[0] == sum(layer.weight.shape[0] for layer in group.layers)
+        assert {group.packed_weight.device} == {layer.packed_weight.device for layer in group.layers}
+        assert group.packed_weight.shape[0] == sum(layer.packed_weight.shape[0] for layer in group.layers)
         for layer in group.layers:
             assert group.bias is None or group.bias.dtype == layer.bias.dtype == unet.dtype
     assert not any(reference() is not None for reference in old)
@@ -124,7 +124,7 @@ def test_weights_loaded_into_a_part_of_a_fused_unet_are_used(part):
     unet, other = fused(), quantized()
     call(unet)
     for layer in quantized_layers(other.get_submodule(part)).values() or [other.get_submodule(part)]:
-        layer.weight.copy_(layer.weight.flip(0))
+        layer.packed_weight.copy_(layer.packed_weight.flip(0))
         layer.weight_sum.copy_(layer.weight_sum.flip(0))
 
     unet.get_submodule(part).load_state_dict(other.get_submodule(part).state_dict())

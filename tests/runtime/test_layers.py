@@ -11,6 +11,8 @@ from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig
 from torch import nn
 
+from dq_kernels import reference
+from dq_kernels.ops import Quantizer
 from dq_runtime import QuantConv2d, QuantLinear
 from dq_runtime.layers import quantized_layers
 
@@ -154,9 +156,9 @@ def test_no_cast_touches_tables_and_packed_weights(subject, tables, assert_same_
     assert_same_tensors(tables(unet), tables(subject.quantized))
     layers = quantized_layers(subject.quantized)
     for name, layer in quantized_layers(unet).items():
-        assert layer.weight.dtype == torch.uint8, name
-        assert layer.weight.is_contiguous(), name
-        assert torch.equal(layer.weight, layers[name].weight), name
+        assert layer.packed_weight.dtype == torch.uint8, name
+        assert layer.packed_weight.is_contiguous(), name
+        assert torch.equal(layer.packed_weight, layers[name].packed_weight), name
 
 
 def test_casts_reach_what_is_not_quantized(subject):
@@ -231,7 +233,7 @@ def test_weights_loaded_in_place_are_used(unet2d, relative_rms):
     expected = unet2d.call(unet)
     state = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     for layer in quantized_layers(unet).values():
-        layer.weight.fill_(0)
+        layer.packed_weight.fill_(0)
     assert relative_rms(unet2d.call(unet), expected) > 0.1
 
     unet.load_state_dict(state)
@@ -249,7 +251,7 @@ def test_unet_runs_in_inference_mode(unet2d):
 def test_unet_made_in_inference_mode_runs(unet2d):
     with torch.inference_mode():
         unet = unet2d.copy()
-        assert next(iter(quantized_layers(unet).values())).weight.is_inference()
+        assert next(iter(quantized_layers(unet).values())).packed_weight.is_inference()
 
         assert torch.equal(unet2d.call(unet), unet2d.call(unet2d.quantized))
 
@@ -313,14 +315,41 @@ def test_layer_that_sees_another_batch_uses_the_one_timestep_of_all_samples(unet
         call(changed, torch.tensor([500, 500]))
 
 
-def test_a_gradient_through_a_layer_is_refused_by_its_name(subject):
-    """Otherwise it would silently be zero."""
-    sample = subject.sample.clone().requires_grad_()
+@pytest.mark.parametrize("stock", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, stride=2, padding=(1, 2), dilation=2)])
+def test_gradient_of_an_input_is_that_of_the_rounded_weights(new_layer, stock):
+    layer = new_layer(stock)
+    layer.timestep_grid.index = torch.zeros(2, dtype=torch.int32)
+    x = torch.randn(2, 6, 9, 9) if isinstance(stock, nn.Conv2d) else torch.randn(2, 4, 6)
     with torch.enable_grad():
-        result = subject.quantized(sample, 500, **subject.arguments).sample
-        assert torch.equal(result, subject.call(subject.quantized, 500))
-        with pytest.raises(RuntimeError, match=r"\w+\.\w+: no gradient .* unet.dequantize\(\)"):
-            result.sum().backward()
+        x.requires_grad_()
+        y = layer(x)
+        factors = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        (gradient,) = torch.autograd.grad((y * factors).sum(), x)
+        stock = copy.deepcopy(stock)
+        stock.weight = nn.Parameter(layer.weight + 0)
+        (expected,) = torch.autograd.grad((stock(x) * factors).sum(), x)
+
+    channels_last = x.detach().movedim(1, -1) if isinstance(stock, nn.Conv2d) else x.detach()
+    index = torch.zeros(2, dtype=torch.int32)
+    tables = layer.weight_dilation, layer.act_scale, layer.act_zero_point
+    q = reference.quantize(channels_last, Quantizer(*tables, index, layer.activation_bits))
+    inside = (q > -128) & (q < 127)
+    assert inside.any()
+    assert not inside.all()
+    torch.testing.assert_close(gradient, expected * (inside.movedim(-1, 1) if isinstance(stock, nn.Conv2d) else inside))
+    assert torch.equal(y.detach(), layer(x.detach()))
+
+
+def test_gradient_reaches_the_sample_of_a_unet(subject):
+    """As through the stock UNet, up to the rounding: for sampling that is guided by gradients."""
+    gradients = []
+    for unet in (subject.quantized, subject.stock):
+        sample = subject.sample.clone().requires_grad_()
+        with torch.enable_grad():
+            unet(sample, 0, **subject.arguments).sample.square().sum().backward()
+        gradients.append(sample.grad.flatten())
+
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9
 
 
 def test_a_quantized_unet_asks_for_no_gradient(subject):

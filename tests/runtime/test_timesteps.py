@@ -278,7 +278,9 @@ def test_a_fused_forward_that_failed_leaves_nothing_behind(unet2d):
     dq_runtime.fuse(unet)
     state = unet.mid_block.resnets[0].state
     seen = []
-    unet.mid_block.register_forward_pre_hook(lambda *_: seen.append((len(state._statistics), group._read)))
+    unet.mid_block.register_forward_pre_hook(
+        lambda *_: seen.append((len(state._calls.now().statistics), group._calls.now().read))
+    )
     (group,) = state.groups.values()
 
     failing_call(unet, unet2d.sample)
@@ -286,8 +288,8 @@ def test_a_fused_forward_that_failed_leaves_nothing_behind(unet2d):
     ((statistics, read),) = seen
     assert read is not None
     assert statistics >= 0
-    assert not state._statistics
-    assert group._read is None
+    assert not state._calls.now().statistics
+    assert group._calls.now().read is None
 
 
 @pytest.mark.cuda
