@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NOT_FINITE = -1  # in a timestep index: the sample has had a NaN or an infinity, which no integer holds
+
 
 class Quantizer(NamedTuple):
     """The quantizer of one activation: q = clamp(floor(x / dilation_k / scale_t + 0.5) + zero_point_t).
