@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dq_kernels.cpu import compiled
-from dq_kernels.records import Norm, Quantizer
+from dq_kernels.records import NOT_FINITE, Norm, Quantizer
 from dq_kernels.shapes import quantized_shape
 
 
@@ -16,6 +16,11 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tenso
     if (functions := compiled.library()) is not None:
         return compiled.quantize(functions, x, quantizer, padding)
     dilation, scale, zero_point, timestep_index, bits = quantizer
+    values = tuple(range(1, x.ndim))
+    not_finite = (x.amax(values) * 0 + x.amin(values) * 0).isnan()
+    if not_finite.any():
+        timestep_index[not_finite] = NOT_FINITE
+        x = x.nan_to_num()
     index = timestep_index.clamp(0, scale.numel() - 1)
     per_sample = (-1, *[1] * (x.ndim - 1))
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -50,7 +55,7 @@ def group_norm_quantize(
     q = quantize((F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1), quantizer, padding)
     if plain_quantizer is None:
         return q, torch.empty(0, *image.shape[1:], dtype=torch.int8)
-    return q, quantize(image, plain_quantizer, (0, 0))
+    return q, quantize(image, with_own_index(plain_quantizer), (0, 0))
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -59,6 +64,11 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
         return compiled.layer_norm_quantize(functions, x, norm, quantizer)
     y = F.layer_norm(x.float(), x.shape[-1:], *_float(norm))
     return quantize(y, quantizer, (0, 0))
+
+
+def with_own_index(quantizer: Quantizer) -> Quantizer:
+    """A quantizer that writes into no other index: for operators that must change none."""
+    return quantizer._replace(timestep_index=quantizer.timestep_index.clone())
 
 
 def _float(norm: Norm) -> Norm:
