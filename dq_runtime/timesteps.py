@@ -3,6 +3,10 @@
 Each forward maps the model's own timestep argument, on the device and without a sync, to one int32 index per sample.
 There is no step counter: a call may repeat a timestep, skip some, start mid-way or mix several in one batch. A model
 without timesteps has one row.
+
+The index also carries what int8 cannot hold: an operator that quantizes a NaN or an infinity makes the sample's index
+negative, and from there on the call's results for this sample are NaN (``dq_kernels.reference``). So all layers of a call
+read one tensor, and each call makes a new one.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ class TimestepGrid(nn.Module):
     # a buffer is replaced.
     boundaries: torch.Tensor  # [T - 1] fp32, half-way between neighbouring timesteps
     index: torch.Tensor  # [B] int32, of the current forward pass; empty outside of one
+    copies: dict[tuple[int, torch.device], torch.Tensor]  # of index, in this call
     uniform: bool  # True if the call had one timestep for all samples
     hooks: list[Any]  # hooks of the model that call the methods below
     # Names of the parameters of the model's forward: all in order, the sample's and the timestep's.
@@ -58,6 +63,7 @@ class TimestepGrid(nn.Module):
         self.num_timesteps = len(timesteps)
         self.boundaries = (values[1:] + values[:-1]) / 2
         self._no_index = self.index = torch.empty(0, dtype=torch.int32)
+        self.copies = {}
         self.uniform = False
         self.hooks = []
 
@@ -127,6 +133,17 @@ class TimestepGrid(nn.Module):
             self.boundaries = self.boundaries.to(sample.device)  # weights were loaded there without a move
         self.index = self.nearest(timestep, sample.shape[0], sample.device)
         self.uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
+        self.copies = {}
+
+    def copied_index(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """The index on another device or, if all samples have one timestep, for another batch; one copy in each call."""
+        known = self.copies.get((batch_size, device))
+        if known is None:
+            index = self.index
+            if batch_size != index.shape[0]:
+                index = index.max().expand(batch_size).contiguous()  # samples that are not finite have a smaller one
+            known = self.copies[batch_size, device] = index.to(device)
+        return known
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward hook: clears ``index``, or a bare ``forward(...)``, which runs no hooks, would use an old one."""
