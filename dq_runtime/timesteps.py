@@ -5,8 +5,8 @@ There is no step counter: a call may repeat a timestep, skip some, start mid-way
 without timesteps has one row.
 
 The index also carries what int8 cannot hold: an operator that quantizes a NaN or an infinity makes the sample's index
-negative, and from there on the call's results for this sample are NaN (``dq_kernels.reference``). So all layers of a call
-read one tensor, and each call makes a new one.
+negative, and from there on the call's results for this sample are NaN (``dq_kernels.reference``). So all layers of a
+call read one tensor, and each call makes a new one.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class TimestepGrid(nn.Module):
         self.copies = {}
 
     def copied_index(self, batch_size: int, device: torch.device) -> torch.Tensor:
-        """The index on another device or, if all samples have one timestep, for another batch; one copy in each call."""
+        """The index on another device or, if all samples have one timestep, for another batch: one copy a call."""
         known = self.copies.get((batch_size, device))
         if known is None:
             index = self.index

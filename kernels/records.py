@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-NOT_FINITE = -1  # in a timestep index: the sample had a NaN or an infinity, which int8 does not hold
+NOT_FINITE = -1  # in a timestep index, like all negatives: the sample had a NaN or an infinity, which int8 cannot hold
 
 
 class Quantizer(NamedTuple):
@@ -19,8 +19,8 @@ class Quantizer(NamedTuple):
         dilation: [K] fp32, by which input channels are divided (Weight Dilation).
         scale: [T] fp32.
         zero_point: [T] int32.
-        timestep_index: [B] int32, the row of ``scale`` and ``zero_point`` for each sample; at most T - 1 is read. Operators
-            that quantize write ``NOT_FINITE`` into it (see ``reference``); so all quantizers of one call share it.
+        timestep_index: [B] int32, the row of ``scale`` and ``zero_point`` for each sample; clamped to [0, T - 1].
+            Operators that quantize make it negative (see ``reference``), so a call of a model has one index.
         bits: 2 to 8; q lies in [-2^(bits-1), 2^(bits-1) - 1] and is stored as int8.
     """
 

@@ -4,11 +4,11 @@ Symbols: B samples, K input channels (even; an odd count is padded by one), N ou
 integers are summed in int64 or float64, which hold the same values as int32 in the kernels. The method is DilateQuant
 (arXiv 2409.14307). The signatures here are those of every implementation, and of the registered operators.
 
-int8 holds no NaN and no infinity. An operator that quantizes floating-point values writes ``NOT_FINITE`` into the timestep
-index of each sample of which a value is not finite; operators that multiply int8 give NaN for a sample with a negative
-index. The index is of one call of a model, so all later results of that sample are NaN, as in floating point, and other
-samples are as they would be without it. The int8 values of such a sample mean nothing. ``int4_linear`` and
-``int4_geglu_quantize`` with a next quantizer write no index: their int8 input had one.
+int8 holds no NaN and no infinity. An operator that quantizes floating-point values makes the timestep index negative of
+each sample of which a value is not finite (``NOT_FINITE``, or ~t of the index t); operators that multiply int8 give NaN
+for a sample with a negative index. The index is of one call of a model, so all later results of that sample are NaN, as
+in floating point; other samples' are as they would be without it. The int8 values of such a sample mean nothing.
+``int4_linear`` and ``int4_geglu_quantize`` write no index: that of their int8 input was written before.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _tables(quantizer: Quantizer, ndim: int) -> tuple[Tensor, Tensor]:
 def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1].
 
-    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side. Writes ``NOT_FINITE`` into
-    the timestep index of samples that are not finite.
+    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side. The timestep index of
+    samples that are not finite becomes ``NOT_FINITE``.
     """
     quantizer.timestep_index[~x.isfinite().flatten(1).all(1)] = NOT_FINITE
     return _rounded(x, quantizer, padding)

@@ -23,6 +23,7 @@ def register(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
     fake: Callable[..., Any],
+    *,
     mutates: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Defines the operator that is called as its oracle is.

@@ -73,18 +73,13 @@ def _prepack(values: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _samples_by_timestep(quantizer: Quantizer) -> tuple[list[tuple[int, list[int]]], list[int]]:
-    """The timesteps of a batch, each with its samples; and the samples that are not finite.
-
-    The latter are also among those of the first timestep, so the others run as they would without them.
-    """
+    """The timesteps of a batch, each with its samples; and the samples that are not finite."""
     most = quantizer.scale.numel() - 1
     samples: dict[int, list[int]] = {}
-    not_finite: list[int] = []
-    for sample, timestep in enumerate(quantizer.timestep_index.tolist()):
-        (samples.setdefault(min(timestep, most), []) if timestep >= 0 else not_finite).append(sample)
-    timesteps = sorted(samples.items()) or [(0, [])]
-    timesteps[0][1].extend(not_finite)
-    return timesteps, not_finite
+    index = quantizer.timestep_index.tolist()
+    for sample, timestep in enumerate(index):
+        samples.setdefault(min(max(timestep, ~timestep), most), []).append(sample)
+    return sorted(samples.items()), [sample for sample, timestep in enumerate(index) if timestep < 0]
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kRun = 64;          // STATISTICS_ROWS
 constexpr int64_t kAlone = 1 << 14;   // elements below which one thread is faster than several
 constexpr int64_t kLanes = 16;
-constexpr int32_t kNotFinite = -1;    // NOT_FINITE
 
 struct bfloat16 {
     uint16_t bits;
@@ -112,10 +111,11 @@ struct Quantizer {
     int64_t timesteps;
     float low, high;
 
-    // The index of a sample that is not finite may change while other threads read it.
+    // The index of a sample that is not finite is ~row, and may become so while other threads read it.
     int64_t row(int64_t sample) const {
         int64_t t = __atomic_load_n(timestep_index + sample, __ATOMIC_RELAXED);
-        return t < 0 ? 0 : t >= timesteps ? timesteps - 1 : t;
+        t = t < 0 ? ~t : t;
+        return t >= timesteps ? timesteps - 1 : t;
     }
 
     Step of(int64_t sample) const {
@@ -124,7 +124,9 @@ struct Quantizer {
 
     // Given the largest bits without sign of a sample's values, which are infinity's or more for infinity and NaN.
     void mark_not_finite(int64_t sample, uint32_t largest) const {
-        if (largest >= 0x7f800000) __atomic_store_n(timestep_index + sample, kNotFinite, __ATOMIC_RELAXED);
+        if (largest >= 0x7f800000) {
+            __atomic_store_n(timestep_index + sample, ~static_cast<int32_t>(row(sample)), __ATOMIC_RELAXED);
+        }
     }
 };
 

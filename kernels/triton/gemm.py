@@ -145,9 +145,7 @@ def int4_gemm_kernel(
 
     if GEGLU:
         gate_scale = tl.load(weight_scale_ptr + out_channels + channel)
-        z = _dequantize(
-            gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale, act_zero_point_ptr + t
-        )
+        z = _dequantize(gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale, act_zero_point_ptr + t)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + out_channels + channel).to(tl.float32)
         y *= _gelu(z, PTX)

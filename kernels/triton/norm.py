@@ -299,7 +299,7 @@ def layer_norm_quantize_kernel(
         weight = tl.load(weight_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
-    # An element of x or a parameter that is not finite makes rstd NaN: the parameters add 0 to the sum of squares, or NaN.
+    # A value of x or of the parameters that is not finite makes rstd NaN: parameters add 0 or NaN to the squares.
     zero_or_nan = tl.broadcast_to(((weight + bias) * 0)[None, :], centred.shape)
     rstd = 1 / tl.sqrt_rn(tl.sum(tl.fma(centred, centred, zero_or_nan), 1) / channels + eps)
     y = centred * rstd[:, None] * weight[None, :] + bias[None, :]

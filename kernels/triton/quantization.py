@@ -31,12 +31,13 @@ def select_timestep(timestep_index, num_timesteps):
 
 
 @triton.jit
-def any_not_finite(x, AXIS: tl.constexpr = None):
-    """True where fp32 x has a NaN or an infinity, along an axis or anywhere: its bits without sign are infinity's or more.
+def any_not_finite(x):
+    """True if fp32 x has a NaN or an infinity.
 
-    An integer maximum finds both, in less than two instructions a value; a maximum of floats drops NaN.
+    Their bits without sign are infinity's or more. So an integer maximum finds them, in less than two instructions a
+    value; a maximum of floats drops NaN.
     """
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS) >= 0x7F800000
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000
 
 
 @triton.jit
