@@ -113,8 +113,6 @@ def int4_gemm_kernel(
 
     last_sample = num_rows // rows_per_sample - 1
     sample = first_row // rows_per_sample if TILE_IN_SAMPLE else tl.minimum(m // rows_per_sample, last_sample)
-    timestep_index = tl.load(timestep_index_ptr + sample)
-    t = select_timestep(timestep_index, num_timesteps)
     weight_scale = tl.load(weight_scale_ptr + channel)
 
     if IS_SPLIT:
@@ -132,6 +130,8 @@ def int4_gemm_kernel(
             theirs = (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
             accumulator += tl.load(partial_ptr + theirs + within, cache_modifier=".cg")
 
+    timestep_index = tl.load(timestep_index_ptr + sample)
+    t = select_timestep(timestep_index, num_timesteps)
     act_scale = tl.where(timestep_index < 0, float("nan"), tl.load(act_scale_ptr + t))
     y = _dequantize(accumulator, weight_sum_ptr + channel, weight_scale, act_scale, act_zero_point_ptr + t)
     if bias_ptr is not None:

@@ -26,7 +26,7 @@ from dq_kernels.records import Norm, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, quantized_shape
 from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
-from dq_kernels.triton.quantization import NOT_FINITE, any_not_finite, padded_position, quantize_tile, select_timestep
+from dq_kernels.triton.quantization import NOT_FINITE, padded_position, quantize_tile, select_timestep
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 BLOCK_RUNS = 16  # of statistics that a program reads at a time; with more, registers spill
@@ -223,8 +223,8 @@ def group_norm_quantize_kernel(
     )  # fmt: skip
     scale = weight / tl.sqrt_rn(variance + eps)
     # A pixel that is not finite makes its group's mean the same, so the pixels need no check.
-    checked = tl.where(k_inside, mean + scale + shift, 0.0)
-    tl.store(timestep_index_ptr + sample, NOT_FINITE, mask=any_not_finite(checked))
+    is_lost = k_inside & ((mean + scale + shift) * 0 != 0)
+    tl.store(timestep_index_ptr + sample + tl.zeros_like(k), NOT_FINITE, mask=is_lost)
 
     for start in range(0, positions, BLOCK_L):
         position = tl.program_id(0) * positions + start + tl.arange(0, BLOCK_L)
