@@ -117,9 +117,7 @@ class QuantizedLayer(TableModule):
     def quantizer(self, x: torch.Tensor) -> Quantizer:
         """The input quantizer for the samples of x, the floating-point or quantized input."""
         tables: Any = self._buffers
-        index = self.index_of_batch(x.shape[0])
-        if index.device != x.device:
-            index = index.to(x.device)
+        index = self.index_of_batch(x.shape[0], x.device)
         return Quantizer(
             tables["weight_dilation"], tables["act_scale"], tables["act_zero_point"], index, self.activation_bits
         )
@@ -217,8 +215,8 @@ class QuantizedLayer(TableModule):
             self._weight_view = view  # oneDNN's copy of the weight lives as long as this object
         return view
 
-    def index_of_batch(self, batch: int) -> torch.Tensor:
-        """The current timestep's row of the tables for each sample, [batch] int32.
+    def index_of_batch(self, batch: int, device: torch.device) -> torch.Tensor:
+        """The current timestep's row of the tables for each sample, [batch] int32; the same tensor during one call.
 
         Raises:
             ValueError: if the batch is not the UNet's, and the UNet's samples have different timesteps.
@@ -226,7 +224,7 @@ class QuantizedLayer(TableModule):
         """
         grid = self.timestep_grid
         if batch == grid.index.shape[0]:
-            return grid.index
+            return grid.index if grid.index.device == device else grid.copied_index(batch, device)
         if grid.index.numel() == 0:
             raise RuntimeError(
                 f"{self.name}: no timestep is known. Call the UNet, not the layer or `unet.forward`: a hook maps the "
@@ -238,7 +236,7 @@ class QuantizedLayer(TableModule):
                 f"{batch}, and cannot tell the timestep of each. Call the UNet with one `timestep` for all samples, or "
                 "keep the layer in floating point with modules_to_not_convert"
             )
-        return grid.index[:1].expand(batch).contiguous()  # an attention processor changed the batch
+        return grid.copied_index(batch, device)  # an attention processor changed the batch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedLayer:
         """A copy that reads the same timestep grid, or the copied grid if the UNet is copied as well."""

@@ -3,6 +3,10 @@
 Each forward maps the model's own timestep argument, on the device and without a sync, to one int32 index per sample.
 There is no step counter: a call may repeat a timestep, skip some, start mid-way or mix several in one batch. A model
 without timesteps has one row.
+
+The index also carries what int8 cannot hold: an operator that quantizes a NaN or an infinity makes the sample's index
+negative, and from there on the call's results for this sample are NaN (``dq_kernels.reference``). So all layers of a
+call read one tensor, and each call makes a new one.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ class _Rows:
     def __init__(self) -> None:
         self.index = NO_INDEX
         self.uniform = False
+        self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}  # of index, in this call
 
 
 class TimestepGrid(nn.Module):
@@ -156,9 +161,20 @@ class TimestepGrid(nn.Module):
         index = self.nearest(timestep, sample.shape[0], sample.device)
         uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
         for rows in self.calls.all_of_call():
-            rows.index, rows.uniform = index, uniform
+            rows.index, rows.uniform, rows.copies = index, uniform, {}
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._keep_timesteps_of_checkpoints(module)
+
+    def copied_index(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """The index on another device or, if all samples have one timestep, for another batch: one copy a call."""
+        rows = self._rows()
+        known = rows.copies.get((batch_size, device))
+        if known is None:
+            index = rows.index
+            if batch_size != index.shape[0]:
+                index = index.max().expand(batch_size).contiguous()  # samples that are not finite have a smaller one
+            known = rows.copies[batch_size, device] = index.to(device)
+        return known
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The forward hook: clears ``index``, or a bare ``forward(...)``, which runs no hooks, would use an old one."""
@@ -177,12 +193,12 @@ class TimestepGrid(nn.Module):
     def at(self, index: torch.Tensor, uniform: bool) -> Iterator[None]:
         """Runs layers with the given rows."""
         rows = self.calls.now()
-        before = rows.index, rows.uniform
-        rows.index, rows.uniform = index, uniform
+        before = rows.index, rows.uniform, rows.copies
+        rows.index, rows.uniform, rows.copies = index, uniform, {}
         try:
             yield
         finally:
-            rows.index, rows.uniform = before
+            rows.index, rows.uniform, rows.copies = before
 
 
 class _Checkpointing:

@@ -5,6 +5,8 @@ Each operator has a CPU implementation (``cpu``), a CUDA and HIP one (``triton``
 
 Symbols: B samples, K input channels (K' = K padded to even), N output channels, T timestep groups. All tables are fp32
 or int32, whatever the dtype of the activations.
+
+A NaN or an infinity of a sample passes through int8 in the quantizer's ``timestep_index`` (see ``reference``).
 """
 
 from __future__ import annotations
@@ -72,15 +74,16 @@ __all__ = [
 NO_QUANTIZER = (None,) * len(Quantizer._fields)
 
 _BACKENDS = (reference, cpu, triton, fake)
-_quantize = register(*(backend.quantize for backend in _BACKENDS))
-_layer_norm_quantize = register(*(backend.layer_norm_quantize for backend in _BACKENDS))
-_group_norm_quantize = register(*(backend.group_norm_quantize for backend in _BACKENDS))
+_INDEX = ("quantizer_timestep_index",)  # of which samples that are not finite get NOT_FINITE
+_quantize = register(*(backend.quantize for backend in _BACKENDS), mutates=_INDEX)
+_layer_norm_quantize = register(*(backend.layer_norm_quantize for backend in _BACKENDS), mutates=_INDEX)
+_group_norm_quantize = register(*(backend.group_norm_quantize for backend in _BACKENDS), mutates=_INDEX)
 _int4_linear = register(*(backend.int4_linear for backend in _BACKENDS))
 _int4_geglu_quantize = register(*(backend.int4_geglu_quantize for backend in _BACKENDS))
 _int4_conv2d = register(*(backend.int4_conv2d for backend in _BACKENDS))
-_attention_quantize = register(*(backend.attention_quantize for backend in _BACKENDS))
+_attention_quantize = register(*(backend.attention_quantize for backend in _BACKENDS), mutates=_INDEX)
 _int8_attention = register(*(backend.int8_attention for backend in _BACKENDS))
-_int8_attention_quantize = register(*(backend.int8_attention_quantize for backend in _BACKENDS))
+_int8_attention_quantize = register(*(backend.int8_attention_quantize for backend in _BACKENDS), mutates=_INDEX)
 
 
 def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
@@ -155,8 +158,8 @@ def group_norm_quantize(
         skip: [B, H, W, K2] float, optional: is concatenated behind x's channels.
         statistics, skip_statistics: of x and of skip, from ``int4_conv2d``; computed if they are not given.
         padding: as for ``quantize``.
-        plain_quantizer: of K + K2 channels and as many timesteps as ``quantizer``: quantizes x beside skip as well,
-            without norm, SiLU and padding (a resnet's shortcut reads them).
+        plain_quantizer: of K + K2 channels, with as many timesteps and the same ``timestep_index`` as ``quantizer``:
+            quantizes x beside skip as well, without norm, SiLU and padding (a resnet's shortcut reads them).
 
     Returns:
         [B, H + 2 vertical, W + 2 horizontal, K + K2] int8, contiguous; and [B, H, W, K + K2] int8, contiguous, without
@@ -215,7 +218,9 @@ def int4_linear(
         bias: [N] float, optional.
         residual: [B, ..., N] float, optional.
         out_dtype: float16, bfloat16 or float32; of no effect with ``next_quantizer``.
-        next_quantizer: of N channels, N even, and as many timesteps as ``quantizer``: quantizes the result.
+        next_quantizer: of N channels, N even, with as many timesteps and the same ``timestep_index`` as ``quantizer``:
+            quantizes the result. A residual that is not finite must have changed the index before, in an operator that
+            quantized it.
 
     Returns:
         [B, ..., N] ``out_dtype``, or int8 with ``next_quantizer``; contiguous.
@@ -246,7 +251,7 @@ def int4_geglu_quantize(
     Args:
         x, quantizer: as for ``int4_linear``.
         weight, bias: of 2 N channels.
-        next_quantizer: of N channels, N even, and as many timesteps as ``quantizer``.
+        next_quantizer: of N channels, N even, with as many timesteps and the same ``timestep_index`` as ``quantizer``.
 
     Returns:
         [B, ..., N] int8, contiguous.

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NOT_FINITE = -1  # in a timestep index, like all negatives: the sample had a NaN or an infinity, which int8 cannot hold
+
 
 class Quantizer(NamedTuple):
     """The quantizer of one activation: q = clamp(floor(x / dilation_k / scale_t + 0.5) + zero_point_t).
@@ -18,6 +20,7 @@ class Quantizer(NamedTuple):
         scale: [T] fp32.
         zero_point: [T] int32.
         timestep_index: [B] int32, the row of ``scale`` and ``zero_point`` for each sample; clamped to [0, T - 1].
+            Operators that quantize make it negative (see ``reference``), so a call of a model has one index.
         bits: 2 to 8; q lies in [-2^(bits-1), 2^(bits-1) - 1] and is stored as int8.
     """
 

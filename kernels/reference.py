@@ -3,6 +3,12 @@
 Symbols: B samples, K input channels (even; an odd count is padded by one), N output channels, T timestep groups. The
 integers are summed in int64 or float64, which hold the same values as int32 in the kernels. The method is DilateQuant
 (arXiv 2409.14307). The signatures here are those of every implementation, and of the registered operators.
+
+int8 holds no NaN and no infinity. An operator that quantizes floating-point values makes the timestep index negative of
+each sample of which a value is not finite (``NOT_FINITE``, or ~t of the index t); operators that multiply int8 give NaN
+for a sample with a negative index. The index is of one call of a model, so all later results of that sample are NaN, as
+in floating point; other samples' are as they would be without it. The int8 values of such a sample mean nothing.
+``int4_linear`` and ``int4_geglu_quantize`` write no index: that of their int8 input was written before.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dq_kernels.packing import unpack_int4
-from dq_kernels.records import Norm, PackedWeight, Quantizer
+from dq_kernels.records import NOT_FINITE, Norm, PackedWeight, Quantizer
 
 
 def _tables(quantizer: Quantizer, ndim: int) -> tuple[Tensor, Tensor]:
@@ -25,9 +31,16 @@ def _tables(quantizer: Quantizer, ndim: int) -> tuple[Tensor, Tensor]:
 def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """x [B, ..., K] float -> int8 [B, ..., K padded to even], in [-2^(bits-1), 2^(bits-1) - 1].
 
-    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side.
+    An image [B, H, W, K] gets ``padding`` rows and columns of the quantized zero on each side. The timestep index of
+    samples that are not finite becomes ``NOT_FINITE``.
     """
-    x, dilation = x.float(), quantizer.dilation
+    quantizer.timestep_index[~x.isfinite().flatten(1).all(1)] = NOT_FINITE
+    return _rounded(x, quantizer, padding)
+
+
+def _rounded(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
+    """``quantize`` without a change of the index."""
+    x, dilation = x.float().nan_to_num(), quantizer.dilation
     if any(padding):
         pad_h, pad_w = padding
         x = F.pad(x, (0, 0, pad_w, pad_w, pad_h, pad_h))
@@ -76,8 +89,9 @@ def conv2d_accumulator(
 
 
 def _dequantize_product(accumulator: Tensor, weight: PackedWeight, quantizer: Quantizer) -> Tensor:
-    """act_scale_t weight_scale_n (sum q_x q_w - zp_t sum q_w), float64."""
+    """act_scale_t weight_scale_n (sum q_x q_w - zp_t sum q_w), float64; NaN for a sample with a negative index."""
     scale, zero_point = _tables(quantizer, accumulator.ndim)
+    scale = scale.where(quantizer.timestep_index.reshape(zero_point.shape) >= 0, torch.nan)
     sums = unpack_int4(weight.values).long().flatten(1).sum(1)
     return (accumulator - zero_point * sums) * scale.double() * weight.scale.double()
 
@@ -94,7 +108,7 @@ def int4_linear(
     for addend in (bias, residual):
         if addend is not None:
             y = y + addend.double()
-    return y.to(out_dtype) if next_quantizer is None else quantize(y, next_quantizer)
+    return y.to(out_dtype) if next_quantizer is None else _rounded(y, next_quantizer)
 
 
 def int4_geglu_quantize(
@@ -105,7 +119,7 @@ def int4_geglu_quantize(
     GEGLU is the first half of the channels times gelu of the second; gelu(x) is x Phi(x).
     """
     hidden, gate = int4_linear(x, weight, quantizer, bias, None, torch.float64).chunk(2, dim=-1)
-    return quantize(hidden * F.gelu(gate), next_quantizer)
+    return _rounded(hidden * F.gelu(gate), next_quantizer)
 
 
 def int4_conv2d(
@@ -150,7 +164,7 @@ def group_norm_quantize(
     y = F.group_norm(image.double().permute(0, 3, 1, 2), num_groups, *_double(norm)).permute(0, 2, 3, 1)
     q = quantize(F.silu(y) if silu else y, quantizer, padding)
     plain = torch.empty(0, *image.shape[1:], dtype=torch.int8)
-    return q, plain if plain_quantizer is None else quantize(image, plain_quantizer)
+    return q, plain if plain_quantizer is None else _rounded(image, plain_quantizer)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:

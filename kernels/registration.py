@@ -19,7 +19,12 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register(
-    oracle: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+    oracle: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    mutates: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Defines the operator that is called as its oracle is.
 
@@ -27,12 +32,13 @@ def register(
         oracle: the plain form of the operator; its annotations are the operator's signature.
         cpu, cuda: the implementations on CPUs, and on CUDA and HIP devices; same signature.
         fake: makes an empty result from the same arguments.
+        mutates: the tensors that the operator changes in place, by their names in the schema.
 
     Returns:
         the operator, which takes the fields of records one by one: ``operator(x, *quantizer, ...)``.
     """
     name = oracle.__name__
-    schema = torch.library.infer_schema(_flat_prototype(oracle), mutates_args=())
+    schema = torch.library.infer_schema(_flat_prototype(oracle), mutates_args=mutates)
     _library.define(name + schema, tags=TAGS)
     _library.impl(name, takes_fields(cpu, oracle), "CPU")
     _library.impl(name, takes_fields(on_the_device_of_x(cuda), oracle), "CUDA")

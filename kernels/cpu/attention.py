@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dq_kernels.cpu.quantization import quantize
+from dq_kernels.cpu.quantization import mark_not_finite, quantize
 from dq_kernels.records import Quantizer
 from dq_kernels.shapes import BLOCK_KEYS
 
@@ -15,6 +15,8 @@ ATTENTION_SCORES = 2**24  # in memory at a time: 64 MB, or one head
 
 def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
     """As ``reference.attention_quantize``."""
+    for x in (query, key):  # PyTorch's attention returns 0 for a query whose scores all are NaN
+        mark_not_finite(x, quantizer)
     q, k, v = (x.to(query.dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     return quantize(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), quantizer, (0, 0))
 

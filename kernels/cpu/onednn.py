@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dq_kernels.cpu import compiled
-from dq_kernels.cpu.quantization import quantize
+from dq_kernels.cpu.quantization import quantize, with_own_index
 from dq_kernels.packing import unpack_int4
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
@@ -72,13 +72,14 @@ def _prepack(values: Tensor, prepack: Callable[[Tensor], Tensor]) -> Tensor:
     return entry.values
 
 
-def _samples_by_timestep(quantizer: Quantizer) -> list[tuple[int, list[int]]]:
-    """The timesteps of a batch, each with its samples."""
+def _samples_by_timestep(quantizer: Quantizer) -> tuple[list[tuple[int, list[int]]], list[int]]:
+    """The timesteps of a batch, each with its samples; and the samples that are not finite."""
     most = quantizer.scale.numel() - 1
     samples: dict[int, list[int]] = {}
-    for sample, timestep in enumerate(quantizer.timestep_index.tolist()):
-        samples.setdefault(min(max(timestep, 0), most), []).append(sample)
-    return sorted(samples.items())
+    index = quantizer.timestep_index.tolist()
+    for sample, timestep in enumerate(index):
+        samples.setdefault(min(max(timestep, ~timestep), most), []).append(sample)
+    return sorted(samples.items()), [sample for sample, timestep in enumerate(index) if timestep < 0]
 
 
 @lru_cache(maxsize=256)
@@ -107,10 +108,10 @@ def _multiply(
     unsigned = x.view(torch.uint8) ^ 0x80
     addends = [addend for addend in (channel_add, residual) if addend is not None]
     functions = compiled.library() if all(addend.dtype == out_dtype for addend in addends) else None
-    timesteps = _samples_by_timestep(quantizer)
+    timesteps, not_finite = _samples_by_timestep(quantizer)
     bias = None if bias is None else bias.float()
     if len(timesteps) > 1 and functions is not None:
-        y = run(unsigned, 1.0, 128, None)
+        y = _without(run(unsigned, 1.0, 128, None), not_finite)
         correction = weight.sum * weight.scale
         return compiled.finish(functions, y, out_dtype, correction, quantizer, bias, channel_add, residual, statistics)
     parts = [
@@ -123,6 +124,7 @@ def _multiply(
         for t, samples in timesteps
     ]
     y = parts[0] if len(parts) == 1 else _in_order(parts, [samples for _, samples in timesteps])
+    y = _without(y, not_finite)
     if not addends and statistics is None:
         return y.to(out_dtype)
     if functions is not None:
@@ -138,6 +140,13 @@ def _multiply(
         runs = y.float().reshape(y.shape[0], -1, STATISTICS_ROWS, y.shape[3])
         statistics[:, :, 0] = runs.sum(2)
         statistics[:, :, 1] = runs.var(2, correction=0) * STATISTICS_ROWS
+    return y
+
+
+def _without(y: Tensor, not_finite: list[int]) -> Tensor:
+    """y, in which samples that are not finite become NaN."""
+    if not_finite:
+        y[not_finite] = torch.nan
     return y
 
 
@@ -165,7 +174,7 @@ def int4_linear(
     if next_quantizer is None:
         return _multiply(run, x, weight, quantizer, bias, None, residual, out_dtype)
     y = _multiply(run, x, weight, quantizer, bias, None, residual, torch.float32)
-    return quantize(y, next_quantizer, (0, 0))
+    return quantize(y, with_own_index(next_quantizer), (0, 0))
 
 
 def int4_geglu_quantize(
@@ -176,7 +185,7 @@ def int4_geglu_quantize(
     if (functions := compiled.library()) is not None:
         return compiled.geglu_quantize(functions, product, next_quantizer)
     hidden, gate = product.chunk(2, dim=-1)
-    return quantize(hidden * F.gelu(gate), next_quantizer, (0, 0))
+    return quantize(hidden * F.gelu(gate), with_own_index(next_quantizer), (0, 0))
 
 
 def int4_conv2d(

@@ -16,7 +16,9 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tenso
     if (functions := compiled.library()) is not None:
         return compiled.quantize(functions, x, quantizer, padding)
     dilation, scale, zero_point, timestep_index, bits = quantizer
-    index = timestep_index.clamp(0, scale.numel() - 1)
+    if mark_not_finite(x, quantizer):
+        x = x.nan_to_num()
+    index = torch.maximum(timestep_index, ~timestep_index).clamp(max=scale.numel() - 1)
     per_sample = (-1, *[1] * (x.ndim - 1))
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     if x.shape[-1] % 2:
@@ -32,6 +34,18 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tenso
     height, width = q.shape[1:3]
     out[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width] = q
     return out
+
+
+def mark_not_finite(x: Tensor, quantizer: Quantizer) -> bool:
+    """Makes the timestep index t of samples of x [B, ...] that are not finite ~t; True if there are any.
+
+    t is not lost, so a batch is split by its timesteps (see ``onednn``) as it would be without them.
+    """
+    values = tuple(range(1, x.ndim))
+    lost = (x.amax(values) * 0 + x.amin(values) * 0).isnan()  # several times as fast as isfinite
+    index = quantizer.timestep_index
+    index.copy_(torch.where(lost, torch.minimum(index, ~index), index))
+    return bool(lost.any())
 
 
 def group_norm_quantize(
@@ -50,7 +64,7 @@ def group_norm_quantize(
     q = quantize((F.silu(y, inplace=True) if silu else y).permute(0, 2, 3, 1), quantizer, padding)
     if plain_quantizer is None:
         return q, torch.empty(0, *image.shape[1:], dtype=torch.int8)
-    return q, quantize(image, plain_quantizer, (0, 0))
+    return q, quantize(image, with_own_index(plain_quantizer), (0, 0))
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -59,6 +73,11 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
         return compiled.layer_norm_quantize(functions, x, norm, quantizer)
     y = F.layer_norm(x.float(), x.shape[-1:], *_float(norm))
     return quantize(y, quantizer, (0, 0))
+
+
+def with_own_index(quantizer: Quantizer) -> Quantizer:
+    """A quantizer that writes into no other index: for operators that must change none."""
+    return quantizer._replace(timestep_index=quantizer.timestep_index.clone())
 
 
 def _float(norm: Norm) -> Norm:

@@ -91,14 +91,14 @@ inline float gelu(float x) {
     return x * (x < 0 ? tail : 1.0f - tail);
 }
 
-// The quantizer of one sample.
+// The quantizer of one sample. NaN becomes the lowest value.
 struct Step {
     float inverse_scale, zero_point, low, high;
 
     int8_t operator()(float x, float inverse_dilation) const {
         float q = std::floor(x * inverse_dilation * inverse_scale + 0.5f) + zero_point;
-        q = q < low ? low : q;
-        q = q > high ? high : q;
+        q = q > low ? q : low;
+        q = q < high ? q : high;
         return static_cast<int8_t>(static_cast<int32_t>(q));
     }
 };
@@ -107,25 +107,44 @@ struct Quantizer {
     std::vector<float> inverse_dilation;
     const float* scale;
     const int32_t* zero_point;
-    const int32_t* timestep_index;
+    int32_t* timestep_index;
     int64_t timesteps;
     float low, high;
 
+    // The index of a sample that is not finite is ~row, and may become so while other threads read it.
     int64_t row(int64_t sample) const {
-        int64_t t = timestep_index[sample];
-        return t < 0 ? 0 : t >= timesteps ? timesteps - 1 : t;
+        int64_t t = __atomic_load_n(timestep_index + sample, __ATOMIC_RELAXED);
+        t = t < 0 ? ~t : t;
+        return t >= timesteps ? timesteps - 1 : t;
     }
 
     Step of(int64_t sample) const {
         return {1.0f / scale[row(sample)], static_cast<float>(zero_point[row(sample)]), low, high};
     }
+
+    // Given the largest bits without sign of a sample's values, which are infinity's or more for infinity and NaN.
+    void mark_not_finite(int64_t sample, uint32_t largest) const {
+        if (largest >= 0x7f800000) {
+            __atomic_store_n(timestep_index + sample, ~static_cast<int32_t>(row(sample)), __ATOMIC_RELAXED);
+        }
+    }
 };
 
-// y[k] = f(x[k]) for the channels of one row, quantized; an odd channel count gets one quantized zero.
+// y[k] = f(x[k]) for the channels of one row, quantized; an odd channel count gets one quantized zero. Returns the
+// largest bits of a y without sign: a maximum of integers is vectorized, a sum of floats would not be.
 template <class F>
-inline void quantize_row(int8_t* out, int64_t channels, int64_t padded, const float* inverse_dilation, Step step, F f) {
-    for (int64_t k = 0; k < channels; ++k) out[k] = step(f(k), inverse_dilation[k]);
+inline uint32_t quantize_row(
+    int8_t* out, int64_t channels, int64_t padded, const float* inverse_dilation, Step step, F f
+) {
+    uint32_t largest = 0;
+    for (int64_t k = 0; k < channels; ++k) {
+        float y = f(k);
+        uint32_t bits = as_bits(y) & 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+        out[k] = step(y, inverse_dilation[k]);
+    }
     if (padded > channels) out[channels] = step(0.0f, 1.0f);
+    return largest;
 }
 
 // Sum and centred sum of squares of each channel over n rows, in double only across runs: a run has 64 rows at most.
@@ -218,17 +237,18 @@ void quantize(
             for (int64_t w = 0; w < width; ++w, line += padded) {
                 int64_t pixel = sample * height * width + row + w;
                 const T* source = x + pixel * channels;
-                quantize_row(line, channels, padded, inverse, step, [=](int64_t k) { return to_float(source[k]); });
+                quantizer.mark_not_finite(sample, quantize_row(
+                    line, channels, padded, inverse, step, [=](int64_t k) { return to_float(source[k]); }));
             }
         });
 }
 
 template <class T, bool SILU>
-void normalize_row(
+uint32_t normalize_row(
     int8_t* out, const T* x, int64_t channels, const float* mean, const float* factor, const float* offset,
     const float* inverse_dilation, Step step
 ) {
-    quantize_row(out, channels, channels, inverse_dilation, step, [=](int64_t k) {
+    return quantize_row(out, channels, channels, inverse_dilation, step, [=](int64_t k) {
         float y = (to_float(x[k]) - mean[k]) * factor[k] + offset[k];
         return SILU ? silu(y) : y;
     });
@@ -273,9 +293,11 @@ void group_norm_quantize(
             auto normalize = with_silu ? normalize_row<T, true> : normalize_row<T, false>;
             for (int64_t w = 0; w < width; ++w, line += all) {
                 int64_t pixel = sample * rows + row + w;
-                normalize(line, x + pixel * channels, channels, p, p + all, p + 2 * all, inverse, step);
-                normalize(line + channels, skip + pixel * skip_channels, skip_channels, p + channels, p + all + channels,
-                    p + 2 * all + channels, inverse + channels, step);
+                quantizer.mark_not_finite(sample, normalize(
+                    line, x + pixel * channels, channels, p, p + all, p + 2 * all, inverse, step));
+                quantizer.mark_not_finite(sample, normalize(
+                    line + channels, skip + pixel * skip_channels, skip_channels, p + channels, p + all + channels,
+                    p + 2 * all + channels, inverse + channels, step));
                 if (plain_quantizer) {
                     const float* plain_inverse = plain_quantizer->inverse_dilation.data();
                     Step plain_step = plain_quantizer->of(sample);
@@ -318,9 +340,11 @@ void layer_norm_quantize(
             double variance = 0;
             for (float part : squares) variance += part;
             float inverse_deviation = static_cast<float>(1.0 / std::sqrt(variance / channels + eps));
-            quantize_row(out + i * padded, channels, padded, inverse, quantizer.of(i / rows), [=](int64_t k) {
-                return v[k] * inverse_deviation * (weight ? weight[k] : 1.0f) + (bias ? bias[k] : 0.0f);
-            });
+            uint32_t largest = quantize_row(out + i * padded, channels, padded, inverse, quantizer.of(i / rows),
+                [=](int64_t k) {
+                    return v[k] * inverse_deviation * (weight ? weight[k] : 1.0f) + (bias ? bias[k] : 0.0f);
+                });
+            quantizer.mark_not_finite(i / rows, largest);
         }
     }
 }
@@ -384,7 +408,7 @@ struct QuantizerArguments {
     const float* dilation;
     const float* scale;
     const int32_t* zero_point;
-    const int32_t* timestep_index;
+    int32_t* timestep_index;
     int64_t channels, timesteps, bits;
 };
 

@@ -26,7 +26,7 @@ from dq_kernels.records import Quantizer
 from dq_kernels.shapes import BLOCK_KEYS
 from dq_kernels.triton.intrinsics import floor_to_int, follow_previous_kernel, round_to_int
 from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
-from dq_kernels.triton.quantization import quantize_tile, select_timestep
+from dq_kernels.triton.quantization import NOT_FINITE, any_not_finite, quantize_tile, select_timestep
 
 SMALLEST = tl.constexpr(1e-30)  # smaller magnitudes count as 0: the inverse of their scale would be infinite
 LOG2_E = 1.4426950408889634
@@ -182,10 +182,11 @@ def int8_attention_kernel(
     result = result / total + tl.load(mean_ptrs, mask=d_inside, other=0.0)[None, :]
 
     if next_scale_ptr is not None:
-        t = select_timestep(timestep_index_ptr + sample, num_timesteps)
+        t = select_timestep(tl.load(timestep_index_ptr + sample), num_timesteps)
         inverse_scale = tl.math.div_rn(1.0, tl.load(next_scale_ptr + t))
         inverse_dilation = tl.math.div_rn(1.0, tl.load(next_dilation_ptr + channel, mask=d_inside, other=1.0))
         zero_point = tl.load(next_zero_point_ptr + t)
+        tl.store(timestep_index_ptr + sample, NOT_FINITE, mask=any_not_finite(result))
         result = quantize_tile(result, inverse_dilation[None, :], inverse_scale, zero_point, NEXT_BITS, PTX)
     out_ptr += sample.to(tl.int64) * query_length * (heads * HEAD_CHANNELS)
     tl.store(

@@ -14,7 +14,7 @@ from torch import Tensor
 from dq_kernels.records import Quantizer
 from dq_kernels.triton.intrinsics import follow_previous_kernel
 from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
-from dq_kernels.triton.quantization import quantize_tile, select_timestep
+from dq_kernels.triton.quantization import NOT_FINITE, any_not_finite, quantize_tile, select_timestep
 
 BLOCK_QUERIES, CHUNK, NUM_WARPS = 128, 32, 8
 LOG2_E = 1.4426950408889634
@@ -85,7 +85,7 @@ def attention_quantize_kernel(
     p = tl.exp2(score - tl.max(score, 1)[:, None])
     inverse_total = 1 / tl.sum(p, 1)[:, None]
 
-    t = select_timestep(timestep_index_ptr + sample, num_timesteps)
+    t = select_timestep(tl.load(timestep_index_ptr + sample), num_timesteps)
     inverse_scale = tl.math.div_rn(1.0, tl.load(next_scale_ptr + t))
     zero_point = tl.load(next_zero_point_ptr + t)
     for start in tl.static_range(0, HEAD_CHANNELS, CHUNK):
@@ -98,6 +98,7 @@ def attention_quantize_kernel(
         )
         y = tl.dot(p.to(value.dtype), value, input_precision="ieee") * inverse_total
         inverse_dilation = tl.math.div_rn(1.0, tl.load(next_dilation_ptr + channel, mask=inside, other=1.0))
+        tl.store(timestep_index_ptr + sample, NOT_FINITE, mask=any_not_finite(y))
         q = quantize_tile(y, inverse_dilation[None, :], inverse_scale, zero_point, NEXT_BITS, PTX)
         tl.store(
             out_ptr + m[:, None] * out_channels + channel[None, :],

@@ -113,7 +113,6 @@ def int4_gemm_kernel(
 
     last_sample = num_rows // rows_per_sample - 1
     sample = first_row // rows_per_sample if TILE_IN_SAMPLE else tl.minimum(m // rows_per_sample, last_sample)
-    t = select_timestep(timestep_index_ptr + sample, num_timesteps)
     weight_scale = tl.load(weight_scale_ptr + channel)
 
     if IS_SPLIT:
@@ -131,7 +130,10 @@ def int4_gemm_kernel(
             theirs = (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
             accumulator += tl.load(partial_ptr + theirs + within, cache_modifier=".cg")
 
-    y = _dequantize(accumulator, weight_sum_ptr + channel, weight_scale, act_scale_ptr + t, act_zero_point_ptr + t)
+    timestep_index = tl.load(timestep_index_ptr + sample)
+    t = select_timestep(timestep_index, num_timesteps)
+    act_scale = tl.where(timestep_index < 0, float("nan"), tl.load(act_scale_ptr + t))
+    y = _dequantize(accumulator, weight_sum_ptr + channel, weight_scale, act_scale, act_zero_point_ptr + t)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + channel).to(tl.float32)
     if channel_add_ptr is not None:
@@ -143,9 +145,7 @@ def int4_gemm_kernel(
 
     if GEGLU:
         gate_scale = tl.load(weight_scale_ptr + out_channels + channel)
-        z = _dequantize(
-            gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale_ptr + t, act_zero_point_ptr + t
-        )
+        z = _dequantize(gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale, act_zero_point_ptr + t)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + out_channels + channel).to(tl.float32)
         y *= _gelu(z, PTX)
@@ -268,10 +268,10 @@ def _load(pointers, inside, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _dequantize(accumulator, weight_sum_ptrs, weight_scale, act_scale_ptrs, act_zero_point_ptrs):
+def _dequantize(accumulator, weight_sum_ptrs, weight_scale, act_scale, act_zero_point_ptrs):
     # 16 times the sum of q_w (q_x - zp_t), exact in int32; the scale divides it by 16.
     corrected = accumulator - 16 * tl.load(weight_sum_ptrs) * tl.load(act_zero_point_ptrs)
-    return corrected.to(tl.float32) * (tl.load(act_scale_ptrs) / 16 * weight_scale)
+    return corrected.to(tl.float32) * (act_scale / 16 * weight_scale)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from dq_kernels.records import Norm, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, quantized_shape
 from dq_kernels.triton.intrinsics import exp, follow_previous_kernel, reciprocal
 from dq_kernels.triton.launch import cdiv, launch_options, next_power_of_2
-from dq_kernels.triton.quantization import padded_position, quantize_tile, select_timestep
+from dq_kernels.triton.quantization import NOT_FINITE, padded_position, quantize_tile, select_timestep
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
 BLOCK_RUNS = 16  # of statistics that a program reads at a time; with more, registers spill
@@ -196,7 +196,7 @@ def group_norm_quantize_kernel(
     out_channels = channels + skip_channels
     k_inside = (within < GROUPS * GROUP_SIZE) & (k < out_channels)
 
-    t = select_timestep(timestep_index_ptr + sample, num_timesteps)
+    t = select_timestep(tl.load(timestep_index_ptr + sample), num_timesteps)
     inverse_scale = tl.math.div_rn(1.0, tl.load(act_scale_ptr + t))
     inverse_dilation = tl.math.div_rn(1.0, tl.load(weight_dilation_ptr + k, mask=k_inside, other=1.0))
     zero_point = tl.load(act_zero_point_ptr + t)
@@ -222,6 +222,9 @@ def group_norm_quantize_kernel(
         skip_channels, GROUP_SIZE, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     scale = weight / tl.sqrt_rn(variance + eps)
+    # A pixel that is not finite makes its group's mean the same, so the pixels need no check.
+    is_lost = k_inside & ((mean + scale + shift) * 0 != 0)
+    tl.store(timestep_index_ptr + sample + tl.zeros_like(k), NOT_FINITE, mask=is_lost)
 
     for start in range(0, positions, BLOCK_L):
         position = tl.program_id(0) * positions + start + tl.arange(0, BLOCK_L)
@@ -290,20 +293,25 @@ def layer_norm_quantize_kernel(
     x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / channels
     centred = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / channels + eps)
-    y = centred * rstd[:, None]
+    weight = tl.full((BLOCK_K,), 1.0, dtype=tl.float32)
+    bias = tl.zeros((BLOCK_K,), dtype=tl.float32)
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + k, mask=k_inside, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(weight_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + k, mask=k_inside, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + k, mask=k_inside, other=0.0).to(tl.float32)
+    # A value of x or of the parameters that is not finite makes rstd NaN: parameters add 0 or NaN to the squares.
+    zero_or_nan = tl.broadcast_to(((weight + bias) * 0)[None, :], centred.shape)
+    rstd = 1 / tl.sqrt_rn(tl.sum(tl.fma(centred, centred, zero_or_nan), 1) / channels + eps)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
 
     sample = tl.minimum(row, num_rows - 1) // rows_per_sample
-    t = select_timestep(timestep_index_ptr + sample, num_timesteps)
+    t = select_timestep(tl.load(timestep_index_ptr + sample), num_timesteps)
     inverse_scale = tl.math.div_rn(1.0, tl.load(act_scale_ptr + t))
     inverse_dilation = tl.math.div_rn(1.0, tl.load(weight_dilation_ptr + k, mask=k_inside, other=1.0))
     zero_point = tl.load(act_zero_point_ptr + t)
     q = quantize_tile(y, inverse_dilation[None, :], inverse_scale[:, None], zero_point[:, None], BITS, PTX)
     tl.store(out_ptr + offsets, q.to(tl.int8), mask=inside)
+    tl.store(timestep_index_ptr + sample, NOT_FINITE, mask=(row < num_rows) & (rstd * 0 != 0))
 
 
 def channel_statistics(x: Tensor) -> Tensor:

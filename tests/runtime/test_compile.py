@@ -69,6 +69,20 @@ def test_a_sampling_run_compiles_the_unet_once(relative_rms, backend, compiled_g
     assert len(compiled_graphs) <= 2  # the hook that maps the timestep, and the forward
 
 
+def test_compiled_unet_makes_a_sample_with_nan_nan_and_leaves_the_others(backend):
+    unet = small()
+    unet.compile(fullgraph=True, backend=backend)
+    expected = call(unet, TIMESTEPS[0], encoder_hidden_states=PROMPT)
+    latent = noise(unet)
+    latent[1, 0, 0, 0] = torch.nan
+
+    result = unet(latent, TIMESTEPS[0], encoder_hidden_states=PROMPT).sample
+
+    assert result[1].isnan().all()
+    assert torch.equal(result[[0, 2]], expected[[0, 2]])
+    assert torch.equal(call(unet, TIMESTEPS[0], encoder_hidden_states=PROMPT), expected)
+
+
 def with_lora(unet):
     torch.manual_seed(0)
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1", "ff.net.0.proj"]))
