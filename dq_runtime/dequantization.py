@@ -14,6 +14,7 @@ from dq_runtime.convert import REFUSED, replace_layers
 from dq_runtime.fused import unfuse
 from dq_runtime.graphs import disable_cuda_graphs
 from dq_runtime.layers import QuantConv2d, QuantizedLayer, constructor_arguments, is_quantized, quantized_layers
+from dq_runtime.validation import instance
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def dequantize(model: Any) -> Any:
     Raises:
         ValueError: if the model is not quantized.
     """
+    instance("model", model, nn.Module)
     if not is_quantized(model):
         raise ValueError("The model is not quantized")
     disable_cuda_graphs(model)

@@ -17,6 +17,7 @@ from dq_runtime import digest
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
 from dq_runtime.convert import insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, quantized_layers
+from dq_runtime.validation import finite
 
 
 class DilateQuantizer(DiffusersQuantizer):
@@ -131,6 +132,9 @@ class DilateQuantizer(DiffusersQuantizer):
         for layer in quantized_layers(model).values():
             if not layer.weight.is_meta:  # else the weight is offloaded to disk
                 layer.check_tensors()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_meta:
+                finite(name, tensor)
         digest.verify(model, self._checksums, self.quantization_config)
         self._checksums = {}
         model.requires_grad_(False)

@@ -14,8 +14,17 @@ from torch import nn
 
 from dq_kernels import ops
 from dq_kernels.ops import Norm, PackedWeight, Quantizer
+from dq_runtime.config import LARGEST_DILATION
 from dq_runtime.tables import TableModule
 from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.validation import is_within
+
+# The product of both scales and an int32 is finite in float32, and so is the inverse of an activation's scale.
+TABLE_RANGES = {
+    "weight_scale": (2.0**-149, 2.0**40),
+    "act_scale": (2.0**-127, 2.0**40),
+    "weight_dilation": (1 / LARGEST_DILATION, LARGEST_DILATION),
+}
 
 
 class _NoGradient(torch.autograd.Function):
@@ -257,9 +266,11 @@ class QuantizedLayer(TableModule):
     def check_tensors(self) -> None:
         """Raises ValueError, naming the layer, if a tensor holds values that calibration cannot produce."""
         remedy = "The checkpoint is corrupt: download or save it again"
-        for name, table in self.named_buffers(recurse=False):
-            if table.is_floating_point() and not bool((table.isfinite() & (table > 0)).all()):
-                raise ValueError(f"{self.name}.{name} must be finite and positive. {remedy}")
+        for name, (least, most) in TABLE_RANGES.items():
+            if not is_within(getattr(self, name), least, most):
+                raise ValueError(
+                    f"{self.name}.{name} must be finite, positive, and from {least:g} to {most:g}. {remedy}"
+                )
         if self.bias is not None and not bool(self.bias.isfinite().all()):
             raise ValueError(f"{self.name}.bias must be finite in {self.bias.dtype}. {remedy}")
         limit = 2 ** (self.activation_bits - 1)

@@ -406,7 +406,7 @@ def test_what_cannot_be_saved_is_named_and_leaves_the_file_alone(tmp_path):
     CalibrationSet([one]).save(file)
     before = file.read_bytes()
 
-    with pytest.raises(ValueError, match=r"argument \['cross_attention_kwargs'\]\['gligen'\] is a object"):
+    with pytest.raises(ValueError, match=r"\['arguments'\]\['cross_attention_kwargs'\]\['gligen'\] is a object"):
         CalibrationSet([replace(one, arguments={"cross_attention_kwargs": {"gligen": object()}})]).save(file)
     assert file.read_bytes() == before
     loaded = CalibrationSet.load(file)

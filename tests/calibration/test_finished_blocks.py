@@ -94,7 +94,7 @@ def test_another_process_goes_on_with_the_calibration_set_that_was_saved(plain, 
         (torch.optim.Adam, "step", 5),
         (distillation, "inputs_of", 6),
         (distillation._Trainer, "_validate", 6),
-        (finished_blocks, "save_file", 3),
+        (finished_blocks, "write_tree", 3),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
