@@ -299,6 +299,8 @@ def put(value):
         ("weight_scale", put(float("nan"))),
         ("weight_dilation", put(float("inf"))),
         ("weight_dilation", put(0.0)),
+        ("weight_dilation", put(1e6)),
+        ("act_scale", put(1e30)),
         ("act_scale", put(float("nan"))),
         ("act_scale", put(-1.0)),
         ("act_zero_point", put(128)),
@@ -311,6 +313,22 @@ def test_corrupt_values_are_refused_by_the_layer_s_name(damaged, layer, tensor, 
 
     with pytest.raises(ValueError, match=rf"{layer}\.{tensor}.*corrupt: download or save it again"):
         UNet2DConditionModel.from_pretrained(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["conv_in.weight", "mid_block.resnets.0.norm1.bias", f"{CONV}.bias"])
+def test_values_that_are_not_finite_are_refused_by_name(damaged, name, value):
+    path = damaged(lambda tensors: tensors[name].view(-1)[1:2].fill_(value))
+
+    with pytest.raises(ValueError, match=rf"{name} must be finite"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+def test_values_that_overflow_in_the_requested_dtype_are_refused_by_name(damaged):
+    path = damaged(lambda tensors: tensors["conv_out.bias"].fill_(1e6))
+
+    with pytest.raises(ValueError, match=r"conv_out\.bias must be finite in torch\.float16"):
+        UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float16)
 
 
 def swap(a, b):
