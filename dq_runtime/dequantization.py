@@ -38,7 +38,7 @@ def dequantize(model: Any) -> Any:
     for hook in model.timestep_grid.hooks:
         hook.remove()
     del model.timestep_grid
-    for method in REFUSED:
+    for method in (*REFUSED, "save_pretrained"):
         model.__dict__.pop(method, None)
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer
