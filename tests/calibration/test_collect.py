@@ -471,7 +471,7 @@ def write(file, **changes):
 @pytest.mark.parametrize(
     ("scheduler", "found"),
     [
-        ({"_class_name": "UNet2DConditionModel", "block_out_channels": [4096] * 4}, "is no scheduler"),
+        ({"_class_name": "AutoencoderTiny"}, "is no scheduler"),
         ({"_class_name": "__version__"}, "is no scheduler"),
         ({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**12}, "num_train_timesteps must be at most"),
         ({"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}, "num_train_timesteps must be an integer"),

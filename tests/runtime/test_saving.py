@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel
-from killed_saves import killed_after, killed_at_event, loaded_from, with_full_disk
+from killed_saves import killed_after, killed_at_event, loaded_from, number_of_events, with_full_disk
 
 from dq_runtime import saving
 from dq_runtime.layers import quantized_layers
@@ -46,15 +46,19 @@ def found_in(old, new):
 @ARGUMENTS
 def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(old, new, tmp_path, found_in, arguments):
     folder, found = tmp_path / "unet", []
-    event = 0
+
+    def save():
+        new.save_pretrained(folder, **arguments)
+
     old.save_pretrained(folder, **arguments)
-    while killed_at_event(lambda: new.save_pretrained(folder, **arguments), event):
-        found.append(found_in(folder))
-        if found[-1] == "new":
+    events = number_of_events(save)
+    for event in (2, events // 2, *range(events - 11, events)):  # at the end one checkpoint replaces the other
+        if not found or found[-1] == "new":
             old.save_pretrained(folder, **arguments)
-        event += 9
-    assert set(found) <= {"old", "new"}
-    assert len(found) > 3
+        assert killed_at_event(save, event)
+        found.append(found_in(folder))
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {"old", "new"}
 
     new.save_pretrained(folder, **arguments)
     assert found_in(folder) == "new"

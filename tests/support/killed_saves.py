@@ -24,22 +24,40 @@ def in_another_process(function, prepare):
     return process
 
 
+def at_each_event(action):
+    """Has an action called before each file event of this process, with the number of events so far."""
+    events = 0
+
+    def count(event, arguments):
+        nonlocal events
+        if event.startswith(FILE_EVENTS):
+            events += 1
+            action(events - 1)
+
+    sys.addaudithook(count)
+
+
+def number_of_events(function):
+    """The number of file events of a function."""
+    reading, writing = os.pipe()
+
+    def report(number):
+        os.write(writing, b".")
+
+    os.waitpid(in_another_process(function, lambda: at_each_event(report)), 0)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        return len(pipe.read())
+
+
 def killed_at_event(function, number):
     """Kills the process before its ``number``-th file event, counted from 0. Returns False if there are fewer."""
 
-    def prepare():
-        events = 0
+    def kill(event):
+        if event == number:
+            signal.raise_signal(signal.SIGKILL)
 
-        def count(event, arguments):
-            nonlocal events
-            if event.startswith(FILE_EVENTS):
-                events += 1
-                if events > number:
-                    signal.raise_signal(signal.SIGKILL)
-
-        sys.addaudithook(count)
-
-    _, status = os.waitpid(in_another_process(function, prepare), 0)
+    _, status = os.waitpid(in_another_process(function, lambda: at_each_event(kill)), 0)
     return os.WIFSIGNALED(status)
 
 
