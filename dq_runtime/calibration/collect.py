@@ -254,6 +254,10 @@ def collect_from_pipeline(
     """
     if not callable(pipeline) or not hasattr(pipeline, "scheduler"):
         raise TypeError(f"pipeline must be a diffusers pipeline with a scheduler, got {shown(pipeline)}")
+    if component is not None:
+        instance("component", component, str, nn.Module)
+    model = component if isinstance(component, nn.Module) else _component(pipeline, component)
+    recording = record(model, pipeline.scheduler)
     instance("calls", calls, Iterable)
     if isinstance(calls, (Mapping, str)):
         raise TypeError(f"calls must be a list of dicts, one for each run of the pipeline, got {shown(calls)}")
@@ -262,10 +266,7 @@ def collect_from_pipeline(
         raise ValueError("calls must hold the keyword arguments of at least one run, got none")
     for i, arguments in enumerate(calls):
         instance(f"calls[{i}]", arguments, Mapping)
-    if component is not None:
-        instance("component", component, str, nn.Module)
-    model = component if isinstance(component, nn.Module) else _component(pipeline, component)
-    with record(model, pipeline.scheduler) as calibration_set:
+    with recording as calibration_set:
         for arguments in tqdm(calls, desc="Collecting"):
             pipeline(**arguments)
     return calibration_set

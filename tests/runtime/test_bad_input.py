@@ -11,6 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 
 import dq_runtime
+from dq_kernels import ops
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation
 from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.evaluation import footprint, layer_errors, metrics, plots
@@ -63,10 +64,6 @@ def without(values, *left_out):
 def collect(**arguments):
     defaults = {"scheduler": DDIMScheduler(), "noise": X, "num_inference_steps": 2}
     return lambda s, value: dq_runtime.collect_from_scheduler(s.stock, **defaults | dict.fromkeys(arguments, value))
-
-
-class Unhashable(str):
-    __hash__ = None
 
 
 CONFIG = [
@@ -224,7 +221,12 @@ EVALUATION = [
     ),
 ]  # fmt: skip
 
-CASES = [*CONFIG, *DISTILLATION, *CALIBRATION_SET, *COLLECTION, *MODELS, *EVALUATION]
+OPERATORS = [
+    *bad("values", lambda _, value: ops.pack_int4(value), *NO_TENSORS, X, X.byte(), torch.tensor(1, dtype=torch.int8)),
+    *bad("packed", lambda _, value: ops.unpack_int4(value), *NO_TENSORS, X, X.char(), torch.tensor(1).byte()),
+]
+
+CASES = [*CONFIG, *DISTILLATION, *CALIBRATION_SET, *COLLECTION, *MODELS, *EVALUATION, *OPERATORS]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +239,7 @@ def subject(unet2d):
     )
 
 
-@pytest.mark.parametrize("group", [CONFIG, DISTILLATION, CALIBRATION_SET, COLLECTION, MODELS, EVALUATION])
+@pytest.mark.parametrize("group", [CONFIG, DISTILLATION, CALIBRATION_SET, COLLECTION, MODELS, EVALUATION, OPERATORS])
 def test_bad_values_are_refused_by_the_parameter_s_name(subject, group):
     accepted, unclear = [], []
     for parameter, call, value in group:
