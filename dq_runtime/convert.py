@@ -19,7 +19,6 @@ from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.attention import Int8AttnProcessor, reason_against_int8
 from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
 from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, is_quantized
-from dq_runtime.saving import AtomicSave
 from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
@@ -206,7 +205,6 @@ def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLaye
     for method, remedy in REFUSED.items():
         if hasattr(unet, method):
             setattr(unet, method, partial(_refuse, remedy))
-    unet.save_pretrained = AtomicSave(unet)
 
 
 def _refuse(remedy: str, *args: Any, **kwargs: Any) -> NoReturn:

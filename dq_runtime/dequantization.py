@@ -23,6 +23,7 @@ def dequantize(model: Any) -> Any:
 
     Raises:
         ValueError: if the model is not quantized.
+        TypeError: if it is no model.
     """
     instance("model", model, nn.Module)
     if not is_quantized(model):
@@ -38,7 +39,7 @@ def dequantize(model: Any) -> Any:
     for hook in model.timestep_grid.hooks:
         hook.remove()
     del model.timestep_grid
-    for method in (*REFUSED, "save_pretrained"):
+    for method in REFUSED:
         model.__dict__.pop(method, None)
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer

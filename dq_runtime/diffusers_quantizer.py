@@ -17,6 +17,7 @@ from dq_runtime import digest
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
 from dq_runtime.convert import insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, quantized_layers
+from dq_runtime.saving import install
 from dq_runtime.validation import finite
 
 
@@ -157,5 +158,6 @@ def attach_quantizer(unet: Any, config: DilateQuantConfig) -> None:
 
 def register() -> None:
     """Registers the quantization method with diffusers."""
+    install()
     AUTO_QUANTIZER_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig

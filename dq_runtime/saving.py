@@ -14,68 +14,62 @@ import os
 import re
 import shutil
 import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+from diffusers.models.modeling_utils import ModelMixin
+
 from dq_runtime.files import left_behind, lock, opened, sync_folder, temporary_name
+from dq_runtime.layers import is_quantized
 from dq_runtime.validation import path
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"  # diffusers' names
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+_stock = ModelMixin.save_pretrained
 
 
-class AtomicSave:
-    """Replaces the ``save_pretrained`` of a model, with its arguments.
+@wraps(_stock)
+def save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    save_function: Callable[..., Any] | None = None,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """``ModelMixin.save_pretrained``, atomic for quantized models.
 
-    It is an attribute of the model, so it refers to the model weakly, and a copy of the model saves the copy.
+    Weights of an earlier save of the same variant are removed, in whichever format.
+
+    Raises:
+        OSError: if a quantized model cannot be written; its old checkpoint is as before.
     """
+    save = partial(
+        _stock, model, is_main_process=is_main_process, save_function=save_function,
+        safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size, **kwargs,
+    )  # fmt: skip
+    if not is_quantized(model) or os.path.isfile(save_directory):  # diffusers logs an error for a file
+        save(save_directory, push_to_hub=push_to_hub)
+        return
+    folder = Path(os.path.realpath(path("save_directory", save_directory)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(folder) as staging:
+        save(staging)
+        _replace(folder, staging, _names_of_weights(variant) if is_main_process else None)
+    if push_to_hub:
+        with tempfile.TemporaryDirectory() as temporary:
+            save(temporary, push_to_hub=True, repo_id=kwargs.get("repo_id", folder.name))
 
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AtomicSave:
-        model = self._model()
-        return AtomicSave(memo.get(id(model), model))
-
-    def __reduce__(self) -> Any:
-        return AtomicSave, (self._model(),)
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        save_function: Callable[..., Any] | None = None,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As ``ModelMixin.save_pretrained``. Weights of an earlier save, of the same variant, are removed.
-
-        Raises:
-            OSError: if the checkpoint cannot be written; the old one is as before.
-        """
-        model: Any = self._model()
-        folder = Path(os.path.realpath(path("save_directory", save_directory)))
-        stock = partial(
-            type(model).save_pretrained, model, is_main_process=is_main_process, save_function=save_function,
-            safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size, **kwargs,
-        )  # fmt: skip
-        if folder.is_file():
-            stock(folder)  # logs the error
-            return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(folder) as staging:
-            stock(staging)
-            _replace(folder, staging, _names_of_weights(variant) if is_main_process else None)
-        if push_to_hub:
-            with tempfile.TemporaryDirectory() as temporary:
-                stock(temporary, push_to_hub=True, repo_id=kwargs.get("repo_id", folder.name))
+def install() -> None:
+    """Gives all models of diffusers this ``save_pretrained``: diffusers lets a quantizer change the tensors alone."""
+    ModelMixin.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
 def _names_of_weights(variant: str | None) -> re.Pattern[str]:

@@ -201,8 +201,19 @@ def test_a_copy_saves_itself(old, tmp_path, found_in, duplicate):
     assert torch.equal(UNet2DConditionModel.from_pretrained(tmp_path).conv_in.weight, changed.conv_in.weight)
 
 
-def test_a_dequantized_unet_has_diffusers_own_method(unet2d_condition):
-    assert "save_pretrained" not in vars(unet2d_condition.copy().dequantize())
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_floating_point_models_are_saved_by_diffusers_alone(unet2d_condition, tmp_path, monkeypatch, dequantized):
+    monkeypatch.setattr(saving, "_staging", None)
+    unet = unet2d_condition.copy().dequantize() if dequantized else unet2d_condition.stock
+    unet.save_pretrained(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+
+
+def test_a_unet_that_nobody_else_holds_is_saved(old, tmp_path, found_in):
+    copy.deepcopy(old).save_pretrained(tmp_path)
+
+    assert found_in(tmp_path) == "old"
 
 
 def test_a_pipeline_passes_its_arguments_on(unet2d, tmp_path):
