@@ -37,10 +37,15 @@ class DilateQuantizer(DiffusersQuantizer):
             )
         super().__init__(quantization_config, **kwargs)
         self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
+        self._may_offload = False  # True if the device map may leave tensors on the disk, unread
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError for a compute dtype that the kernels do not support."""
+        device_map = kwargs.get("device_map")
+        self._may_offload = isinstance(device_map, str) or (
+            isinstance(device_map, dict) and "disk" in device_map.values()
+        )
         dtype = kwargs.get("torch_dtype")
         if dtype is not None and dtype not in ops.COMPUTE_DTYPES:
             raise ValueError(f"torch_dtype must be float16, bfloat16 or float32 for a DilateQuant UNet, got {dtype}")
@@ -130,6 +135,9 @@ class DilateQuantizer(DiffusersQuantizer):
         return digest.with_digest(state_dict, self.quantization_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not self._may_offload:
+            empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+            self._refuse("missing", [name for name in empty if not name.endswith(f".{digest.NAME}")])
         for layer in quantized_layers(model).values():
             if not layer.weight.is_meta:  # else the weight is offloaded to disk
                 layer.check_tensors()

@@ -28,7 +28,7 @@ from dq_runtime.validation import path
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"  # diffusers' names
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
-_stock = ModelMixin.save_pretrained
+_stock: Any = ModelMixin.save_pretrained
 
 
 @wraps(_stock)
@@ -69,7 +69,7 @@ def save_pretrained(
 
 def install() -> None:
     """Gives all models of diffusers this ``save_pretrained``: diffusers lets a quantizer change the tensors alone."""
-    ModelMixin.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    ModelMixin.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
 
 
 def _names_of_weights(variant: str | None) -> re.Pattern[str]:

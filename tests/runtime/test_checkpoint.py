@@ -401,6 +401,15 @@ def test_shard_of_another_save_is_refused(unet2d_condition, other_save, tmp_path
             UNet2DConditionModel.from_pretrained(tmp_path / shard)
 
 
+def test_a_shard_without_its_tensors_is_refused(unet2d_condition, tmp_path):
+    unet2d_condition.quantized.save_pretrained(tmp_path, max_shard_size="200KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    shutil.copy(first, second)
+
+    with pytest.raises(ValueError, match=r"missing tensors: .* and \d+ more\. The file is incomplete"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
 def test_weights_of_another_save_are_refused(saved, unet2d_condition, tmp_path):
     """A save that was interrupted between the config and the weights leaves these two."""
     timesteps = unet2d_condition.copy()
