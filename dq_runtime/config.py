@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
+import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
+from dq_runtime.validation import choice, integer, names, number, shown
+
+ACTIVATION_BITS = (8, 6, 4)
 DILATIONS = ("joint", "weight", "none")
 SHORTCUTS = {"conv_shortcut": 8}  # the default exceptions from ``activation_bits``
 NOT_CONVERTED = ("conv_in", "conv_out")
+LARGEST_DILATION = 1024.0
+LARGEST_TIMESTEP = 1e6  # in magnitude
+MOST_TIMESTEPS = 2**16  # each is a row of every layer's activation table
 
 
 def is_part(entry: str, name: str) -> bool:
@@ -22,6 +30,29 @@ class DilateQuantMethod(str, Enum):
     """The name of this quantization method in diffusers."""
 
     DILATEQUANT = "dilatequant"
+
+
+def _bits(name: str, value: Any) -> int:
+    """A number of bits of activations."""
+    return choice(name, integer(name, value), ACTIVATION_BITS)
+
+
+def _timesteps(value: Any) -> list[float]:
+    """A sorted list of timesteps that differ in float32, in which they are compared."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"timesteps must be a list of numbers, or None, got {shown(value)}")
+    if len(value) > MOST_TIMESTEPS:
+        raise ValueError(
+            f"timesteps must hold at most {MOST_TIMESTEPS} numbers, got {len(value)}; timestep_groups reduces them"
+        )
+    timesteps = [number(f"timesteps[{i}]", entry, -LARGEST_TIMESTEP, LARGEST_TIMESTEP) for i, entry in enumerate(value)]
+    compared = torch.tensor(timesteps, dtype=torch.float32, device="cpu").tolist()  # even under another default device
+    for i, (entry, following) in enumerate(pairwise(compared)):
+        if not entry < following:
+            raise ValueError(
+                f"timesteps must be sorted without repeats, got {timesteps[i]} before {timesteps[i + 1]} at {i}"
+            )
+    return timesteps
 
 
 @dataclass
@@ -38,7 +69,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
             range grows; "joint" chooses for each layer, by its error on the calibration data, among this rule and
             rules that consider the activations too, and without training drops all dilation unless the whole UNet's
             prediction is clearly better with it; "none" turns it off.
-        max_dilation: the largest factor of a channel.
+        max_dilation: the largest factor of a channel, 1 to 1024.
         timestep_groups: number of activation scales per layer, which neighbouring timesteps share; by default one for
             each calibrated timestep.
         modules_to_not_convert: layers that stay in floating point, by dotted name or part of one: "conv_in",
@@ -50,7 +81,7 @@ class DilateQuantConfig(QuantizationConfigMixin):
         timesteps: the sorted timesteps of the activation tables; set by calibration.
 
     Raises:
-        ValueError: if a value is not supported.
+        ValueError: if a value is not supported or has another type.
     """
 
     weight_bits: int = 4
@@ -65,26 +96,28 @@ class DilateQuantConfig(QuantizationConfigMixin):
     quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        self.quant_method = DilateQuantMethod(self.quant_method)
-        if self.weight_bits != 4:
+        methods = [method.value for method in DilateQuantMethod]
+        self.quant_method = DilateQuantMethod(choice("quant_method", self.quant_method, methods))
+        if integer("weight_bits", self.weight_bits) != 4:
             raise ValueError(f"weight_bits must be 4 (two weights to a byte), got {self.weight_bits}")
-        for place, bits in {"activation_bits": self.activation_bits, **(self.layer_activation_bits or {})}.items():
-            if bits not in (8, 6, 4):
-                raise ValueError(f"{place} must be 8, 6 or 4, got {bits}")
-        if self.dilation not in DILATIONS:
-            raise ValueError(f"dilation must be one of {DILATIONS}, got {self.dilation!r}")
-        if not self.max_dilation >= 1:
-            raise ValueError(f"max_dilation must be at least 1, got {self.max_dilation}")
-        if self.timestep_groups is not None and not self.timestep_groups >= 1:
-            raise ValueError(f"timestep_groups must be at least 1, or None, got {self.timestep_groups}")
+        self.activation_bits = _bits("activation_bits", self.activation_bits)
+        if self.layer_activation_bits is not None:
+            if not isinstance(self.layer_activation_bits, dict):
+                raise ValueError(f"layer_activation_bits must be a dict, got {shown(self.layer_activation_bits)}")
+            entries = names("layer_activation_bits", list(self.layer_activation_bits))
+            self.layer_activation_bits = {
+                entry: _bits(f"layer_activation_bits[{shown(entry)}]", self.layer_activation_bits[entry])
+                for entry in entries
+            }
+        self.dilation = choice("dilation", self.dilation, DILATIONS)
+        self.max_dilation = number("max_dilation", self.max_dilation, 1, LARGEST_DILATION)
+        if self.timestep_groups is not None:
+            self.timestep_groups = integer("timestep_groups", self.timestep_groups, 1)
         for name in ("modules_to_not_convert", "int8_attention"):
-            entries = getattr(self, name)
-            if entries is None:
-                setattr(self, name, [])
-            elif not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
-                raise ValueError(f"{name} must be a list of names, got {entries!r}")
-            else:
-                setattr(self, name, list(entries))
+            value = getattr(self, name)
+            setattr(self, name, [] if value is None else names(name, value))
+        if self.timesteps is not None:
+            self.timesteps = _timesteps(self.timesteps)
 
     def activation_bits_of(self, layer: str) -> int:
         """The number of bits of the input of the layer with this dotted name."""

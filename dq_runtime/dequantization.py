@@ -15,6 +15,7 @@ from dq_runtime.convert import replace_layers, restore_methods
 from dq_runtime.fused import unfuse
 from dq_runtime.graphs import disable_cuda_graphs
 from dq_runtime.layers import QuantizedLayer, constructor_arguments, is_quantized, quantized_layers
+from dq_runtime.validation import instance
 
 
 @torch.no_grad()
@@ -23,7 +24,9 @@ def dequantize(model: Any) -> Any:
 
     Raises:
         ValueError: if the model is not quantized.
+        TypeError: if it is no model.
     """
+    instance("model", model, nn.Module)
     given, model = model, without_compilation(model)
     if not is_quantized(model):
         raise ValueError("The model is not quantized")

@@ -21,6 +21,8 @@ from dq_runtime import digest
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
 from dq_runtime.convert import insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, is_quantized, quantized_layers
+from dq_runtime.saving import install
+from dq_runtime.validation import finite
 
 TABLES = (".weight_scale", ".weight_sum", ".weight_dilation", ".act_scale", ".act_zero_point", f".{digest.NAME}")
 
@@ -42,10 +44,15 @@ class DilateQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
         self._tables: dict[str, torch.Tensor] = {}  # the small tensors of quantized layers, as they are stored
+        self._may_offload = False  # True if the device map may leave tensors on the disk, unread
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises ValueError for a compute dtype that the kernels do not support."""
+        device_map = kwargs.get("device_map")
+        self._may_offload = isinstance(device_map, str) or (
+            isinstance(device_map, dict) and "disk" in device_map.values()
+        )
         dtype = kwargs.get("torch_dtype")
         if dtype is not None and dtype not in ops.COMPUTE_DTYPES:
             raise ValueError(f"torch_dtype must be float16, bfloat16 or float32 for a DilateQuant UNet, got {dtype}")
@@ -165,7 +172,14 @@ class DilateQuantizer(DiffusersQuantizer):
             for table, tensor in layer._buffers.items():
                 if tensor is not None and tensor.is_meta:  # the device map says disk, where accelerate reads no buffers
                     layer._buffers[table] = self._tables.get(f"{name}.{table}", tensor)
+        if not self._may_offload:
+            empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+            self._refuse("missing", [name for name in empty if not name.endswith(f".{digest.NAME}")])
+        for layer in quantized_layers(model).values():
             layer.check_tensors()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_meta:
+                finite(name, tensor)
         digest.verify(model, self._checksums, self.quantization_config)
         self._checksums, self._tables = {}, {}
         model.requires_grad_(False)
@@ -219,5 +233,6 @@ def register() -> None:
     """Registers the quantization method with diffusers."""
     for model_class, method in ((ControlNetModel, "from_unet"), (UNetMotionModel, "from_unet2d")):
         setattr(model_class, method, _with_stock_unet(getattr(model_class, method)))
+    install()
     AUTO_QUANTIZER_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig

@@ -33,6 +33,7 @@ from dq_runtime.fused_blocks import (
     FusedUpsample2D,
 )
 from dq_runtime.layers import is_quantized, quantized_layers
+from dq_runtime.validation import instance
 
 # In this order: an up block can be fused only if its resnets are, and timesteps beside other blocks only.
 FUSED = {
@@ -69,6 +70,7 @@ def fuse(model: Any) -> dict[str, str]:
     Raises:
         ValueError: if the model is not quantized, or is already fused.
     """
+    instance("model", model, nn.Module)
     model = without_compilation(model)
     if not is_quantized(model):
         raise ValueError("The model is not quantized: calibrate it, or load a quantized one, before fuse()")
@@ -125,6 +127,7 @@ def _modules_around(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Mo
 
 def unfuse(model: Any) -> None:
     """Restores diffusers' own forwards in all blocks of a model, in place."""
+    instance("model", model, nn.Module)
     stock_class = {fast: stock for stock, fast in FUSED.items()}
     for module in model.modules():
         if type(module) in stock_class:

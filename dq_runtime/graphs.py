@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.captured_state import ModelState, runs_python
+from dq_runtime.validation import integer
 
 WARM_UP_CALLS = 3
 CONSTANTS = (int, float, str, type(None), torch.dtype)  # immutable arguments: the kernels contain them
@@ -77,9 +78,7 @@ class CudaGraphRunner:
     _state: ModelState  # at the captures
 
     def __init__(self, model: Any, max_graphs: int = 8) -> None:
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs must be at least 1, got {max_graphs}")
-        self.model, self.max_graphs = model, max_graphs
+        self.model, self.max_graphs = model, integer("max_graphs", max_graphs, 1)
         architecture = architecture_of(model)
         self.entry: Any = architecture.entry(model)  # the module whose calls are replaced
         self.replaced = self.entry._compiled_call_impl  # of ``compile()``
@@ -308,6 +307,8 @@ def enable_cuda_graphs(model: Any, max_graphs: int = 8) -> None:
         TypeError: if the model's class is not supported.
         ValueError: if the model is not on a CUDA device, or already replays graphs.
     """
+    architecture_of(model)
+    integer("max_graphs", max_graphs, 1)
     if model.device.type != "cuda":
         raise ValueError(f"CUDA graphs need the model on a CUDA device, it is on {model.device}: move it first")
     if replays_graphs(model):

@@ -18,10 +18,19 @@ from torch.nn.grad import conv2d_input
 
 from dq_kernels import ops
 from dq_kernels.ops import Norm, PackedWeight, Quantizer
+from dq_runtime.config import LARGEST_DILATION
 from dq_runtime.gradients import pass_gradient, wants_gradient
 from dq_runtime.stock_weight import StockWeight
 from dq_runtime.tables import TableModule
 from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.validation import is_within
+
+# The product of both scales and an int32 is finite in float32, and so is the inverse of an activation's scale.
+TABLE_RANGES = {
+    "weight_scale": (2.0**-149, 2.0**40),
+    "act_scale": (2.0**-127, 2.0**40),
+    "weight_dilation": (1 / LARGEST_DILATION, LARGEST_DILATION),
+}
 
 
 class QuantizedLayer(TableModule):
@@ -252,9 +261,11 @@ class QuantizedLayer(TableModule):
         A weight on the meta device, which is offloaded to disk, is not checked.
         """
         remedy = "The checkpoint is corrupt: download or save it again"
-        for name, table in self.named_buffers(recurse=False):
-            if table.is_floating_point() and not bool((table.isfinite() & (table > 0)).all()):
-                raise ValueError(f"{self.name}.{name} must be finite and positive. {remedy}")
+        for name, (least, most) in TABLE_RANGES.items():
+            if not is_within(getattr(self, name), least, most):
+                raise ValueError(
+                    f"{self.name}.{name} must be finite, positive, and from {least:g} to {most:g}. {remedy}"
+                )
         if self.bias is not None and not self.bias.is_meta and not bool(self.bias.isfinite().all()):
             raise ValueError(f"{self.name}.bias must be finite in {self.bias.dtype}. {remedy}")
         limit = 2 ** (self.activation_bits - 1)

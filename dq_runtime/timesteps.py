@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -112,11 +113,13 @@ class TimestepGrid(nn.Module):
 
         Raises:
             TypeError: if the timestep is not a real number.
-            ValueError: if its shape does not fit.
+            ValueError: if its shape does not fit, or a number is NaN. Values of tensors are not read.
         """
         if not isinstance(timestep, torch.Tensor):
             if isinstance(timestep, bool) or not isinstance(timestep, Real):
                 raise TypeError(f"timestep must be an int, a float or a tensor of them, got {type(timestep).__name__}")
+            if math.isnan(timestep):
+                raise ValueError("timestep must be a number, got NaN")
             timestep = torch.full((1,), float(timestep), dtype=torch.float32, device=device)
         if timestep.dtype == torch.bool or timestep.is_complex():
             raise TypeError(f"timestep must hold integers or floats, got {timestep.dtype}")

@@ -22,10 +22,10 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
         [..., ceil(K / 2)] uint8, contiguous.
 
     Raises:
-        ValueError: if the dtype is not int8 or a value lies outside [-8, 7].
+        TypeError: if it is no tensor.
+        ValueError: if the dtype is not int8, there is no dimension, or a value lies outside [-8, 7].
     """
-    if values.dtype != torch.int8:
-        raise ValueError(f"pack_int4 takes int8 values, got {values.dtype}")
+    _check("pack_int4", "values", values, torch.int8)
     if values.numel() and (values.min() < INT4_MIN or values.max() > INT4_MAX):
         raise ValueError(f"pack_int4 takes values in [{INT4_MIN}, {INT4_MAX}], got {values.min()} to {values.max()}")
     if values.shape[-1] % 2:
@@ -35,6 +35,20 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Inverts ``pack_int4``: [..., K/2] uint8 -> [..., K] int8 in [-8, 7], K even."""
+    """Inverts ``pack_int4``: [..., K/2] uint8 -> [..., K] int8 in [-8, 7], K even.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if the dtype is not uint8, or there is no dimension.
+    """
+    _check("unpack_int4", "packed", packed, torch.uint8)
     signed = packed.view(torch.int8)
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
+
+
+def _check(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got a {type(tensor).__name__}")
+    if tensor.dtype != dtype or not tensor.ndim:
+        expected = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{op} takes {expected} {name}, got {tensor.dtype} of shape {list(tensor.shape)}")

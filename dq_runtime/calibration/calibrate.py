@@ -23,6 +23,7 @@ from dq_runtime.config import NOT_CONVERTED, DilateQuantConfig
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import TimestepGrid, grouped
+from dq_runtime.validation import instance
 
 logger = logging.getLogger("dq_runtime")
 
@@ -50,12 +51,17 @@ def calibrate(
         the same model, quantized.
 
     Raises:
-        TypeError: if the model's class is not supported, or its forward lacks the sample or the timestep.
+        TypeError: if the model's class is not supported, its forward lacks the sample or the timestep, or an argument
+            is of another class.
         ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
             belongs to another calibration. After either error the model is unchanged.
     """
     given, model = model, without_compilation(model)
-    config, architecture = config or DilateQuantConfig(), architecture_of(model)
+    architecture = architecture_of(model)
+    instance("calibration_set", calibration_set, CalibrationSet)
+    instance("config", config, DilateQuantConfig, type(None))
+    instance("distillation", distillation, Distillation, type(None))
+    config = config or DilateQuantConfig()
     architecture.signature(model)  # raises if the forward lacks the sample or the timestep
     if config.modules_to_not_convert == list(NOT_CONVERTED):
         config = replace(config, modules_to_not_convert=list(architecture.modules_to_not_convert))

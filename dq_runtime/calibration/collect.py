@@ -5,10 +5,10 @@ Only inputs are recorded. Activations (for ranges and distillation) are computed
 
 from __future__ import annotations
 
+import inspect
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,17 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 from dq_runtime.architectures.supported import architecture_of, is_supported, without_compilation
+from dq_runtime.calibration.tree_files import read_tree, write_tree
+from dq_runtime.config import LARGEST_TIMESTEP
+from dq_runtime.files import replacing
 from dq_runtime.timesteps import NO_TIMESTEP
+from dq_runtime.validation import check_scheduler, finite, floats, instance, integer, is_within, path, shown
 
-PLAIN = (torch.Tensor, bool, int, float, str, type(None))  # types that ``save`` can write
+MOST_TRAIN_TIMESTEPS = 10**5  # of a scheduler that is read from a file
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,30 @@ class RecordedCall:
         timestep: [1] or [B] fp32.
         arguments: the remaining keyword arguments (``encoder_hidden_states``, ``class_labels``, ...).
         shared: names of arguments without a row per sample, whatever their shape.
+
+    Raises:
+        TypeError: if a field is of another class.
+        ValueError: if there is no sample, or the timesteps are not finite or not one for each sample.
     """
 
     sample: torch.Tensor
     timestep: torch.Tensor
     arguments: dict[str, Any]
     shared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        instance("sample", self.sample, torch.Tensor)
+        instance("timestep", self.timestep, torch.Tensor)
+        instance("arguments", self.arguments, Mapping)
+        instance("shared", self.shared, tuple)
+        batch = self.sample.shape[0] if self.sample.ndim else 0
+        if not batch:
+            raise ValueError(f"sample must have a row for each sample, got shape {list(self.sample.shape)}")
+        timestep = self.timestep
+        if timestep.ndim != 1 or timestep.numel() not in (1, batch) or timestep.is_complex():
+            raise ValueError(f"timestep must be [1] or [{batch}], real, got {timestep.dtype} {list(timestep.shape)}")
+        if not is_within(timestep, -LARGEST_TIMESTEP, LARGEST_TIMESTEP):
+            raise ValueError(f"timestep must be finite, at most {LARGEST_TIMESTEP:g}, got {shown(timestep.tolist())}")
 
     def run(self, model: Any) -> Any:
         """Repeats the call on a model, on its device and in its dtype, without gradients."""
@@ -67,10 +89,20 @@ class CalibrationSet:
 
     Attributes:
         scheduler: the diffusers scheduler that sampled. It determines the timesteps' importance. None if unknown.
+
+    Raises:
+        TypeError: if a field is of another class.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
     scheduler: Any = None
+
+    def __post_init__(self) -> None:
+        instance("calls", self.calls, list)
+        for i, call in enumerate(self.calls):
+            instance(f"calls[{i}]", call, RecordedCall)
+        if self.scheduler is not None:
+            check_scheduler("scheduler", self.scheduler)
 
     @property
     def timesteps(self) -> list[float]:
@@ -85,47 +117,57 @@ class CalibrationSet:
         return sum(call.sample.shape[0] for call in self.calls)
 
     def save(self, file: str | Path) -> None:
-        """Writes the set to one file. An interrupted calibration can only be resumed with the same data.
+        """Writes the set to one file, readable by its owner alone. An error leaves the file that was there.
+
+        An interrupted calibration can only be resumed with the same data.
 
         Raises:
             ValueError: if an argument is not a tensor, number, string, None, or a container of these.
         """
-        for call in self.calls:
-            for path, leaf in tree_flatten_with_path(call.arguments)[0]:
-                if not isinstance(leaf, PLAIN):
-                    name = "".join(map(str, path))
-                    raise ValueError(f"The model's argument {name} is a {type(leaf).__name__}, which cannot be saved")
         known = isinstance(self.scheduler, diffusers.ConfigMixin)
         content = {
-            "calls": [(call.sample, call.timestep, call.arguments, call.shared) for call in self.calls],
+            "calls": [vars(call) for call in self.calls],
             "scheduler": self.scheduler.to_json_string() if known else None,
         }
-        file = Path(file)
-        partial = file.with_name(f"{file.name}.partial")
-        torch.save(content, partial)
-        partial.replace(file)
+        with replacing(path("file", file)) as stream:
+            write_tree(stream, content)
 
     @classmethod
     def load(cls, file: str | Path) -> CalibrationSet:
         """Reads a file written by ``save``. The scheduler is None if diffusers has no such class.
 
-        The tensors stay in the file and are read on use: do not modify it meanwhile (``save`` replaces it).
+        All checksums are compared, which reads the file once. The tensors stay in the file and are read on use: do not
+        modify it meanwhile (``save`` replaces it).
 
         Raises:
             ValueError: if the file is no calibration set, or is damaged.
         """
         try:
-            content = torch.load(file, weights_only=True, mmap=True)
-            calls = [RecordedCall(*call) for call in content["calls"]]
-            scheduler = None if content["scheduler"] is None else json.loads(content["scheduler"])
-        except (RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file} holds no calibration set: record it again") from error
-        scheduler_class = getattr(diffusers, scheduler["_class_name"], None) if scheduler else None
-        return cls(calls, scheduler_class.from_config(scheduler) if scheduler_class else None)
+            content = read_tree(path("file", file))
+            return cls([RecordedCall(**call) for call in content["calls"]], _scheduler_of(content["scheduler"]))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} holds no calibration set: record it again ({error})") from error
 
 
-@contextmanager
-def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
+def _scheduler_of(text: str | None) -> Any:
+    """The scheduler of a config; None if diffusers has no class of that name.
+
+    Raises:
+        ValueError: if it is no scheduler, or a larger one than any in use.
+    """
+    if text is None:
+        return None
+    config = json.loads(text)
+    scheduler_class = getattr(diffusers, config["_class_name"], None)
+    if scheduler_class is None:
+        return None
+    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
+        raise ValueError(f"{config['_class_name']} is no scheduler")
+    integer("num_train_timesteps", config.get("num_train_timesteps", 1), 1, MOST_TRAIN_TIMESTEPS)
+    return scheduler_class.from_config(config)
+
+
+def record(model: nn.Module, scheduler: Any = None) -> AbstractContextManager[CalibrationSet]:
     """Records all calls of a floating-point model inside the ``with`` block, from any caller.
 
     >>> with dq_runtime.record(pipeline.unet, pipeline.scheduler) as calibration_set:
@@ -140,14 +182,21 @@ def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
         scheduler: the sampling scheduler. It determines the importance of each timestep in calibration.
 
     Raises:
-        TypeError: if the model's class is not supported, or its forward lacks the sample or the timestep.
+        TypeError: if the model's class is not supported, its forward lacks the sample or the timestep, or the scheduler
+            is none. A call whose timestep is not finite is a ValueError.
     """
     inner = without_compilation(model)
+    return _recording(model, architecture_of(inner).signature(inner), CalibrationSet(scheduler=scheduler))
+
+
+@contextmanager
+def _recording(
+    model: nn.Module, signature: inspect.Signature, calibration_set: CalibrationSet
+) -> Iterator[CalibrationSet]:
+    inner = without_compilation(model)
     architecture = architecture_of(inner)
-    signature = architecture.signature(inner)
     # Code that is compiled already runs no new hooks, but those of the compiled module run around it.
     entry = architecture.entry(inner) if architecture.entry_name else model
-    calibration_set = CalibrationSet(scheduler=scheduler)
 
     def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("cpu", copy=True)
@@ -165,6 +214,7 @@ def record(model: nn.Module, scheduler: Any = None) -> Iterator[CalibrationSet]:
         sample, timestep = arguments.pop(architecture.sample), NO_TIMESTEP
         if architecture.timestep is not None:
             timestep = arguments.pop(architecture.timestep)
+        instance(architecture.sample, sample, torch.Tensor)
         calibration_set.calls.append(
             RecordedCall(
                 sample=to_cpu(sample),
@@ -203,12 +253,25 @@ def collect_from_pipeline(
             ``unet``, or the ``transformer`` of a pipeline without a UNet.
 
     Raises:
-        ValueError: if the pipeline has no such component.
-        TypeError: if ``record`` does not support the component.
+        ValueError: if the pipeline has no such component, or there are no calls.
+        TypeError: if ``record`` does not support the component, or an argument is of another class.
     """
+    if not callable(pipeline) or not hasattr(pipeline, "scheduler"):
+        raise TypeError(f"pipeline must be a diffusers pipeline with a scheduler, got {shown(pipeline)}")
+    if component is not None:
+        instance("component", component, str, nn.Module)
     model = component if isinstance(component, nn.Module) else _component(pipeline, component)
-    with record(model, pipeline.scheduler) as calibration_set:
-        for arguments in tqdm(list(calls), desc="Collecting"):
+    recording = record(model, pipeline.scheduler)
+    instance("calls", calls, Iterable)
+    if isinstance(calls, (Mapping, str)):
+        raise TypeError(f"calls must be a list of dicts, one for each run of the pipeline, got {shown(calls)}")
+    calls = list(calls)
+    if not calls:
+        raise ValueError("calls must hold the keyword arguments of at least one run, got none")
+    for i, arguments in enumerate(calls):
+        instance(f"calls[{i}]", arguments, Mapping)
+    with recording as calibration_set:
+        for arguments in tqdm(calls, desc="Collecting"):
             pipeline(**arguments)
     return calibration_set
 
@@ -245,7 +308,9 @@ def collect_from_scheduler(
         batch_size: rows of ``noise`` that run together.
 
     Raises:
-        TypeError: if the model's class is not supported, or the scheduler cannot use its prediction.
+        TypeError: if the model's class is not supported, the scheduler cannot use its prediction, or an argument is of
+            another class.
+        ValueError: if a value is out of range or not finite, or an argument has not B rows.
     """
     architecture = architecture_of(without_compilation(model))
     if not architecture.predicts:
@@ -253,6 +318,19 @@ def collect_from_scheduler(
             f"{type(model).__name__} does not predict a sampler's next step: run its pipeline inside record(), or "
             "pass it to collect_from_pipeline as `component`"
         )
+    check_scheduler("scheduler", scheduler)
+    integer("num_inference_steps", num_inference_steps, 1)
+    integer("batch_size", batch_size, 1)
+    instance("noise", noise, torch.Tensor)
+    floats("noise", noise, max(noise.ndim, 2))
+    instance("arguments", arguments, Mapping, type(None))
+    for name, value in (arguments or {}).items():
+        instance(f"arguments[{shown(name)}]", value, torch.Tensor)
+        finite(f"arguments[{shown(name)}]", value)
+        if name not in architecture.shared_arguments and value.shape[:1] != noise.shape[:1]:
+            raise ValueError(
+                f"arguments[{shown(name)}] must have {noise.shape[0]} rows, like noise, got shape {list(value.shape)}"
+            )
     device, dtype = model.device, model.dtype
     with record(model, scheduler) as calibration_set:
         starts = range(0, noise.shape[0], batch_size)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.error_feedback import SecondMoments
-from dq_runtime.calibration.finished_blocks import FinishedBlocks, fingerprint
+from dq_runtime.calibration.finished_blocks import ACTIVATIONS, FinishedBlocks, fingerprint, work_folder
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
@@ -42,12 +41,14 @@ from dq_runtime.calibration.replay import (
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.validation import boolean, integer, number, path
 
 logger = logging.getLogger("dq_runtime")
 
 ERROR_SAMPLES = 512  # samples that measure each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam is invariant to it
 FEW_SAMPLES = 4  # of one timestep
+LEARNING_RATES = 1e-12, 1e9  # the smallest and the largest
 STORED_BYTES = 2**32  # on disk, for targets and for finished blocks' outputs each; the rest is recomputed per block
 
 SampleLosses = Callable[[int], torch.Tensor]
@@ -70,11 +71,13 @@ class Distillation:
             transformers and, in the polish, everywhere.
         autocast: True trains in bfloat16 where torch's autocast does.
         folder: where finished blocks are written, so that an interrupted calibration resumes after the last one. The
-            activations that blocks are trained on are stored there, too. By default a temporary folder.
+            activations that blocks are trained on are stored there, too. Other files in it are left alone. By default a
+            temporary folder.
         seed: of the samples drawn and their order.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a value is out of range or has another type.
+        TypeError: if ``folder`` is no path.
     """
 
     samples: int = 512
@@ -92,11 +95,14 @@ class Distillation:
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("batch_size", 1), ("iterations", 0), ("polish_iterations", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            integer(name, getattr(self, name), least)
         for name in ("learning_rate", "scale_learning_rate", "polish_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+            number(name, getattr(self, name), *LEARNING_RATES)
+        for name in ("error_feedback", "gradient_checkpointing", "autocast"):
+            boolean(name, getattr(self, name))
+        if self.folder is not None:
+            path("folder", self.folder)
+        integer("seed", self.seed, -(2**63), 2**63 - 1)
 
 
 def distil(
@@ -120,7 +126,7 @@ def distil(
         the trained state dicts.
 
     Raises:
-        ValueError: if ``settings.folder`` holds the blocks of another calibration.
+        ValueError: if ``settings.folder`` holds the blocks of another calibration, or another process calibrates in it.
     """
     assert config.timesteps is not None
     grid = TimestepGrid(config.timesteps).to(unet.device)
@@ -138,12 +144,13 @@ def distil(
         )  # fmt: skip
     digest = fingerprint(unet, batches, _fingerprinted(config, settings))
     with (
-        _work_folder(settings.folder) as folder,
+        work_folder(None if settings.folder is None else Path(settings.folder)) as (folder, prefix),
         _checkpointing(unet, settings.gradient_checkpointing),
         simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers,
     ):
         finished = FinishedBlocks(folder, digest)
-        trainer = _Trainer(unet, simulated_layers, batches, TensorStore(folder / "activations"), grid, settings)
+        store = TensorStore(folder / ACTIVATIONS, prefix)
+        trainer = _Trainer(unet, simulated_layers, batches, store, grid, settings)
         blocks = blocks_in_order(unet, simulated_layers.values(), batches[0])
         try:
             for name, block in list(blocks.items()):
@@ -391,16 +398,6 @@ def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) ->
         for i in torch.randperm(len(batches), generator=generator)[:count].tolist():
             yield batches[i]
         count -= len(batches)
-
-
-@contextmanager
-def _work_folder(folder: str | Path | None) -> Iterator[Path]:
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        yield Path(folder)
-    else:
-        with tempfile.TemporaryDirectory(prefix="dq_runtime_") as temporary:
-            yield Path(temporary)
 
 
 @contextmanager

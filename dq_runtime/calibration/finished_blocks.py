@@ -1,39 +1,49 @@
-"""The finished blocks of an interrupted distillation, on disk."""
+"""The folder of a distillation: its finished blocks, from which an interrupted calibration resumes, and its lock."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, states_of
+from dq_runtime.calibration.tree_files import read_tree, write_tree
+from dq_runtime.files import OWNER_ONLY, lock, replacing
 
 logger = logging.getLogger("dq_runtime")
+
+ACTIVATIONS, RECORD = "activations", "calibration.json"
+LOCK, TEMPORARY_LOCK = "calibration.lock", "temporary.lock"  # of the user's and of temporary folders
+TEMPORARY = "dq_runtime_"  # prefix of temporary folders
 
 
 class FinishedBlocks:
     """The finished blocks of an interrupted calibration, one file per block.
 
     Args:
-        fingerprint: digest of everything that determines the result.
+        fingerprint: digest of everything that determines the result. Each block's file holds it.
 
     Raises:
         ValueError: if the folder holds the blocks of another calibration.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = folder
-        record = folder / "calibration.json"
+        self.folder, self.fingerprint = folder, fingerprint
+        record = folder / RECORD
         if record.exists():
             try:
                 found = json.loads(record.read_text())["fingerprint"]
@@ -45,35 +55,94 @@ class FinishedBlocks:
                     "resume it, load the saved calibration set. Otherwise delete it or give Distillation another folder"
                 )
         else:
-            record.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+            with replacing(record) as stream:
+                stream.write(json.dumps({"fingerprint": fingerprint}).encode() + b"\n")
 
     def save(self, name: str, layers: Mapping[str, SimulatedLayer]) -> None:
-        """Writes a block's file atomically."""
-        tensors = {
-            f"{layer}.{key}": tensor.cpu().contiguous()
-            for layer, state in states_of(layers).items()
-            for key, tensor in state.items()
-        }
-        partial = self._file(name).with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(self._file(name))
+        """Writes a block's file atomically, with checksums."""
+        with replacing(self._file(name)) as stream:
+            write_tree(stream, {"block": name, "fingerprint": self.fingerprint, "layers": states_of(layers)})
 
     def restore(self, name: str, layers: Mapping[str, SimulatedLayer]) -> bool:
         """Loads a block's file into its layers. Returns False if there is no file, or it cannot be read."""
         if not self._file(name).exists():
             return False
         try:
-            tensors = load_file(self._file(name))
-            state = {n: {key: tensors[f"{n}.{key}"] for key in s} for n, s in states_of(layers).items()}
-        except (SafetensorError, KeyError, OSError) as error:
+            content = read_tree(self._file(name))
+            if (content["block"], content["fingerprint"]) != (name, self.fingerprint):
+                raise ValueError("it holds another block")
+            set_states(layers, content["layers"])
+        except (LookupError, OSError, TypeError, ValueError) as error:
             logger.warning("%s cannot be read (%s): %s is distilled again", self._file(name), error, name)
             return False
-        set_states(layers, state)
         logger.info("%s: taken from %s", name, self.folder)
         return True
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+@contextmanager
+def work_folder(folder: Path | None) -> Iterator[tuple[Path, str]]:
+    """The folder of a distillation, locked inside the ``with`` block, and a prefix for its files of activations.
+
+    What a killed process left is removed: activations in the given folder, by the prefix that its lock file holds, or
+    temporary folders.
+
+    Args:
+        folder: created if it does not exist; None for a temporary folder.
+
+    Raises:
+        ValueError: if another process calibrates in the folder.
+    """
+    if folder is not None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(folder, LOCK) as prefix:
+            yield folder, prefix
+        return
+    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
+        with suppress(OSError, ValueError):
+            if left.lstat().st_uid == os.getuid() and not left.is_symlink() and (left / TEMPORARY_LOCK).exists():
+                with _locked(left, TEMPORARY_LOCK):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary, _locked(Path(temporary), TEMPORARY_LOCK) as prefix:
+        yield Path(temporary), prefix
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[str]:
+    """Holds a folder's lock file, and removes it at the end; gives the new prefix that it holds."""
+    file = folder / name
+    descriptor = _lock_file(file)
+    try:
+        left = os.read(descriptor, 100).decode(errors="replace")
+        if re.fullmatch(r"[0-9a-f]{16}\.", left):
+            for activations in (folder / ACTIVATIONS).glob(f"{left}*.safetensors"):
+                activations.unlink()
+        prefix = f"{secrets.token_hex(8)}."
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, prefix.encode(), 0)
+        os.fsync(descriptor)
+        try:
+            yield prefix
+        finally:
+            file.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock_file(file: Path) -> int:
+    """The descriptor of a lock file that this process holds."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, OWNER_ONLY)
+        if not lock(descriptor, wait=False):
+            os.close(descriptor)
+            raise ValueError(
+                f"Another process calibrates in {file.parent}. Wait for its end, or give Distillation another folder"
+            )
+        if os.fstat(descriptor).st_nlink:  # else its holder has just removed it
+            return descriptor
+        os.close(descriptor)
 
 
 def fingerprint(unet: nn.Module, batches: Iterable[RecordedCall], settings: Mapping[str, Any]) -> str:

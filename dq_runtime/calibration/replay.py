@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.collect import RecordedCall
+from dq_runtime.calibration.tree_files import flat
+from dq_runtime.files import new_file, write_tensors
 
 
 class _StopReplay(Exception):
@@ -145,15 +147,16 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class TensorStore:
     """Trees of tensors in a folder, one safetensors file each, so that training data may exceed the memory.
 
-    Tensors keep their memory layout, because the rounding of results computed from them depends on it. Files that an
-    earlier process left in the folder are deleted.
+    Tensors keep their memory layout, because the rounding of results computed from them depends on it. The folder may
+    hold other files.
+
+    Args:
+        prefix: of the names of all files; no other file has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder, self.prefix = folder, prefix
         folder.mkdir(parents=True, exist_ok=True)
-        for file in folder.glob("*.safetensors"):
-            file.unlink()
         self.nbytes = 0  # of all trees together
         self._trees: dict[str, tuple[list[Any], Any, int]] = {}
 
@@ -164,13 +167,13 @@ class TensorStore:
         tensors = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
-                dense = torch.empty_like(leaf, device="cpu", requires_grad=False).copy_(leaf.detach())
-                tensors[str(i)] = dense.as_strided((dense.numel(),), (1,))
-                leaves[i] = dense.shape, dense.stride()
+                tensors[str(i)] = flat(leaf)
+                leaves[i] = leaf.shape, torch.empty_like(leaf, device="meta").stride()
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._trees[name] = leaves, structure, nbytes
         self.nbytes += nbytes
-        save_file(tensors, self._file(name))
+        with new_file(self._file(name)) as stream:
+            write_tensors(stream, tensors, {})
 
     def __getitem__(self, name: str) -> Any:
         """The tree, with its tensors on the CPU."""
@@ -193,4 +196,4 @@ class TensorStore:
             del self[name]
 
     def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+        return self.folder / f"{self.prefix}{name}.safetensors"

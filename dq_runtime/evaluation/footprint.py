@@ -10,6 +10,7 @@ from torch import nn
 
 from dq_kernels import ops
 from dq_runtime.layers import QuantizedLayer, quantized_layers
+from dq_runtime.validation import instance
 
 FP16_BYTES = 2
 WEIGHT_TENSORS = ("packed_weight", "weight_scale")
@@ -47,7 +48,12 @@ class Footprint:
 
 
 def footprint(unet: nn.Module) -> Footprint:
-    """Counts the memory of a UNet, quantized or not."""
+    """Counts the memory of a UNet, quantized or not.
+
+    Raises:
+        TypeError: if it is no model.
+    """
+    instance("unet", unet, nn.Module)
     layers = quantized_layers(unet).values()
     weights = sum(_bytes(getattr(layer, name)) for layer in layers for name in WEIGHT_TENSORS)
     buffers = sum(_bytes(buffer) for layer in layers for buffer in layer.buffers())

@@ -13,6 +13,7 @@ from torch import nn
 
 from dq_runtime.fused import is_fused
 from dq_runtime.layers import is_quantized, quantized_layers
+from dq_runtime.validation import instance, shown
 
 if TYPE_CHECKING:
     from dq_runtime.calibration.collect import CalibrationSet
@@ -38,7 +39,12 @@ def layer_sqnr(unet: Any, reference: Any, calibration_set: CalibrationSet) -> di
 
     Raises:
         ValueError: if a UNet is not as described, a layer has no counterpart of the same shape, or there are no calls.
+        TypeError: if an argument is of another class.
     """
+    instance("unet", unet, nn.Module)
+    instance("reference", reference, nn.Module)
+    if not hasattr(calibration_set, "calls"):
+        raise TypeError(f"calibration_set must be a CalibrationSet, got {shown(calibration_set)}")
     layers = quantized_layers(unet)
     counterparts = _counterparts(unet, reference, layers)
     if not calibration_set.calls:

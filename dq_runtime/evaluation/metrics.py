@@ -8,8 +8,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dq_runtime.validation import floats
+
 PEAK = 2.0  # images lie in [-1, 1]
 LARGEST_PSNR = 100.0
+SSIM_WINDOW = 7  # pixels
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
@@ -23,7 +26,12 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> np.ndarray:
 
     Returns:
         [B] fp64.
+
+    Raises:
+        TypeError: if an argument is no tensor.
+        ValueError: if the images are not finite, or the shapes differ.
     """
+    _check_images(images, reference)
     from skimage.metrics import peak_signal_noise_ratio
 
     pairs = zip(_array(reference), _array(images), strict=True)
@@ -42,7 +50,12 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
 
     Args:
         images, reference: [B, C, H, W] in [-1, 1], H and W at least 7.
+
+    Raises:
+        TypeError: if an argument is no tensor.
+        ValueError: if the images are not finite or too small, or the shapes differ.
     """
+    _check_images(images, reference, SSIM_WINDOW)
     from skimage.metrics import structural_similarity
 
     pairs = zip(_array(reference), _array(images), strict=True)
@@ -56,13 +69,34 @@ def frechet_distance(features: torch.Tensor, reference_features: torch.Tensor) -
 
     Args:
         features, reference_features: [B, D] and [B', D], B and B' much larger than D.
+
+    Raises:
+        TypeError: if an argument is no tensor.
+        ValueError: if the features are not finite or fewer than two, or D differs.
     """
+    for name, value in (("features", features), ("reference_features", reference_features)):
+        floats(name, value, 2)
+        if len(value) < 2 or value.shape[1] != features.shape[1]:
+            raise ValueError(
+                f"{name} must be [2 or more, {features.shape[1]}], as wide as features, got {list(value.shape)}"
+            )
     a, b = _array(features), _array(reference_features)
     covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The product of two covariances has real eigenvalues >= 0; the trace of its root is the sum of theirs.
     eigenvalues = np.linalg.eigvals(covariance_a @ covariance_b).real.clip(min=0)
     distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(covariance_a + covariance_b)
     return float(distance - 2 * np.sqrt(eigenvalues).sum())
+
+
+def _check_images(images: torch.Tensor, reference: torch.Tensor, smallest: int = 1) -> None:
+    """Images of equal shapes, whose sides have at least so many pixels."""
+    floats("images", images, 4)
+    floats("reference", reference, 4)
+    if images.shape != reference.shape or min(images.shape[2:]) < smallest:
+        raise ValueError(
+            f"images and reference must have one shape, with sides of at least {smallest}, got {list(images.shape)} "
+            f"and {list(reference.shape)}"
+        )
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -10,14 +10,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dq_runtime.evaluation.layer_errors import layer_sqnr
 from dq_runtime.layers import QuantConv2d, QuantizedLayer, quantized_layers
+from dq_runtime.validation import instance, integer, path, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +59,12 @@ def plot_layer_sqnr(sqnr: Mapping[str, float]) -> Figure:
     Raises:
         ValueError: if there are no layers.
     """
+    instance("sqnr", sqnr, Mapping)
     if not sqnr:
         raise ValueError("There are no layers to plot: no call reached a quantized layer")
+    for name, value in sqnr.items():
+        if not isinstance(name, str) or not isinstance(value, Real):
+            raise TypeError(f"sqnr must map names of layers to dB, got {shown(name)}: {shown(value)}")
     figure, axes = _figure(7.5, 1.4 + BAR_HEIGHT * len(sqnr))
     finite = {name: value for name, value in sqnr.items() if math.isfinite(value)}
     lowest = sorted(finite, key=finite.__getitem__)[:LOWEST]
@@ -188,6 +195,7 @@ def plot_image_grid(images: Mapping[str, torch.Tensor], columns: int = 10) -> Fi
     from matplotlib.textpath import TextPath
 
     height, width = _image_size(images)
+    integer("columns", columns, 1)
     zoom = max(1, round(SMALLEST_CELL / max(height, width)))
     columns = min(columns, max(len(batch) for batch in images.values()))
     gap, indent = 3, 12  # pixels
@@ -229,6 +237,7 @@ def write_report(
         the files: ``layer_sqnr.png``, ``activation_scales.png``, ``dilation.png``, ``images.png`` if there are images,
         and ``layers.json``. There ``sqnr_db`` is null if it is not finite or no call reached the layer.
     """
+    folder = path("folder", folder)
     sqnr = layer_sqnr(unet, reference, calibration_set)
     figures = {
         "layer_sqnr.png": plot_layer_sqnr(sqnr),
@@ -237,7 +246,6 @@ def write_report(
     }
     if images is not None:
         figures["images.png"] = plot_image_grid(images)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=DPI)
@@ -270,6 +278,7 @@ def _numbers(layer: QuantizedLayer, sqnr: float) -> dict[str, Any]:
 
 
 def _layers(unet: Any) -> dict[str, QuantizedLayer]:
+    instance("unet", unet, nn.Module)
     layers = quantized_layers(unet)
     if not layers:
         raise ValueError("The UNet is not quantized: calibrate it, or load a quantized one")
@@ -278,6 +287,9 @@ def _layers(unet: Any) -> dict[str, QuantizedLayer]:
 
 def _image_size(images: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """The common height and width of all images."""
+    instance("images", images, Mapping)
+    for name, batch in images.items():
+        instance(f"images[{shown(name)}]", batch, torch.Tensor)
     if not images:
         raise ValueError("There are no images to plot")
     size = next(iter(images.values())).shape[-2:]

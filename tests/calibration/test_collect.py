@@ -1,6 +1,8 @@
 """Collecting calibration data: the UNet's calls as a sampling run makes them, and nothing shared with the caller."""
 
 import copy
+import fcntl
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from diffusers import (
 )
 from torch.utils._pytree import tree_flatten
 
-from dq_runtime import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
+from dq_runtime import CalibrationSet, collect_from_pipeline, collect_from_scheduler, files, record
 from dq_runtime.calibration.collect import RecordedCall
+from dq_runtime.calibration.tree_files import write_tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' schedulers and NumPy 2
 
@@ -406,7 +409,7 @@ def test_what_cannot_be_saved_is_named_and_leaves_the_file_alone(tmp_path):
     CalibrationSet([one]).save(file)
     before = file.read_bytes()
 
-    with pytest.raises(ValueError, match=r"argument \['cross_attention_kwargs'\]\['gligen'\] is a object"):
+    with pytest.raises(ValueError, match=r"\['arguments'\]\['cross_attention_kwargs'\]\['gligen'\] is a object"):
         CalibrationSet([replace(one, arguments={"cross_attention_kwargs": {"gligen": object()}})]).save(file)
     assert file.read_bytes() == before
     loaded = CalibrationSet.load(file)
@@ -425,6 +428,120 @@ def test_a_damaged_calibration_set_is_refused(tmp_path, damage):
 
     with pytest.raises(ValueError, match=f"{file} holds no calibration set: record it again"):
         CalibrationSet.load(file)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The file of a set, and the set."""
+    generator = torch.Generator().manual_seed(0)
+    calls = [
+        RecordedCall(torch.randn(2, 3, 4, 4, generator=generator), torch.tensor([float(t)]), {"y": (torch.ones(2), 1)})
+        for t in (1, 500)
+    ]
+    CalibrationSet(calls, DDIMScheduler()).save(tmp_path / "calls.pt")
+    return tmp_path / "calls.pt", calls
+
+
+def test_every_flipped_bit_of_a_file_is_found(saved):
+    file, _ = saved
+    content = file.read_bytes()
+    for place in range(0, len(content), len(content) // 150):
+        flipped = bytearray(content)
+        flipped[place] ^= 0x40
+        file.write_bytes(flipped)
+        with pytest.raises(ValueError, match=f"{file} holds no calibration set: record it again"):
+            CalibrationSet.load(file)
+
+
+def test_every_truncated_file_is_refused(saved):
+    file, _ = saved
+    content = file.read_bytes()
+    for length in (1, 7, 8, 9, 100, len(content) // 4, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{file} holds no calibration set: record it again"):
+            CalibrationSet.load(file)
+
+
+def write(file, **changes):
+    content = {"calls": [], "scheduler": None} | changes
+    with file.open("wb") as stream:
+        write_tree(stream, content)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "found"),
+    [
+        ({"_class_name": "AutoencoderTiny"}, "is no scheduler"),
+        ({"_class_name": "__version__"}, "is no scheduler"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 10**12}, "num_train_timesteps must be at most"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": "many"}, "num_train_timesteps must be an integer"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "unknown"}, "unknown"),
+        ({}, "_class_name"),
+    ],
+)
+def test_only_schedulers_are_made_of_a_file(tmp_path, scheduler, found):
+    write(tmp_path / "calls.pt", scheduler=json.dumps(scheduler))
+
+    with pytest.raises(ValueError, match=rf"calls\.pt holds no calibration set.*{found}"):
+        CalibrationSet.load(tmp_path / "calls.pt")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"sample": torch.zeros(1), "timestep": torch.tensor([float("nan")]), "arguments": {}},
+        {"sample": 3, "timestep": torch.tensor([1.0]), "arguments": {}},
+        {"sample": torch.zeros(1)},
+        {"unknown": 1},
+        3,
+    ],
+)
+def test_what_is_no_call_is_refused(tmp_path, call):
+    write(tmp_path / "calls.pt", calls=[call])
+
+    with pytest.raises(ValueError, match="holds no calibration set"):
+        CalibrationSet.load(tmp_path / "calls.pt")
+
+
+def test_only_the_owner_may_read_a_file_and_a_link_is_replaced(saved, tmp_path):
+    file, calls = saved
+    assert file.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "precious").write_text("precious")
+    link = tmp_path / "link.pt"
+    link.symlink_to(tmp_path / "precious")
+
+    CalibrationSet(calls).save(link)
+    assert not link.is_symlink()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert len(CalibrationSet.load(link).calls) == 2
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
+    file, calls = saved
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        CalibrationSet(calls[:1]).save(file)
+    assert [path.name for path in file.parent.iterdir()] == ["calls.pt"]
+    assert len(CalibrationSet.load(file).calls) == 2
+
+
+def test_what_a_killed_save_left_is_removed_and_what_another_process_writes_is_not(saved):
+    file, calls = saved
+    killed, running, foreign = (
+        file.with_name(name)
+        for name in (".calls.pt.0123456789abcdef.partial", ".calls.pt.fedcba9876543210.partial", "calls.pt.partial")
+    )
+    for path in (killed, running, foreign):
+        path.write_bytes(b"half")
+    with running.open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        CalibrationSet(calls).save(file)
+
+    assert {path.name for path in file.parent.iterdir()} == {"calls.pt", running.name, foreign.name}
 
 
 def test_a_scheduler_that_diffusers_does_not_have_is_not_known(tmp_path):

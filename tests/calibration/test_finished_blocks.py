@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import os
+import signal
 import tempfile
 
 import pytest
@@ -21,6 +23,7 @@ from distilling import (
 
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from dq_runtime.calibration import distillation, error_feedback, finished_blocks
+from dq_runtime.calibration.replay import TensorStore
 
 
 def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_path):
@@ -94,7 +97,7 @@ def test_another_process_goes_on_with_the_calibration_set_that_was_saved(plain, 
         (torch.optim.Adam, "step", 5),
         (distillation, "inputs_of", 6),
         (distillation._Trainer, "_validate", 6),
-        (finished_blocks, "save_file", 3),
+        (finished_blocks, "write_tree", 3),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -130,7 +133,7 @@ def folder(finished_folder, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "of another block"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "of another block", "one bit"])
 def test_a_block_that_cannot_be_read_is_done_again(plain, folder, monkeypatch, log, damage):
     name = "down_blocks.1.attentions.0"
     file = folder / f"{name}.safetensors"
@@ -140,6 +143,7 @@ def test_a_block_that_cannot_be_read_is_done_again(plain, folder, monkeypatch, l
             "truncated": content[: len(content) // 2],
             "garbage": b"\xff" * 100,
             "empty": b"",
+            "one bit": content[:-1] + bytes([content[-1] ^ 1]),
             "of another block": (folder / "time_embedding.linear_1.safetensors").read_bytes(),
         }[damage]
     )
@@ -192,3 +196,62 @@ def test_a_folder_whose_record_cannot_be_read_is_refused(plain, folder, content)
 
     with pytest.raises(ValueError, match="another calibration"):
         plain.distil(folder=folder)
+
+
+def test_files_of_others_stay(plain, tmp_path):
+    foreign = tmp_path / "activations" / "my_features.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_text("precious")
+
+    plain.distil(folder=tmp_path)
+    assert [file.name for file in foreign.parent.iterdir()] == [foreign.name]
+    assert not (tmp_path / "calibration.lock").exists()
+
+
+def test_only_the_owner_may_read_the_files(finished_folder):
+    files = [file for file in finished_folder.rglob("*") if file.is_file()]
+    assert len(files) > 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+def test_a_second_calibration_in_one_folder_is_told_so(plain, tmp_path):
+    before = snapshot(plain.unet)
+    with finished_blocks.work_folder(tmp_path), pytest.raises(ValueError, match=f"Another process .* {tmp_path}"):
+        calibrate(plain.unet, plain.calibration_set, plain.config, Distillation(**SMALL, folder=tmp_path))
+    assert_unchanged(plain.unet, before)
+
+    with finished_blocks.work_folder(tmp_path):  # the lock is free again
+        pass
+
+
+def test_a_full_disk_at_the_start_leaves_a_folder_that_can_be_used(plain, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        interrupt(patch, finished_blocks.json, "dumps", 1)  # of the record: the first is the fingerprint's
+        with pytest.raises(KeyboardInterrupt):
+            plain.distil(folder=tmp_path)
+    assert not list(tmp_path.glob("*calibration*"))
+    assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
+
+
+def killed(folder):
+    """A process that holds a folder's lock and has stored activations, killed."""
+    process = os.fork()
+    if process == 0:
+        with finished_blocks.work_folder(folder) as (used, prefix):
+            TensorStore(used / "activations", prefix)["inputs_0"] = torch.ones(3)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def test_what_a_killed_calibration_left_is_removed_next_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    given = tmp_path / "given"
+    for folder in (given, None):
+        killed(folder)
+    (given / "activations" / "other.safetensors").touch()
+    assert len(list(tmp_path.rglob("*.inputs_0.safetensors"))) == 2
+
+    with finished_blocks.work_folder(None) as (temporary, _):
+        assert {path.name for path in tmp_path.iterdir()} == {"given", temporary.name}
+    with finished_blocks.work_folder(given):
+        assert [file.name for file in (given / "activations").iterdir()] == ["other.safetensors"]

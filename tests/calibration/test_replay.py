@@ -327,13 +327,15 @@ def test_memory_layouts_come_back_too(tmp_path):
         assert restored.stride() == dense.stride()
 
 
-def test_what_an_earlier_process_left_is_deleted(tmp_path):
-    TensorStore(tmp_path)["killed"] = torch.ones(3)
-    (tmp_path / "other").touch()
+def test_files_of_other_names_stay_and_are_not_read(tmp_path):
+    TensorStore(tmp_path, "earlier.")["x"] = torch.ones(3)
 
-    store = TensorStore(tmp_path)
-    assert "killed" not in store
-    assert [file.name for file in tmp_path.iterdir()] == ["other"]
+    store = TensorStore(tmp_path, "this.")
+    assert "x" not in store
+    store["x"] = torch.zeros(3)
+    store.clear()
+    assert [file.name for file in tmp_path.iterdir()] == ["earlier.x.safetensors"]
+    assert (tmp_path / "earlier.x.safetensors").stat().st_mode & 0o777 == 0o600
 
 
 def test_views_of_one_tensor_may_be_stored_together(tmp_path):

@@ -913,8 +913,8 @@ CALIBRATION = [
     ),
     Mutant(
         "replay_memory_layout", f"{FOLDER}/replay.py",
-        "leaves[i] = dense.shape, dense.stride()",
-        "leaves[i] = dense.shape, torch.empty(dense.shape).stride()",
+        'leaves[i] = leaf.shape, torch.empty_like(leaf, device="meta").stride()',
+        "leaves[i] = leaf.shape, torch.empty(leaf.shape).stride()",
         (f"{TESTS}/test_replay.py",), "test_memory_layouts_come_back_too",
     ),
     Mutant(
@@ -964,6 +964,30 @@ CALIBRATION = [
         "1 / present[self.indices[i]] / self.shares[i]",
         "1 / present[self.indices[i]]",
         (f"{TESTS}/test_lessons.py",), "test_in_a_block_every_timestep_counts_the_same",
+    ),
+    Mutant(
+        "trees_without_checksums", f"{FOLDER}/tree_files.py",
+        'for key, tensor in tensors.items()} != content["checksums"]',
+        "for key, tensor in tensors.items()} is None",
+        (f"{TESTS}/test_collect.py",), "test_every_flipped_bit_of_a_file_is_found",
+    ),
+    Mutant(
+        "any_class_as_scheduler", f"{FOLDER}/collect.py",
+        "not issubclass(scheduler_class, diffusers.SchedulerMixin)",
+        "not issubclass(scheduler_class, diffusers.ConfigMixin)",
+        (f"{TESTS}/test_collect.py",), "test_only_schedulers_are_made_of_a_file",
+    ),
+    Mutant(
+        "folder_without_lock", f"{FOLDER}/finished_blocks.py",
+        "if not lock(descriptor, wait=False):",
+        "if lock(descriptor, wait=False) is None:",
+        (f"{TESTS}/test_finished_blocks.py",), "test_a_second_calibration_in_one_folder_is_told_so",
+    ),
+    Mutant(
+        "saved_in_place", "dq_runtime/saving.py",
+        "_exchange(staging, folder)\n    except",
+        "raise OSError\n    except",
+        ("tests/runtime/test_saving.py",), "test_a_killed_save_leaves",
     ),
     Mutant(
         "finished_blocks_of_another_calibration", f"{FOLDER}/finished_blocks.py",

@@ -299,6 +299,8 @@ def put(value):
         ("weight_scale", put(float("nan"))),
         ("weight_dilation", put(float("inf"))),
         ("weight_dilation", put(0.0)),
+        ("weight_dilation", put(1e6)),
+        ("act_scale", put(1e30)),
         ("act_scale", put(float("nan"))),
         ("act_scale", put(-1.0)),
         ("act_zero_point", put(128)),
@@ -311,6 +313,22 @@ def test_corrupt_values_are_refused_by_the_layer_s_name(damaged, layer, tensor, 
 
     with pytest.raises(ValueError, match=rf"{layer}\.{tensor}.*corrupt: download or save it again"):
         UNet2DConditionModel.from_pretrained(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["conv_in.weight", "mid_block.resnets.0.norm1.bias", f"{CONV}.bias"])
+def test_values_that_are_not_finite_are_refused_by_name(damaged, name, value):
+    path = damaged(lambda tensors: tensors[name].view(-1)[1:2].fill_(value))
+
+    with pytest.raises(ValueError, match=rf"{name} must be finite"):
+        UNet2DConditionModel.from_pretrained(path)
+
+
+def test_values_that_overflow_in_the_requested_dtype_are_refused_by_name(damaged):
+    path = damaged(lambda tensors: tensors["conv_out.bias"].fill_(1e6))
+
+    with pytest.raises(ValueError, match=r"conv_out\.bias must be finite in torch\.float16"):
+        UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float16)
 
 
 def swap(a, b):
@@ -381,6 +399,15 @@ def test_shard_of_another_save_is_refused(unet2d_condition, other_save, tmp_path
 
         with pytest.raises(ValueError, match="from another save"):
             UNet2DConditionModel.from_pretrained(tmp_path / shard)
+
+
+def test_a_shard_without_its_tensors_is_refused(unet2d_condition, tmp_path):
+    unet2d_condition.quantized.save_pretrained(tmp_path, max_shard_size="200KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    shutil.copy(first, second)
+
+    with pytest.raises(ValueError, match=r"missing tensors: .* and \d+ more\. The file is incomplete"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
 
 
 def test_weights_of_another_save_are_refused(saved, unet2d_condition, tmp_path):
