@@ -24,7 +24,8 @@ LOCAL_MEMORY = r"(STL|LDL)\b|scratch_"
 SHARED_STORE = r"(STS|STSM)\b|ds_write"
 # A warp waits for other warps, for copies or for a matrix instruction.
 WAIT = r"BAR\b|DEPBAR|WARPGROUP\.DEPBAR|WARPSYNC|s_barrier|SYNCS\.PHASECHK"
-# A warp group waits for its asynchronous matrix instructions.
+# The asynchronous int8 matrix instruction of Hopper, and a warp group's wait for its own.
+WGMMA = "IGMMA"
 WGMMA_WAIT = r"WARPGROUP\.DEPBAR"
 INTEGER = (
     r"(IADD|IMAD|IABS|IMNMX|ISETP|ISCADD|LOP|PLOP|SHF|LEA|PRMT|SEL|SGXT|VIADD|VIMNMX|BMSK|MOV)|"
@@ -48,26 +49,27 @@ NIBBLE_SHIFT = r"SHF\.L\S*\s+\S+\s+\S+\s+0x4\b|IMAD\.SHL\S*\s+\S+\s+\S+\s+0x10\b
 
 
 class Instruction(NamedTuple):
-    """One machine instruction; ``jump`` is the index of a branch's target instruction."""
+    """One machine instruction; ``jump`` is the index of a branch's target; with a predicate it may not be executed."""
 
     name: str
     operands: str
     jump: int | None
+    has_predicate: bool = False
 
 
 def parse(text: str) -> list[Instruction]:
     """Parses the output of nvdisasm, or AMD's assembly."""
     labels: dict[str, int] = {}
-    lines: list[tuple[str, str]] = []
+    lines: list[tuple[str, str, bool]] = []
     for line in text.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label.group(1)] = len(lines)
-        elif code := re.match(r"\s+(?:/\*\w+\*/\s+)?(?:@!?U?P\w+ +)?([A-Za-z][\w.]*)([^;]*)", line):
-            lines.append((code.group(1), code.group(2)))
-    targets = (re.search(r"\.L\w+", to) if re.match("BRA|s_c?branch", name) else None for name, to in lines)
+        elif code := re.match(r"\s+(?:/\*\w+\*/\s+)?(@!?U?P\w+ +)?([A-Za-z][\w.]*)([^;]*)", line):
+            lines.append((code.group(2), code.group(3), code.group(1) is not None))
+    targets = (re.search(r"\.L\w+", to) if re.match("BRA|s_c?branch", name) else None for name, to, _ in lines)
     return [
-        Instruction(name, operands, to and labels.get(to.group()))
-        for (name, operands), to in zip(lines, targets, strict=True)
+        Instruction(name, operands, to and labels.get(to.group()), has_predicate)
+        for (name, operands, has_predicate), to in zip(lines, targets, strict=True)
     ]
 
 
@@ -125,6 +127,57 @@ def nibble_instructions(instructions: list[Instruction]) -> int:
             if re.match(NIBBLE_SHIFT, text):
                 shifted.add(registers[0])
     return total
+
+
+def in_flight_conflicts(instructions: list[Instruction]) -> list[str]:
+    """Conflicts with Hopper's asynchronous matrix instructions: registers that are used while one may still run.
+
+    An IGMMA runs until a ``WARPGROUP.DEPBAR.LE gsb0, n`` that lets less groups run than were closed after its own
+    (``gsb0`` on an IGMMA closes a group). Up to there, on every path, no instruction may write its operand A, nor read
+    or write its accumulators, except other IGMMAs, which accumulate in order. A write counts up to four registers.
+    """
+    conflicts = {}
+    for start, line in enumerate(instructions):
+        if not line.name.startswith(WGMMA):
+            continue
+        first, operand = re.findall(r"\bR(\d+)", line.operands)[:2]
+        accumulators = range(int(first), int(first) + int(line.name.split("x")[1]) // 2)
+        operands_a = range(int(operand), int(operand) + 4) if f"{first}, R{operand}," in line.operands else range(0)
+        # The groups closed after that of this instruction; -1 if its own is still open.
+        paths, seen = [(start + 1, 0 if "gsb0" in line.operands else -1)], set()
+        while paths:
+            index, later = paths.pop()
+            if (index, later) in seen or index >= len(instructions):
+                continue
+            seen.add((index, later))
+            other = instructions[index]
+            if other.name.startswith("EXIT") and not other.has_predicate:
+                continue
+            if wait := re.match(rf"{WGMMA_WAIT}\S* gsb0, (\w+)", f"{other.name}{other.operands}"):
+                if later >= int(wait.group(1), 16):
+                    continue
+            if other.name.startswith(WGMMA):
+                later += "gsb0" in other.operands
+            else:
+                used = {int(number) for number in re.findall(r"\bR(\d+)", other.operands)}
+                if written(other) & {*accumulators, *operands_a} or used & {*accumulators}:
+                    conflicts[index, start] = f"{other.name}{other.operands} while {line.name}{line.operands} may run"
+            if other.jump is not None:
+                paths.append((other.jump, later))
+            if other.jump is None or other.has_predicate or "P" in other.operands.split("`")[0]:
+                paths.append((index + 1, later))
+    return list(conflicts.values())
+
+
+def written(instruction: Instruction) -> set[int]:
+    """The registers that a SASS instruction may write: its first operand and, if it is wide, those that follow."""
+    destination = re.match(r"\s+(?:U?P\w+, )?R(\d+)\b", instruction.operands)
+    if destination is None or re.match(r"(ST|STS|STG|STL|STSM|RED|BRA|BAR|SYNCS|UTMALDG|R2UR)\b", instruction.name):
+        return set()
+    first = int(destination.group(1))
+    width = 4 if re.search(r"\.128\b|\.M88\.4\b|\.MT88\.4\b", instruction.name) else 2
+    is_wide = width == 4 or re.search(r"\.(WIDE|64|M88\.2|MT88\.2)\b|^CS2R", instruction.name)
+    return set(range(first, first + (width if is_wide else 1)))
 
 
 class Allocation(NamedTuple):

@@ -29,7 +29,7 @@ from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
 from dq_kernels.triton.intrinsics import exp2, follow_previous_kernel, prefetch, unpack_int4_x16
 from dq_kernels.triton.launch import arrival_counters, cdiv, current_target, launch_options
-from dq_kernels.triton.quantization import quantize_tile, select_timestep
+from dq_kernels.triton.quantization import dequantize_sums, quantize_tile, select_timestep
 from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config, register_limit
 
 
@@ -131,7 +131,7 @@ def int4_gemm_kernel(
             theirs = (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK_N * BLOCK_M)
             accumulator += tl.load(partial_ptr + theirs + within, cache_modifier=".cg")
 
-    y = _dequantize(accumulator, weight_sum_ptr + channel, weight_scale, act_scale_ptr + t, act_zero_point_ptr + t)
+    y = dequantize_sums(accumulator, weight_sum_ptr + channel, weight_scale, act_scale_ptr + t, act_zero_point_ptr + t)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + channel).to(tl.float32)
     if channel_add_ptr is not None:
@@ -143,7 +143,7 @@ def int4_gemm_kernel(
 
     if GEGLU:
         gate_scale = tl.load(weight_scale_ptr + out_channels + channel)
-        z = _dequantize(
+        z = dequantize_sums(
             gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale_ptr + t, act_zero_point_ptr + t
         )
         if bias_ptr is not None:
@@ -265,13 +265,6 @@ def _prefetch_first_weights(
 @triton.jit
 def _load(pointers, inside, EVEN_K: tl.constexpr):
     return tl.load(pointers) if EVEN_K else tl.load(pointers, mask=inside, other=0)
-
-
-@triton.jit
-def _dequantize(accumulator, weight_sum_ptrs, weight_scale, act_scale_ptrs, act_zero_point_ptrs):
-    # 16 times the sum of q_w (q_x - zp_t), exact in int32; the scale divides it by 16.
-    corrected = accumulator - 16 * tl.load(weight_sum_ptrs) * tl.load(act_zero_point_ptrs)
-    return corrected.to(tl.float32) * (tl.load(act_scale_ptrs) / 16 * weight_scale)
 
 
 @triton.jit

@@ -1,0 +1,116 @@
+"""Compiles the Hopper GEMM without a GPU, in all its tiles and epilogues, and checks its registers.
+
+    python -m benchmarks.static_analysis.hopper_gemm [--sample] [--output FILE]
+
+The columns are those of ``static_kernels``, and: ``waits``, how many groups of matrix instructions the waits leave
+running, 2 in the loop (the products of a step) and 0 behind it; ``conflicts``, the uses of registers while a matrix
+instruction may still read or write them (``machine_code.in_flight_conflicts``). ``--sample`` compiles
+two of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.compiler import CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from benchmarks.command_line import new_parser
+from benchmarks.result_files import RESULTS, write_whole
+from benchmarks.static_analysis import machine_code, static_kernels
+from benchmarks.static_analysis.kernel_uses import INT8, NEXT, TARGETS, TYPES
+from dq_kernels.triton import hopper_gemm
+from dq_kernels.triton.tuning import LaunchConfig
+
+TARGET = "sm_90"
+OUTPUT = RESULTS / "static_hopper_gemm.json"
+
+
+@dataclass(frozen=True)
+class Use:
+    """An epilogue; ``ACROSS``: a tile has rows of several samples."""
+
+    name: str
+    absent: tuple[str, ...]
+    across: bool = False
+    to_int8: bool = False
+
+
+USES = (
+    Use("bias, residual", NEXT),
+    Use("bias, residual, across samples", NEXT, across=True),
+    Use("bias, quantized", ("residual_ptr",), to_int8=True),
+)
+
+
+def compiled(tile: LaunchConfig, use: Use) -> CompiledKernel:
+    """The kernel with SD1.5's specialisation: addresses and channels are multiples of 16, numbers of rows are not."""
+    x_layout, weight_layout = hopper_gemm.layouts(tile)
+    kernel = hopper_gemm.hopper_gemm_kernel
+    constants: dict[str, Any] = dict.fromkeys(use.absent)
+    constants |= {"NEXT_BITS": 8, "TILE_IN_SAMPLE": not use.across, "PDL": True}
+    constants |= {"STAGES": tile.num_stages, "num_warps": tile.num_warps}
+    types = TYPES | {
+        "x_desc": f"tensordesc<i8{[2, tile.block_m, tile.block_k]},{x_layout!r}>",
+        "weight_desc": f"tensordesc<u8{[tile.block_n, tile.block_k]},{weight_layout!r}>",
+        **({"out_ptr": INT8} if use.to_int8 else {}),
+    }
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    divisible = (
+        parameter.name
+        for parameter in kernel.params
+        if signature[parameter.name][0] in "*i" and not parameter.do_not_specialize
+    )
+    source = GluonASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    options = {"num_warps": tile.num_warps, "enable_fp_fusion": True, "launch_pdl": True}
+    return triton.compile(source, target=TARGETS[TARGET], options=options)
+
+
+def row(tile: LaunchConfig, use: Use) -> dict[str, Any]:
+    """The properties of one compiled kernel."""
+    kernel = compiled(tile, use)
+    instructions, _ = machine_code.read_nvidia(kernel.asm)
+    columns, _ = static_kernels.describe(TARGET, kernel)
+    waits = [line.operands for line in instructions if re.match(machine_code.WGMMA_WAIT, line.name)]
+    return {
+        **asdict(tile),
+        "use": use.name,
+        **columns,
+        "waits": [int(wait.split(",")[1], 16) for wait in waits],
+        "conflicts": machine_code.in_flight_conflicts(instructions),
+    }
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--sample", action="store_true", help="compile each tile once, like the tests")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file (default: %(default)s)")
+    arguments = parser.parse_args()
+    jobs = [(tile, use) for tile in hopper_gemm.TILES for use in USES if not (tile == hopper_gemm.TILES[0] and use.across)]
+    if arguments.sample:
+        jobs = list(zip(hopper_gemm.TILES[1:], USES[1:], strict=True))
+    rows = [row(tile, use) for tile, use in jobs]
+    for each in rows:
+        names = ("use", "registers", "spills", "shared_bytes", "blocks", "loop_instructions", "loop_mma", "waits")
+        numbers = ", ".join(f"{name} {each[name]}" for name in names)
+        print(f"{each['block_m']}x{each['block_n']}x{each['block_k']}: {numbers}, conflicts {len(each['conflicts'])}")
+    about = {"triton": triton.__version__, "date": datetime.date.today().isoformat()}
+    lines = ",\n  ".join(json.dumps(each) for each in rows)
+    write_whole(arguments.output, f'{json.dumps(about)[:-1]}, "rows": [\n  {lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()
