@@ -10,8 +10,6 @@ two of them.
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks.command_line import new_parser
-from benchmarks.result_files import RESULTS, write_whole
+from benchmarks.result_files import RESULTS
 from benchmarks.static_analysis import machine_code, static_kernels
 from benchmarks.static_analysis.kernel_uses import INT8, NEXT, TARGETS, TYPES
 from dq_kernels.triton import hopper_gemm
@@ -78,6 +76,13 @@ def compiled(tile: LaunchConfig, use: Use) -> CompiledKernel:
     return triton.compile(source, target=TARGETS[TARGET], options=options)
 
 
+def shipped() -> list[tuple[LaunchConfig, Use]]:
+    """All that can be launched: the largest tile never has rows of several samples."""
+    return [
+        (tile, use) for tile in hopper_gemm.TILES for use in USES if not (use.across and tile == hopper_gemm.TILES[0])
+    ]
+
+
 def row(tile: LaunchConfig, use: Use) -> dict[str, Any]:
     """The properties of one compiled kernel."""
     kernel = compiled(tile, use)
@@ -99,7 +104,7 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="compile each tile once, like the tests")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file (default: %(default)s)")
     arguments = parser.parse_args()
-    jobs = [(tile, use) for tile in hopper_gemm.TILES for use in USES if not (tile == hopper_gemm.TILES[0] and use.across)]
+    jobs = shipped()
     if arguments.sample:
         jobs = list(zip(hopper_gemm.TILES[1:], USES[1:], strict=True))
     rows = [row(tile, use) for tile, use in jobs]
@@ -107,9 +112,7 @@ def main() -> None:
         names = ("use", "registers", "spills", "shared_bytes", "blocks", "loop_instructions", "loop_mma", "waits")
         numbers = ", ".join(f"{name} {each[name]}" for name in names)
         print(f"{each['block_m']}x{each['block_n']}x{each['block_k']}: {numbers}, conflicts {len(each['conflicts'])}")
-    about = {"triton": triton.__version__, "date": datetime.date.today().isoformat()}
-    lines = ",\n  ".join(json.dumps(each) for each in rows)
-    write_whole(arguments.output, f'{json.dumps(about)[:-1]}, "rows": [\n  {lines}\n]}}\n')
+    static_kernels.write(rows, arguments.output)
 
 
 if __name__ == "__main__":

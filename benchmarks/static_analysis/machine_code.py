@@ -130,54 +130,61 @@ def nibble_instructions(instructions: list[Instruction]) -> int:
 
 
 def in_flight_conflicts(instructions: list[Instruction]) -> list[str]:
-    """Conflicts with Hopper's asynchronous matrix instructions: registers that are used while one may still run.
+    """Uses of registers while one of Hopper's asynchronous matrix instructions may still read or write them.
 
-    An IGMMA runs until a ``WARPGROUP.DEPBAR.LE gsb0, n`` that lets less groups run than were closed after its own
-    (``gsb0`` on an IGMMA closes a group). Up to there, on every path, no instruction may write its operand A, nor read
-    or write its accumulators, except other IGMMAs, which accumulate in order. A write counts up to four registers.
+    While an IGMMA may run, no instruction may write its operand A or touch its accumulators. Other IGMMAs may: they
+    accumulate in order.
     """
-    conflicts = {}
+    conflicts = []
     for start, line in enumerate(instructions):
         if not line.name.startswith(WGMMA):
             continue
-        first, operand = re.findall(r"\bR(\d+)", line.operands)[:2]
-        accumulators = range(int(first), int(first) + int(line.name.split("x")[1]) // 2)
-        operands_a = range(int(operand), int(operand) + 4) if f"{first}, R{operand}," in line.operands else range(0)
-        # The groups closed after that of this instruction; -1 if its own is still open.
-        paths, seen = [(start + 1, 0 if "gsb0" in line.operands else -1)], set()
-        while paths:
-            index, later = paths.pop()
-            if (index, later) in seen or index >= len(instructions):
-                continue
-            seen.add((index, later))
-            other = instructions[index]
-            if other.name.startswith("EXIT") and not other.has_predicate:
-                continue
-            if wait := re.match(rf"{WGMMA_WAIT}\S* gsb0, (\w+)", f"{other.name}{other.operands}"):
-                if later >= int(wait.group(1), 16):
-                    continue
-            if other.name.startswith(WGMMA):
-                later += "gsb0" in other.operands
-            else:
-                used = {int(number) for number in re.findall(r"\bR(\d+)", other.operands)}
-                if written(other) & {*accumulators, *operands_a} or used & {*accumulators}:
-                    conflicts[index, start] = f"{other.name}{other.operands} while {line.name}{line.operands} may run"
-            if other.jump is not None:
-                paths.append((other.jump, later))
-            if other.jump is None or other.has_predicate or "P" in other.operands.split("`")[0]:
-                paths.append((index + 1, later))
-    return list(conflicts.values())
+        registers = re.match(r"\s+R(\d+), (?:R(\d+), )?gdesc", line.operands)
+        assert registers is not None, line
+        first, width = int(registers.group(1)), int(line.name.split("x")[1]) // 2
+        accumulators = set(range(first, first + width))
+        operand_a = set(range(int(registers.group(2)), int(registers.group(2)) + 4)) if registers.group(2) else set()
+        for other in (instructions[index] for index in in_flight(instructions, start)):
+            used = {int(number) for number in re.findall(r"\bR(\d+)", other.operands)} | written(other)
+            if not other.name.startswith(WGMMA) and (written(other) & operand_a or used & accumulators):
+                conflicts.append(f"{other.name}{other.operands} while {line.name}{line.operands} may run")
+    return conflicts
+
+
+def in_flight(instructions: list[Instruction], start: int) -> set[int]:
+    """The instructions, on all paths, that are executed while the IGMMA at ``start`` may run.
+
+    An IGMMA with ``gsb0`` closes a group. A ``WARPGROUP.DEPBAR.LE gsb0, n`` waits for all groups but the n last.
+    """
+    # Indices, with the number of groups closed after that of the IGMMA: -1 while its own is open.
+    paths, seen = [(start + 1, 0 if "gsb0" in instructions[start].operands else -1)], set[tuple[int, int]]()
+    while paths:
+        index, later = paths.pop()
+        line = instructions[index]
+        wait = re.match(r"\s+gsb0, (\w+)", line.operands) if re.match(WGMMA_WAIT, line.name) else None
+        if (index, later) in seen or (wait and later >= int(wait.group(1), 16)):
+            continue
+        seen.add((index, later))
+        if line.name.startswith(WGMMA) and "gsb0" in line.operands:
+            later = min(later + 1, 7)  # no wait lets more groups run
+        if line.jump is not None:
+            paths.append((line.jump, later))
+        # A branch depends on a predicate in front of it or among its operands.
+        is_conditional = line.has_predicate or "P" in line.operands.split("`")[0]
+        if is_conditional or not re.match("BRA|EXIT", line.name):
+            paths.append((index + 1, later))
+    return {index for index, _ in seen}
 
 
 def written(instruction: Instruction) -> set[int]:
     """The registers that a SASS instruction may write: its first operand and, if it is wide, those that follow."""
     destination = re.match(r"\s+(?:U?P\w+, )?R(\d+)\b", instruction.operands)
-    if destination is None or re.match(r"(ST|STS|STG|STL|STSM|RED|BRA|BAR|SYNCS|UTMALDG|R2UR)\b", instruction.name):
+    if destination is None or re.match(r"(ST|STS|STG|STL|STSM|RED|BAR|SYNCS|R2UR)\b", instruction.name):
         return set()
     first = int(destination.group(1))
-    width = 4 if re.search(r"\.128\b|\.M88\.4\b|\.MT88\.4\b", instruction.name) else 2
-    is_wide = width == 4 or re.search(r"\.(WIDE|64|M88\.2|MT88\.2)\b|^CS2R", instruction.name)
-    return set(range(first, first + (width if is_wide else 1)))
+    if re.search(r"\.128\b|\.MT?88\.4\b", instruction.name):
+        return set(range(first, first + 4))
+    return set(range(first, first + 2)) if re.search(r"\.(WIDE|64|MT?88\.2)\b|^CS2R", instruction.name) else {first}
 
 
 class Allocation(NamedTuple):

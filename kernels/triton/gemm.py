@@ -30,7 +30,15 @@ from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_sh
 from dq_kernels.triton.intrinsics import exp2, follow_previous_kernel, prefetch, unpack_int4_x16
 from dq_kernels.triton.launch import arrival_counters, cdiv, current_target, launch_options
 from dq_kernels.triton.quantization import dequantize_sums, quantize_tile, select_timestep
-from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config, register_limit
+from dq_kernels.triton.tuning import (
+    LaunchConfig,
+    Problem,
+    adjusted,
+    joins_halves,
+    launch_config,
+    register_limit,
+    uses_hopper_gemm,
+)
 
 
 # Sizes that enter no address: specializing on their alignment would compile kernels that are equal.
@@ -318,7 +326,8 @@ def launch(
     """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and the statistics; returns the compiled kernel.
 
     x is [B, ..., K] for a linear layer, otherwise the padded image [B, H, W, K]; all tensors are contiguous and have
-    been checked (see ``ops``). ``tuned`` takes the place of the tuning file's configuration.
+    been checked (see ``ops``). ``tuned`` takes the place of the tuning file's configuration. If it was asked for
+    (``uses_hopper_gemm``), ``hopper_gemm_kernel`` computes the linear layers that it serves.
     """
     bias, channel_add, residual, statistics, geglu, following = epilogue
     out_channels, num_rows = out.shape[-1], out.numel() // out.shape[-1]
@@ -326,8 +335,14 @@ def launch(
     half_channels = x.shape[-1] // 2
     reduction = 2 * weight.values.numel() // weight.values.shape[0]
     op = "linear_geglu" if geglu else "linear" if geometry.is_linear else "conv2d"
+    target = current_target()
+    if tuned is None and uses_hopper_gemm(target) and op == "linear":
+        from dq_kernels.triton import hopper_gemm  # Gluon is imported by those who ask for it
+
+        if channel_add is None and statistics is None and hopper_gemm.serves(x, weight.values):
+            return hopper_gemm.launch(x, weight, quantizer, out, bias, residual, following)
     problem = Problem(op, num_rows, out_channels, reduction, rows_per_sample, statistics is not None)
-    config, target = launch_config(problem) if tuned is None else adjusted(tuned, problem), current_target()
+    config = launch_config(problem) if tuned is None else adjusted(tuned, problem)
     num_tiles = cdiv(out_channels, config.block_n) * cdiv(num_rows, config.block_m)
     partial = arrivals = None
     if config.split_k > 1:

@@ -5,7 +5,7 @@
 Triton waits for ``wgmma`` after each product whose operand A is in registers, so its loop alternates between unpacking
 and multiplying. Here the products of two steps are in flight:
 
-- TMA copies the packed weight [BLOCK_N, BLOCK_K] and both halves of the activations, one box [2, BLOCK_M, BLOCK_K], into
+- TMA copies the packed weight [BLOCK_N, BLOCK_K] and both halves of the activations, one box [2, BLOCK_M, BLOCK_K], to
   one of STAGES stages. Beyond the edges it writes zeros, so neither K nor the rows need masks.
 - A stage is filled again when all warps have passed a barrier behind their wait for the products that read it.
 - **Register safety.** ``wgmma`` reads operand A from registers while it runs, so these must not change until a wait has
@@ -25,7 +25,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -137,7 +136,7 @@ def hopper_gemm_kernel(
         for odd in gl.static_range(2):  # unrolled: each has its own registers for operand A
             step = even_step + odd
             accumulator = _start_products(step, x_tiles, weight_tiles, filled, accumulator, OPERAND)
-            # The products of the step before are finished. Behind the barrier they are in all warps: their stage is free.
+            # The products of the step before are finished. Behind the barrier they are in all warps: the stage is free.
             accumulator = warpgroup_mma_wait(num_outstanding=2, deps=(accumulator,))
             _barrier()
             _fill_stage(
@@ -211,7 +210,7 @@ def launch(
     following: Quantizer | None,
     tile: LaunchConfig | None = None,
 ) -> Any:
-    """Launches ``hopper_gemm_kernel`` for a layer that it ``serves``, which fills ``out`` [B, ..., N]; returns the kernel.
+    """Launches ``hopper_gemm_kernel`` for a layer that it ``serves``: fills ``out`` [B, ..., N]; returns the kernel.
 
     Arguments are those of ``gemm.launch``; ``tile`` takes the place of ``tile_for``.
     """
