@@ -94,7 +94,7 @@ SAFE = {"first": 88, "second": 92, "third": 96, "running": "0x1", "left": "0x0"}
     [
         ({}, set()),
         ({"third": 88}, {"LDSM.16.M88.4 R88"}),
-        ({"third": 85}, {"LDSM.16.M88.4 R85"}),  # it writes R85 to R88
+        ({"third": 85}, {"LDSM.16.M88.4 R85", "LDSM.16.M88.4 R88"}),  # R85 to R88, R88 to R91
         ({"third": 88, "running": "0x0"}, set()),
         ({"left": "0x1"}, {"IADD3 R4"}),  # reads an accumulator
         ({"first": 22}, {"LDSM.16.M88.4 R22"}),  # writes two accumulators
