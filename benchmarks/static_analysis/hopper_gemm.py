@@ -5,7 +5,7 @@
 The columns are those of ``static_kernels``, and: ``waits``, how many groups of matrix instructions the waits leave
 running, 2 in the loop (the products of a step) and 0 behind it; ``conflicts``, the uses of registers while a matrix
 instruction may still read or write them (``machine_code.in_flight_conflicts``). ``--sample`` compiles
-two of them.
+three of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from benchmarks.command_line import new_parser
 from benchmarks.result_files import RESULTS
 from benchmarks.static_analysis import machine_code, static_kernels
-from benchmarks.static_analysis.kernel_uses import INT8, NEXT, TARGETS, TYPES
+from benchmarks.static_analysis.kernel_uses import FP16, FP32, INT8, NEXT, TARGETS, TYPES
 from dq_kernels.triton import hopper_gemm
 from dq_kernels.triton.tuning import LaunchConfig
 
@@ -32,19 +32,21 @@ OUTPUT = RESULTS / "static_hopper_gemm.json"
 
 @dataclass(frozen=True)
 class Use:
-    """An epilogue; ``ACROSS``: a tile has rows of several samples."""
+    """An epilogue: the pointers that are None, the result's type, and whether a tile has rows of several samples."""
 
     name: str
     absent: tuple[str, ...]
+    out: str = FP16
     across: bool = False
-    to_int8: bool = False
 
 
-USES = (
-    Use("bias, residual", NEXT),
-    Use("bias, residual, across samples", NEXT, across=True),
-    Use("bias, quantized", ("residual_ptr",), to_int8=True),
-)
+RESIDUAL = Use("bias, residual", NEXT)
+ACROSS = Use("bias, residual, across samples", NEXT, across=True)
+QUANTIZED = Use("bias, quantized", ("residual_ptr",), INT8)
+PLAIN = Use("plain, fp32", ("bias_ptr", "residual_ptr", *NEXT), FP32)
+USES = (RESIDUAL, ACROSS, QUANTIZED, PLAIN)
+# Few of the jobs, for the tests.
+SAMPLE = ((hopper_gemm.TILES[1], ACROSS), (hopper_gemm.TILES[2], QUANTIZED), (hopper_gemm.TILES[2], PLAIN))
 
 
 def compiled(tile: LaunchConfig, use: Use) -> CompiledKernel:
@@ -57,7 +59,7 @@ def compiled(tile: LaunchConfig, use: Use) -> CompiledKernel:
     types = TYPES | {
         "x_desc": f"tensordesc<i8{[2, tile.block_m, tile.block_k]},{x_layout!r}>",
         "weight_desc": f"tensordesc<u8{[tile.block_n, tile.block_k]},{weight_layout!r}>",
-        **({"out_ptr": INT8} if use.to_int8 else {}),
+        "out_ptr": use.out,
     }
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -104,10 +106,7 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="compile each tile once, like the tests")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the JSON file (default: %(default)s)")
     arguments = parser.parse_args()
-    jobs = shipped()
-    if arguments.sample:
-        jobs = list(zip(hopper_gemm.TILES[1:], USES[1:], strict=True))
-    rows = [row(tile, use) for tile, use in jobs]
+    rows = [row(tile, use) for tile, use in (SAMPLE if arguments.sample else shipped())]
     for each in rows:
         names = ("use", "registers", "spills", "shared_bytes", "blocks", "loop_instructions", "loop_mma", "waits")
         numbers = ", ".join(f"{name} {each[name]}" for name in names)

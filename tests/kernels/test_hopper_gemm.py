@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import triton
 from flat_operators import reference
+from ptx_machine import Block, TensorMap
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.result_files import ROOT
 from benchmarks.static_analysis import hopper_gemm as report
 from benchmarks.static_analysis import machine_code, static_kernels
+from dq_kernels.packing import pack_int4
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.triton import gemm, hopper_gemm, tuning
 from dq_kernels.triton.launch import current_target
@@ -27,14 +31,31 @@ def committed():
     return static_kernels.read_report(report.OUTPUT)
 
 
+# The command line, which also writes the PTX of the sample.
+COMPILE_SAMPLE = """
+import sys
+from pathlib import Path
+from benchmarks.static_analysis import hopper_gemm
+hopper_gemm.main()
+for number, job in enumerate(hopper_gemm.SAMPLE):
+    Path(sys.argv[-1]).with_name(f"{number}.ptx").write_text(hopper_gemm.compiled(*job).asm["ptx"])
+"""
+
+
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
+def compiled(tmp_path_factory):
+    """The folder of the compiled sample."""
     # In a process of its own: here kernels may be interpreted.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    output = tmp_path_factory.mktemp("static") / "static_hopper_gemm.json"
-    command = [sys.executable, "-m", "benchmarks.static_analysis.hopper_gemm", "--sample", "--output", str(output)]
+    folder = tmp_path_factory.mktemp("static")
+    command = [sys.executable, "-c", COMPILE_SAMPLE, "--sample", "--output", str(folder / "report.json")]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    return static_kernels.read_report(output)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sample(compiled):
+    return static_kernels.read_report(compiled / "report.json")
 
 
 @pytest.fixture(scope="module", params=["committed", "sample"])
@@ -138,20 +159,134 @@ def test_it_can_be_asked_for_on_hopper(monkeypatch, version):
     assert tuning.uses_hopper_gemm(HOPPER)
 
 
-def operands(rows, channels, out_channels, batch=2, device="cpu"):
-    """A linear layer with scales 1, whose results in fp32 are the integer sums, as records."""
+class Layer(NamedTuple):
+    """A linear layer for ``hopper_gemm.launch``.
+
+    Its scales are powers of two, and the numbers small: fp32 holds every step of the epilogue exactly.
+    """
+
+    x: torch.Tensor
+    weight: PackedWeight
+    quantizer: Quantizer
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    following: Quantizer | None = None
+
+    @property
+    def expected(self):
+        """The oracle's result: fp32 if there is neither bias nor residual, which are in fp16."""
+        dtype = torch.float32 if self.bias is None else torch.float16
+        return reference.module.int4_linear(*self[:5], dtype, self.following)
+
+    def to(self, device):
+        def moved(part):
+            return (
+                type(part)(*map(moved, part))
+                if isinstance(part, tuple)
+                else part.to(device)
+                if torch.is_tensor(part)
+                else part
+            )
+
+        return Layer(*map(moved, self))
+
+
+def layer(rows, channels, out_channels, batch, epilogue="plain"):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-128, 128, (batch, rows // batch, channels), dtype=torch.int8, generator=generator)
-    values = torch.randint(0, 256, (out_channels, channels // 2), dtype=torch.uint8, generator=generator)
-    weight = PackedWeight(values, torch.ones(out_channels), reference.unpack_int4(values).sum(1, dtype=torch.int32))
-    index = torch.arange(batch, dtype=torch.int32) % 3
-    zero_points = torch.tensor([-128, 3, 127], dtype=torch.int32)
-    quantizer = Quantizer(torch.ones(channels), torch.ones(3), zero_points, index, 8)
-    moved = [
-        type(record)(*(part.to(device) if torch.is_tensor(part) else part for part in record))
-        for record in (weight, quantizer)
-    ]
-    return x.to(device), *moved
+
+    def integers(low, high, *shape, dtype=torch.int32):
+        return torch.randint(low, high, shape, generator=generator, dtype=dtype)
+
+    x = integers(-128, 128, batch, rows // batch, channels, dtype=torch.int8)
+    values = integers(-8, 8, out_channels, channels, dtype=torch.int8)
+    index, zero_points = torch.arange(batch, dtype=torch.int32) % 3, torch.tensor([-128, 3, 127], dtype=torch.int32)
+    scale, weight_scale = torch.ones(3), torch.ones(out_channels)
+    if epilogue != "plain":
+        scale, weight_scale = torch.tensor([2.0**-5, 2.0**-6, 2.0**-7]), 2.0 ** -integers(4, 6, out_channels)
+    sums = values.sum(1, dtype=torch.int32)
+    plain = Layer(
+        x,
+        PackedWeight(pack_int4(values), weight_scale, sums),
+        Quantizer(torch.ones(channels), scale, zero_points, index, 8),
+    )
+    if epilogue == "plain":
+        return plain
+    bias = integers(-64, 64, out_channels).half() / 8
+    if epilogue == "residual":
+        return plain._replace(bias=bias, residual=integers(-64, 64, *x.shape[:-1], out_channels).half() / 8)
+    following = Quantizer(
+        2.0 ** integers(0, 2, out_channels),
+        torch.tensor([1.0, 2.0, 4.0]),
+        torch.tensor([5, -9, 0], dtype=torch.int32),
+        index,
+        8,
+    )
+    return plain._replace(bias=bias, following=following)
+
+
+def emulated(ptx, tile, problem):
+    """The result of the compiled kernel on the CPU."""
+    x, weight, quantizer, bias, residual, following = problem
+    rows, half, out_channels = x.numel() // x.shape[-1], x.shape[-1] // 2, len(weight.values)
+    out = torch.empty_like(problem.expected)
+    arguments = {
+        "x_desc": TensorMap(
+            x.view(rows, 2, half).transpose(0, 1).numpy().view(np.uint8), (2, tile.block_m, tile.block_k), tile.block_k
+        ),
+        "weight_desc": TensorMap(weight.values.numpy(), (tile.block_n, tile.block_k), tile.block_k),
+        **{"weight_sum_ptr": weight.sum, "weight_scale_ptr": weight.scale, "bias_ptr": bias, "residual_ptr": residual},
+        **{
+            "act_scale_ptr": quantizer.scale,
+            "act_zero_point_ptr": quantizer.zero_point,
+            "timestep_index_ptr": quantizer.timestep_index,
+        },
+        **dict.fromkeys(("next_dilation_ptr", "next_scale_ptr", "next_zero_point_ptr")),
+        **{"out_ptr": out, "num_rows": rows, "rows_per_sample": rows // len(x), "num_timesteps": len(quantizer.scale)},
+        **{"out_channels": out_channels, "half_channels": half},
+    }
+    if following is not None:
+        arguments |= {
+            "next_dilation_ptr": following.dilation,
+            "next_scale_ptr": following.scale,
+            "next_zero_point_ptr": following.zero_point,
+        }
+    parameters, position = {}, 0
+    for value in (arguments.get(name) for name in hopper_gemm.hopper_gemm_kernel.arg_names):
+        if value is not None:
+            parameters[position] = value.view(-1).view(torch.uint8).numpy() if torch.is_tensor(value) else value
+            # The sizes and strides of a tensor follow its map.
+            position += 1 + (2 * value.data.ndim if isinstance(value, TensorMap) else 0)
+    for number in range(-(-rows // tile.block_m) * -(-out_channels // tile.block_n)):
+        block = Block(ptx, parameters, number, 32 * tile.num_warps)
+        block.run()
+    return out
+
+
+# Odd and even numbers of steps, more and less than stages; ragged K, rows and channels.
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [
+        (0, ("residual", 154, 320, 144, 2)),
+        (1, ("quantized", 128, 576, 144, 2)),
+        (2, ("plain", 128, 64, 16, 2)),
+        (2, ("plain", 128, 512, 144, 2)),
+        (2, ("plain", 64, 1312, 128, 1)),
+    ],
+    ids=str,
+)
+def test_compiled_kernels_equal_the_oracle_at_the_worst_timing(compiled, number, problem):
+    epilogue, *sizes = problem
+    problem = layer(*sizes, epilogue)
+    ptx = (compiled / f"{number}.ptx").read_text()
+    assert torch.equal(emulated(ptx, report.SAMPLE[number][0], problem), problem.expected)
+
+
+def test_the_worst_timing_shows_an_operand_that_is_overwritten_too_early(compiled):
+    ptx, wait = (compiled / "2.ptx").read_text(), "wgmma.wait_group.sync.aligned 2"
+    assert ptx.count(wait) == 2
+    problem = layer(64, 1312, 128, 1)
+    early = emulated(ptx.replace(wait, wait[:-1] + "4"), hopper_gemm.TILES[2], problem)
+    assert not torch.equal(early, problem.expected)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +316,7 @@ def test_other_launches_are_left_to_triton(monkeypatch, rows, channels, change, 
     monkeypatch.setattr(gemm, "current_target", lambda: HOPPER)
     monkeypatch.setattr(gemm, "int4_gemm_kernel", Kernel("Triton"))
     monkeypatch.setattr(hopper_gemm, "hopper_gemm_kernel", Kernel("Gluon"))
-    x, weight, quantizer = operands(rows, channels, 64)
+    x, weight, quantizer, *_ = layer(rows, channels, 64, 2)
     out = torch.empty(2, rows // 2, 64)
     tensors = {"statistics": torch.empty(2, 1, 2, 64), "channel_add": torch.empty(2, 64), "geglu": True}
     gemm.launch(x, weight, quantizer, out, gemm.Epilogue(**{name: tensors[name] for name in change}))
@@ -196,31 +331,22 @@ def test_the_largest_tile_that_fills_the_multiprocessors_is_taken(rows, out_chan
     assert hopper_gemm.tile_for(rows, out_channels, rows_per_sample).block_m == block_m
 
 
-# Ragged edges of rows, channels and K, odd and even numbers of steps, and less steps than stages.
 SHAPES = [(64, 64, 128, 1), (154, 320, 136, 2), (300, 640, 264, 3), (512, 1280, 256, 2), (8192, 960, 640, 2)]
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("epilogue", ["plain", "residual", "quantized"])
 @pytest.mark.parametrize("tile", hopper_gemm.TILES, ids=lambda tile: f"{tile.block_m}x{tile.block_n}")
-@pytest.mark.parametrize(("rows", "channels", "out_channels", "batch"), SHAPES)
-def test_results_equal_the_oracle_and_tritons_gemm(tile, rows, channels, out_channels, batch):
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_results_on_a_device_equal_the_oracle(tile, sizes, epilogue):
     if (missing := tuning.missing_for_hopper_gemm(current_target())) is not None:
         pytest.skip(missing)
+    rows, *_, batch = sizes
     if tile == hopper_gemm.TILES[0] and rows // batch % tile.block_m:
         pytest.skip("never launched: the largest tile has rows of one sample")
-    x, weight, quantizer = operands(rows, channels, out_channels, batch)
-    sums = reference.module.int4_linear(x, weight, quantizer, None, None, torch.float32)
-    x, weight, quantizer = operands(rows, channels, out_channels, batch, "cuda")
-    y = torch.full((batch, rows // batch, out_channels), float("nan"), device="cuda")
-    hopper_gemm.launch(x, weight, quantizer, y, None, None, None, tile)
-    assert torch.equal(y.cpu(), sums)
-
-    bias, addend = torch.randn(out_channels, device="cuda").half(), torch.randn(y.shape, device="cuda").half()
-    quantizer = quantizer._replace(scale=torch.tensor([0.01, 0.02, 0.03], device="cuda"))
-    weight = weight._replace(scale=torch.rand(out_channels, device="cuda") / 100)
-    next_quantizer = quantizer._replace(dilation=1 + torch.rand(out_channels, device="cuda"))
-    for residual, following, dtype in ((addend, None, torch.float16), (None, next_quantizer, torch.int8)):
-        y, expected = (torch.empty(addend.shape, dtype=dtype, device="cuda") for _ in range(2))
-        hopper_gemm.launch(x, weight, quantizer, y, bias, residual, following, tile)
-        gemm.launch(x, weight, quantizer, expected, gemm.Epilogue(bias, residual=residual, next_quantizer=following))
-        assert torch.equal(y, expected)
+    problem = layer(*sizes, epilogue)
+    expected = problem.expected
+    x, weight, quantizer, bias, residual, following = problem.to("cuda")
+    out = torch.empty_like(expected, device="cuda")
+    hopper_gemm.launch(x, weight, quantizer, out, bias, residual, following, tile)
+    assert torch.equal(out.cpu(), expected)
