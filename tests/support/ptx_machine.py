@@ -21,7 +21,7 @@ import numpy as np
 
 TYPES = {
     **{"s16": np.int16, "s32": np.int32, "s64": np.int64, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64},
-    **{"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f16": np.float16, "f32": np.float32, "pred": np.bool_},
+    **{"b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f16": np.float16, "f32": np.float32, "pred": np.bool_},
 }  # fmt: skip
 COMPARISONS = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
 BINARY: dict[str, Callable[..., Any]] = {
@@ -166,12 +166,14 @@ class Block:
             raise NotImplementedError(f"{name} {operands}")
 
     def do_mov(self, words: list[str], operands: list[str], mask: np.ndarray) -> None:
+        whole, half = (np.uint64, np.uint32) if words[1] == "b64" else (np.uint32, np.uint16)
+        bits = 8 * np.dtype(half).itemsize
         if operands[0].startswith("{"):
             for part, register in enumerate(listed(operands[0])):
-                self.write(register, (self.read(operands[1], "u32") >> 16 * part).astype(np.uint16), mask)
+                self.write(register, (self.read(operands[1], words[1]) >> whole(bits * part)).astype(half), mask)
         elif operands[1].startswith("{"):
-            low, high = (self.read(register, "u16").astype(np.uint32) for register in listed(operands[1]))
-            self.write(operands[0], low | high << 16, mask)
+            low, high = (self.read(register, "u64").astype(half).astype(whole) for register in listed(operands[1]))
+            self.write(operands[0], low | high << whole(bits), mask)
         else:
             self.write(operands[0], self.read(operands[1], words[1]), mask)
 
@@ -231,7 +233,7 @@ class Block:
 
     def memory(self, address: np.ndarray, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The bytes of a space, and where in it each thread's address points to."""
-        if "shared" in words:
+        if words[1].startswith("shared"):
             return self.shared, address
         (number,) = set((address >> 32).tolist())
         return self.objects[number], address & 0xFFFFFFFF
