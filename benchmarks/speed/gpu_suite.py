@@ -86,7 +86,7 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
         kernels += ["--full"] if full else []
         unet += ["--unet", "sd15", "--unet", "sdxl"]
     every = (
-        Stage("hopper", hopper, 1, lambda: read_decision(decisions)),
+        Stage("hopper", hopper, 2, lambda: read_decision(decisions)),
         Stage("tests", tests, 4, variables=ONE_THREAD),
         Stage("kernels", kernels, 2, lambda: read_rows(rows)),
         Stage("unet", unet, 3, lambda: read_unets(unets)),

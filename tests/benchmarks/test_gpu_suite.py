@@ -123,22 +123,23 @@ def test_tests_side_by_side_have_a_thread_each(tmp_path):
     assert code == 0
 
 
-def hopper_row(us, unet="sd15", shape=(8192, 320, 320), equal=True):
-    row = {"unet": unet, "shape": list(shape), "number": 5, "us": us, "triton_us": 10.0}
+def hopper_row(us, unet="sd15", equal=True, is_chosen=True):
+    row = {"unet": unet, "number": 5, "us": us, "triton_us": 10.0, "is_chosen": is_chosen}
     return row | {"integers_equal": equal, "results_equal": True}
 
 
 @pytest.mark.parametrize(
     ("rows", "decision", "faster", "saved"),
     [
-        ([hopper_row(9.0), hopper_row(8.0), hopper_row(12.0)], "on", "1 of 1 shapes", {"sd15": 10.0}),
-        ([hopper_row(9.0), hopper_row(8.0, equal=False)], "off", "1 of 1 shapes", {"sd15": 10.0}),
-        ([hopper_row(11.0)], "off", "0 of 1 shapes", {"sd15": 0.0}),
-        ([hopper_row(11.0), hopper_row(6.0, "sdxl")], "on", "1 of 2 shapes", {"sd15": 0.0, "sdxl": 20.0}),
+        ([hopper_row(9.0), hopper_row(8.0, "sdxl")], "on", "2 of 2 layers", {"sd15": 5.0, "sdxl": 10.0}),
+        ([hopper_row(9.0), hopper_row(8.0, equal=False, is_chosen=False)], "off", "1 of 1 layers", {"sd15": 5.0}),
+        ([hopper_row(11.0), hopper_row(8.0, is_chosen=False)], "off", "0 of 1 layers", {"sd15": -5.0}),
+        ([hopper_row(11.0), hopper_row(6.0)], "on", "1 of 2 layers", {"sd15": 15.0}),
+        ([hopper_row(6.0), hopper_row(11.0, "sdxl")], "off", "1 of 2 layers", {"sd15": 20.0, "sdxl": -5.0}),
     ],
-    ids=["the best tile counts", "unequal integers", "slower", "some shapes"],
+    ids=["faster", "unequal integers", "another tile is faster", "faster in all", "one UNet is slower"],
 )
-def test_the_hopper_gemm_is_on_if_its_integers_are_equal_and_some_shape_is_faster(rows, decision, faster, saved):
+def test_the_hopper_gemm_is_on_if_its_integers_are_equal_and_each_unet_gains(rows, decision, faster, saved):
     last = bench_hopper_gemm.decision(rows)
     assert (last["decision"], last["faster"], last["us_saved"]) == (decision, faster, saved)
 

@@ -21,8 +21,9 @@ import numpy as np
 
 TYPES = {
     **{"s16": np.int16, "s32": np.int32, "s64": np.int64, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64},
-    **{"b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f16": np.float16, "f32": np.float32, "pred": np.bool_},
-}  # fmt: skip
+    **{"b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64},
+    **{"f16": np.float16, "f32": np.float32, "pred": np.bool_},
+}
 COMPARISONS = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
 BINARY: dict[str, Callable[..., Any]] = {
     **{"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum, "div": np.divide},
