@@ -180,13 +180,9 @@ class Layer(NamedTuple):
 
     def to(self, device):
         def moved(part):
-            return (
-                type(part)(*map(moved, part))
-                if isinstance(part, tuple)
-                else part.to(device)
-                if torch.is_tensor(part)
-                else part
-            )
+            if isinstance(part, tuple):
+                return type(part)(*map(moved, part))
+            return part.to(device) if torch.is_tensor(part) else part
 
         return Layer(*map(moved, self))
 
@@ -228,28 +224,28 @@ def emulated(ptx, tile, problem):
     """The result of the compiled kernel on the CPU."""
     x, weight, quantizer, bias, residual, following = problem
     rows, half, out_channels = x.numel() // x.shape[-1], x.shape[-1] // 2, len(weight.values)
-    out = torch.empty_like(problem.expected)
+    out = torch.full_like(problem.expected, 77)
+    halves = x.view(rows, 2, half).transpose(0, 1).numpy().view(np.uint8)
     arguments = {
-        "x_desc": TensorMap(
-            x.view(rows, 2, half).transpose(0, 1).numpy().view(np.uint8), (2, tile.block_m, tile.block_k), tile.block_k
-        ),
+        "x_desc": TensorMap(halves, (2, tile.block_m, tile.block_k), tile.block_k),
         "weight_desc": TensorMap(weight.values.numpy(), (tile.block_n, tile.block_k), tile.block_k),
-        **{"weight_sum_ptr": weight.sum, "weight_scale_ptr": weight.scale, "bias_ptr": bias, "residual_ptr": residual},
-        **{
-            "act_scale_ptr": quantizer.scale,
-            "act_zero_point_ptr": quantizer.zero_point,
-            "timestep_index_ptr": quantizer.timestep_index,
-        },
-        **dict.fromkeys(("next_dilation_ptr", "next_scale_ptr", "next_zero_point_ptr")),
-        **{"out_ptr": out, "num_rows": rows, "rows_per_sample": rows // len(x), "num_timesteps": len(quantizer.scale)},
-        **{"out_channels": out_channels, "half_channels": half},
+        "weight_sum_ptr": weight.sum,
+        "weight_scale_ptr": weight.scale,
+        "act_scale_ptr": quantizer.scale,
+        "act_zero_point_ptr": quantizer.zero_point,
+        "timestep_index_ptr": quantizer.timestep_index,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "next_dilation_ptr": following and following.dilation,
+        "next_scale_ptr": following and following.scale,
+        "next_zero_point_ptr": following and following.zero_point,
+        "out_ptr": out,
+        "num_rows": rows,
+        "rows_per_sample": rows // len(x),
+        "num_timesteps": len(quantizer.scale),
+        "out_channels": out_channels,
+        "half_channels": half,
     }
-    if following is not None:
-        arguments |= {
-            "next_dilation_ptr": following.dilation,
-            "next_scale_ptr": following.scale,
-            "next_zero_point_ptr": following.zero_point,
-        }
     parameters, position = {}, 0
     for value in (arguments.get(name) for name in hopper_gemm.hopper_gemm_kernel.arg_names):
         if value is not None:
@@ -257,8 +253,7 @@ def emulated(ptx, tile, problem):
             # The sizes and strides of a tensor follow its map.
             position += 1 + (2 * value.data.ndim if isinstance(value, TensorMap) else 0)
     for number in range(-(-rows // tile.block_m) * -(-out_channels // tile.block_n)):
-        block = Block(ptx, parameters, number, 32 * tile.num_warps)
-        block.run()
+        Block(ptx, parameters, number, 32 * tile.num_warps).run()
     return out
 
 
@@ -353,6 +348,6 @@ def test_results_on_a_device_equal_the_oracle(tile, problem):
     problem = layer(*sizes, epilogue)
     expected = problem.expected
     x, weight, quantizer, bias, residual, following = problem.to("cuda")
-    out = torch.empty_like(expected, device="cuda")
+    out = torch.full_like(expected, 77, device="cuda")
     hopper_gemm.launch(x, weight, quantizer, out, bias, residual, following, tile)
     assert torch.equal(out.cpu(), expected)
