@@ -21,8 +21,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks.command_line import new_parser
 from benchmarks.result_files import RESULTS
-from benchmarks.static_analysis import machine_code, static_kernels
+from benchmarks.static_analysis import machine_code
 from benchmarks.static_analysis.kernel_uses import FP16, FP32, INT8, NEXT, TARGETS, TYPES
+from benchmarks.static_analysis.static_report import Row, describe, write
 from dq_kernels.triton import hopper_gemm
 from dq_kernels.triton.tuning import LaunchConfig
 
@@ -85,11 +86,11 @@ def shipped() -> list[tuple[LaunchConfig, Use]]:
     ]
 
 
-def row(tile: LaunchConfig, use: Use) -> dict[str, Any]:
+def row(tile: LaunchConfig, use: Use) -> Row:
     """The properties of one compiled kernel."""
     kernel = compiled(tile, use)
     instructions, _ = machine_code.read_nvidia(kernel.asm)
-    columns, _ = static_kernels.describe(TARGET, kernel)
+    columns, _ = describe(TARGET, kernel)
     waits = [line.operands for line in instructions if re.match(machine_code.WGMMA_WAIT, line.name)]
     return {
         **asdict(tile),
@@ -111,7 +112,7 @@ def main() -> None:
         names = ("use", "registers", "spills", "shared_bytes", "blocks", "loop_instructions", "loop_mma", "waits")
         numbers = ", ".join(f"{name} {each[name]}" for name in names)
         print(f"{each['block_m']}x{each['block_n']}x{each['block_k']}: {numbers}, conflicts {len(each['conflicts'])}")
-    static_kernels.write(rows, arguments.output)
+    write(rows, arguments.output)
 
 
 if __name__ == "__main__":

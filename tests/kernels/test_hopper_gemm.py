@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks.result_files import ROOT
 from benchmarks.static_analysis import hopper_gemm as report
-from benchmarks.static_analysis import machine_code, static_kernels
+from benchmarks.static_analysis import machine_code
+from benchmarks.static_analysis.static_report import read_report
 from dq_kernels.packing import pack_int4
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.triton import gemm, hopper_gemm, tuning
@@ -28,7 +29,7 @@ HOPPER, ADA = GPUTarget("cuda", 90, 32), GPUTarget("cuda", 89, 32)
 
 @pytest.fixture(scope="module")
 def committed():
-    return static_kernels.read_report(report.OUTPUT)
+    return read_report(report.OUTPUT)
 
 
 # The command line, which also writes the PTX of the sample.
@@ -55,7 +56,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sample(compiled):
-    return static_kernels.read_report(compiled / "report.json")
+    return read_report(compiled / "report.json")
 
 
 @pytest.fixture(scope="module", params=["committed", "sample"])
