@@ -1,6 +1,6 @@
 """Runs everything that needs a GPU with one command and one results file: tests, kernels and whole UNets.
 
-    python -m benchmarks.speed.gpu_suite [--minutes 9] [--stage tests|kernels|unet]... [--full] [--output FILE]
+    python -m benchmarks.speed.gpu_suite [--minutes 9] [--stage hopper|tests|kernels|unet]... [--full] [--output FILE]
     python -m benchmarks.speed.gpu_suite --dry-run           # on a CPU, tiny shapes, less than a minute
 
 Every stage is a process with a time limit: its share of the remaining budget. Unused time goes to the next stages. The
@@ -8,6 +8,7 @@ results are written before the first stage and after each stage. The finished ro
 interruption (Ctrl-C, SIGTERM) loses no finished result. A failed stage does not stop the others; the exit code is 1 if
 any stage did not pass.
 
+  hopper   benchmarks/speed/bench_hopper_gemm.py: whether the GEMM in Gluon may take the place of Triton's
   tests    the test suite on the GPU, without slow tests that need no GPU: tests/kernels/test_static.py (compiles for
            other GPUs), tests/test_package.py (builds wheels), tests/examples (trains, samples on the CPU) and
            tests/benchmarks (runs benchmarks on the CPU); in parallel if pytest-xdist is installed
@@ -69,11 +70,12 @@ class Interruption:
 
 def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> list[Stage]:
     """The stages by name; their files are in ``folder``."""
-    rows, unets = folder / "rows.jsonl", folder / "unets.json"
+    decisions, rows, unets = folder / "hopper.jsonl", folder / "rows.jsonl", folder / "unets.json"
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     tests = [*pytest, "--maxfail=20", "tests", *(f"--ignore={path}" for path in NOT_FOR_GPUS)]
     if importlib.util.find_spec("xdist") is not None:
         tests += ["-n", str(TEST_PROCESSES)]
+    hopper = [sys.executable, "-m", "benchmarks.speed.bench_hopper_gemm", f"--rows={decisions}"]
     kernels = [*pytest, "benchmarks/speed/bench_kernels.py", f"--rows={rows}", "--benchmark-columns=median,iqr,rounds"]
     unet = [sys.executable, "-m", "benchmarks.speed.bench_unet", "--output", str(unets)]
     if dry_run:
@@ -84,11 +86,21 @@ def stages(names: Sequence[str], full: bool, dry_run: bool, folder: Path) -> lis
         kernels += ["--full"] if full else []
         unet += ["--unet", "sd15", "--unet", "sdxl"]
     every = (
+        Stage("hopper", hopper, 2, lambda: read_decision(decisions)),
         Stage("tests", tests, 4, variables=ONE_THREAD),
         Stage("kernels", kernels, 2, lambda: read_rows(rows)),
         Stage("unet", unet, 3, lambda: read_unets(unets)),
     )
     return [stage for stage in every if not names or stage.name in names]
+
+
+def read_decision(path: Path) -> dict[str, Any] | None:
+    """bench_hopper_gemm.py's decision, which is its last row, and the other rows."""
+    if not path.exists():
+        return None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    decided = rows.pop() if rows and "decision" in rows[-1] else {"decision": "not finished"}
+    return {**decided, "rows": rows}
 
 
 def read_rows(path: Path) -> dict[str, list[Any]] | None:
@@ -188,7 +200,7 @@ def main() -> int:
     """Runs the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="time budget of all stages (default: %(default)s)")
-    parser.add_argument("--stage", action="append", default=[], choices=("tests", "kernels", "unet"))
+    parser.add_argument("--stage", action="append", default=[], choices=("hopper", "tests", "kernels", "unet"))
     parser.add_argument("--full", action="store_true", help="every shape of the kernels; needs more minutes")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; writes to out/")
     parser.add_argument("--output", type=Path, help="the results file (default: benchmarks/results/gpu_<device>.json)")

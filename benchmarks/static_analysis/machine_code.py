@@ -24,7 +24,8 @@ LOCAL_MEMORY = r"(STL|LDL)\b|scratch_"
 SHARED_STORE = r"(STS|STSM)\b|ds_write"
 # A warp waits for other warps, for copies or for a matrix instruction.
 WAIT = r"BAR\b|DEPBAR|WARPGROUP\.DEPBAR|WARPSYNC|s_barrier|SYNCS\.PHASECHK"
-# A warp group waits for its asynchronous matrix instructions.
+# The asynchronous int8 matrix instruction of Hopper, and a warp group's wait for its own.
+WGMMA = "IGMMA"
 WGMMA_WAIT = r"WARPGROUP\.DEPBAR"
 INTEGER = (
     r"(IADD|IMAD|IABS|IMNMX|ISETP|ISCADD|LOP|PLOP|SHF|LEA|PRMT|SEL|SGXT|VIADD|VIMNMX|BMSK|MOV)|"
@@ -48,26 +49,27 @@ NIBBLE_SHIFT = r"SHF\.L\S*\s+\S+\s+\S+\s+0x4\b|IMAD\.SHL\S*\s+\S+\s+\S+\s+0x10\b
 
 
 class Instruction(NamedTuple):
-    """One machine instruction; ``jump`` is the index of a branch's target instruction."""
+    """One machine instruction; ``jump`` is the index of a branch's target; with a predicate it may not be executed."""
 
     name: str
     operands: str
     jump: int | None
+    has_predicate: bool = False
 
 
 def parse(text: str) -> list[Instruction]:
     """Parses the output of nvdisasm, or AMD's assembly."""
     labels: dict[str, int] = {}
-    lines: list[tuple[str, str]] = []
+    lines: list[tuple[str, str, bool]] = []
     for line in text.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label.group(1)] = len(lines)
-        elif code := re.match(r"\s+(?:/\*\w+\*/\s+)?(?:@!?U?P\w+ +)?([A-Za-z][\w.]*)([^;]*)", line):
-            lines.append((code.group(1), code.group(2)))
-    targets = (re.search(r"\.L\w+", to) if re.match("BRA|s_c?branch", name) else None for name, to in lines)
+        elif code := re.match(r"\s+(?:/\*\w+\*/\s+)?(@!?U?P\w+ +)?([A-Za-z][\w.]*)([^;]*)", line):
+            lines.append((code.group(2), code.group(3), code.group(1) is not None))
+    targets = (re.search(r"\.L\w+", to) if re.match("BRA|s_c?branch", name) else None for name, to, _ in lines)
     return [
-        Instruction(name, operands, to and labels.get(to.group()))
-        for (name, operands), to in zip(lines, targets, strict=True)
+        Instruction(name, operands, to and labels.get(to.group()), has_predicate)
+        for (name, operands, has_predicate), to in zip(lines, targets, strict=True)
     ]
 
 
@@ -125,6 +127,64 @@ def nibble_instructions(instructions: list[Instruction]) -> int:
             if re.match(NIBBLE_SHIFT, text):
                 shifted.add(registers[0])
     return total
+
+
+def in_flight_conflicts(instructions: list[Instruction]) -> list[str]:
+    """Uses of registers while one of Hopper's asynchronous matrix instructions may still read or write them.
+
+    While an IGMMA may run, no instruction may write its operand A or touch its accumulators. Other IGMMAs may: they
+    accumulate in order.
+    """
+    conflicts = []
+    for start, line in enumerate(instructions):
+        if not line.name.startswith(WGMMA):
+            continue
+        registers = re.match(r"\s+R(\d+), (?:R(\d+), )?gdesc", line.operands)
+        assert registers is not None, line
+        first, width = int(registers.group(1)), int(line.name.split("x")[1]) // 2
+        accumulators = set(range(first, first + width))
+        operand_a = set(range(int(registers.group(2)), int(registers.group(2)) + 4)) if registers.group(2) else set()
+        for other in (instructions[index] for index in in_flight(instructions, start)):
+            used = {int(number) for number in re.findall(r"\bR(\d+)", other.operands)} | written(other)
+            if not other.name.startswith(WGMMA) and (written(other) & operand_a or used & accumulators):
+                conflicts.append(f"{other.name}{other.operands} while {line.name}{line.operands} may run")
+    return conflicts
+
+
+def in_flight(instructions: list[Instruction], start: int) -> set[int]:
+    """The instructions, on all paths, that are executed while the IGMMA at ``start`` may run.
+
+    An IGMMA with ``gsb0`` closes a group. A ``WARPGROUP.DEPBAR.LE gsb0, n`` waits for all groups but the n last.
+    """
+    # Indices, with the number of groups closed after that of the IGMMA: -1 while its own is open.
+    paths, seen = [(start + 1, 0 if "gsb0" in instructions[start].operands else -1)], set[tuple[int, int]]()
+    while paths:
+        index, later = paths.pop()
+        line = instructions[index]
+        wait = re.match(r"\s+gsb0, (\w+)", line.operands) if re.match(WGMMA_WAIT, line.name) else None
+        if (index, later) in seen or (wait and later >= int(wait.group(1), 16)):
+            continue
+        seen.add((index, later))
+        if line.name.startswith(WGMMA) and "gsb0" in line.operands:
+            later = min(later + 1, 7)  # no wait lets more groups run
+        if line.jump is not None:
+            paths.append((line.jump, later))
+        # A branch depends on a predicate in front of it or among its operands.
+        is_conditional = line.has_predicate or "P" in line.operands.split("`")[0]
+        if is_conditional or not re.match("BRA|EXIT", line.name):
+            paths.append((index + 1, later))
+    return {index for index, _ in seen}
+
+
+def written(instruction: Instruction) -> set[int]:
+    """The registers that a SASS instruction may write: its first operand and, if it is wide, those that follow."""
+    destination = re.match(r"\s+(?:U?P\w+, )?R(\d+)\b", instruction.operands)
+    if destination is None or re.match(r"(ST|STS|STG|STL|STSM|RED|BAR|SYNCS|R2UR)\b", instruction.name):
+        return set()
+    first = int(destination.group(1))
+    if re.search(r"\.128\b|\.MT?88\.4\b", instruction.name):
+        return set(range(first, first + 4))
+    return set(range(first, first + 2)) if re.search(r"\.(WIDE|64|MT?88\.2)\b|^CS2R", instruction.name) else {first}
 
 
 class Allocation(NamedTuple):

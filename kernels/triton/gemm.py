@@ -29,8 +29,16 @@ from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
 from dq_kernels.triton.intrinsics import exp2, follow_previous_kernel, prefetch, unpack_int4_x16
 from dq_kernels.triton.launch import arrival_counters, cdiv, current_target, launch_options
-from dq_kernels.triton.quantization import quantize_tile, select_timestep
-from dq_kernels.triton.tuning import LaunchConfig, Problem, adjusted, joins_halves, launch_config, register_limit
+from dq_kernels.triton.quantization import dequantize_sums, quantize_tile, select_timestep
+from dq_kernels.triton.tuning import (
+    LaunchConfig,
+    Problem,
+    adjusted,
+    joins_halves,
+    launch_config,
+    register_limit,
+    uses_hopper_gemm,
+)
 
 
 # Sizes that enter no address: specializing on their alignment would compile kernels that are equal.
@@ -133,7 +141,7 @@ def int4_gemm_kernel(
     timestep_index = tl.load(timestep_index_ptr + sample)
     t = select_timestep(timestep_index, num_timesteps)
     act_scale = tl.where(timestep_index < 0, float("nan"), tl.load(act_scale_ptr + t))
-    y = _dequantize(accumulator, weight_sum_ptr + channel, weight_scale, act_scale, act_zero_point_ptr + t)
+    y = dequantize_sums(accumulator, weight_sum_ptr + channel, weight_scale, act_scale, act_zero_point_ptr + t)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + channel).to(tl.float32)
     if channel_add_ptr is not None:
@@ -145,7 +153,9 @@ def int4_gemm_kernel(
 
     if GEGLU:
         gate_scale = tl.load(weight_scale_ptr + out_channels + channel)
-        z = _dequantize(gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale, act_zero_point_ptr + t)
+        z = dequantize_sums(
+            gate, weight_sum_ptr + out_channels + channel, gate_scale, act_scale, act_zero_point_ptr + t
+        )
         if bias_ptr is not None:
             z += tl.load(bias_ptr + out_channels + channel).to(tl.float32)
         y *= _gelu(z, PTX)
@@ -268,13 +278,6 @@ def _load(pointers, inside, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def _dequantize(accumulator, weight_sum_ptrs, weight_scale, act_scale, act_zero_point_ptrs):
-    # 16 times the sum of q_w (q_x - zp_t), exact in int32; the scale divides it by 16.
-    corrected = accumulator - 16 * tl.load(weight_sum_ptrs) * tl.load(act_zero_point_ptrs)
-    return corrected.to(tl.float32) * (act_scale / 16 * weight_scale)
-
-
-@triton.jit
 def _gelu(x, PTX: tl.constexpr):
     """x Phi(x) as max(x, 0) - u (1 - Phi(u)), u = |x|; 1 - Phi(u) is 2 to the power of a polynomial.
 
@@ -325,7 +328,8 @@ def launch(
     """Launches ``int4_gemm_kernel``, which fills ``out`` [B, ..., N] and the statistics; returns the compiled kernel.
 
     x is [B, ..., K] for a linear layer, otherwise the padded image [B, H, W, K]; all tensors are contiguous and have
-    been checked (see ``ops``). ``tuned`` takes the place of the tuning file's configuration.
+    been checked (see ``ops``). ``tuned`` takes the place of the tuning file's configuration. If it was asked for
+    (``uses_hopper_gemm``), ``hopper_gemm_kernel`` computes the linear layers that it serves.
     """
     bias, channel_add, residual, statistics, geglu, following = epilogue
     out_channels, num_rows = out.shape[-1], out.numel() // out.shape[-1]
@@ -333,8 +337,14 @@ def launch(
     half_channels = x.shape[-1] // 2
     reduction = 2 * weight.values.numel() // weight.values.shape[0]
     op = "linear_geglu" if geglu else "linear" if geometry.is_linear else "conv2d"
+    target = current_target()
+    if tuned is None and uses_hopper_gemm(target) and op == "linear":
+        from dq_kernels.triton import hopper_gemm  # Gluon is imported by those who ask for it
+
+        if channel_add is None and statistics is None and hopper_gemm.serves(x, weight.values):
+            return hopper_gemm.launch(x, weight, quantizer, out, bias, residual, following)
     problem = Problem(op, num_rows, out_channels, reduction, rows_per_sample, statistics is not None)
-    config, target = launch_config(problem) if tuned is None else adjusted(tuned, problem), current_target()
+    config = launch_config(problem) if tuned is None else adjusted(tuned, problem)
     num_tiles = cdiv(out_channels, config.block_n) * cdiv(num_rows, config.block_m)
     partial = arrivals = None
     if config.split_k > 1:

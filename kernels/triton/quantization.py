@@ -53,6 +53,14 @@ def quantize_tile(x, inverse_dilation, inverse_scale, zero_point, BITS: tl.const
 
 
 @triton.jit
+def dequantize_sums(accumulator, weight_sum_ptrs, weight_scale, act_scale, act_zero_point_ptrs):
+    """16 sum q_x q_w as floats: act_scale weight_scale sum q_w (q_x - zero_point)."""
+    # 16 times the sum of q_w (q_x - zp_t), exact in int32; the scale divides it by 16.
+    corrected = accumulator - 16 * tl.load(weight_sum_ptrs) * tl.load(act_zero_point_ptrs)
+    return corrected.to(tl.float32) * (act_scale / 16 * weight_scale)
+
+
+@triton.jit
 def padded_position(position, height, width, pad_h, pad_w):
     """The position in the image of a position in the padded image, and whether it lies inside."""
     padded_width = width + 2 * pad_w

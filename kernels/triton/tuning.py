@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import astuple, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import triton
 from triton.backends.compiler import GPUTarget
 
 from dq_kernels.shapes import STATISTICS_ROWS
@@ -24,6 +26,10 @@ FOLDER = Path(__file__).parent / "tuning"
 # memory. sm_120 has 99 KB a block, as Ada. A newer GPU than the last takes the newest file that it can run.
 FILES = {80: "sm_80", 86: "sm_89", 89: "sm_89", 90: "sm_90", 100: "sm_90", 103: "sm_90", 120: "sm_89"}
 AMD_FILE = "gfx942"
+# Whether linear layers use the GEMM in Gluon (``hopper_gemm``), which no device has timed yet.
+HOPPER_GEMM = os.environ.get("DQ_HOPPER_GEMM", "0") == "1"
+# Gluon has other names in each release: these are those whose machine code was checked.
+HOPPER_GEMM_TRITONS = ("3.5", "3.6", "3.7", "3.8", "3.9")
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,30 @@ def joins_halves(target: GPUTarget | None) -> bool:
     Triton waits for it after each product whose operand A is in registers. Elsewhere joining adds instructions.
     """
     return target is not None and target.backend == "cuda" and target.arch == 90
+
+
+def missing_for_hopper_gemm(target: GPUTarget | None) -> str | None:
+    """What the GEMM in Gluon needs and what is here, if it cannot run here; otherwise None."""
+    is_hopper = target is not None and target.backend == "cuda" and target.arch == 90
+    if is_hopper and ".".join(triton.__version__.split(".")[:2]) in HOPPER_GEMM_TRITONS:
+        return None
+    found = "no GPU" if target is None else f"a GPU of architecture {target.backend} {target.arch}"
+    oldest, newest = HOPPER_GEMM_TRITONS[0], HOPPER_GEMM_TRITONS[-1]
+    return (
+        f"the GEMM in Gluon needs a GPU of architecture cuda 90 and Triton {oldest} to {newest}; "
+        f"here are {found} and Triton {triton.__version__}"
+    )
+
+
+def uses_hopper_gemm(target: GPUTarget | None) -> bool:
+    """True if ``DQ_HOPPER_GEMM=1`` asks for the GEMM in Gluon.
+
+    Raises:
+        RuntimeError: it was asked for and cannot run here.
+    """
+    if HOPPER_GEMM and (missing := missing_for_hopper_gemm(target)) is not None:
+        raise RuntimeError(f"DQ_HOPPER_GEMM=1, but {missing}. Unset DQ_HOPPER_GEMM: Triton's GEMM has the same results")
+    return HOPPER_GEMM
 
 
 class Problem(NamedTuple):

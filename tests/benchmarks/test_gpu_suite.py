@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.result_files import ROOT
-from benchmarks.speed import gpu_suite, kernel_cases
+from benchmarks.speed import bench_hopper_gemm, gpu_suite, kernel_cases
 from benchmarks.speed.kernel_sides import CHAINS
 
 ABOUT = {"device": "none"}
@@ -48,9 +48,11 @@ def test_dry_run_works_end_to_end(dry_run):
     _, output, _ = dry_run
     document = json.loads(output.read_text())
     assert {name: each["outcome"] for name, each in document["stages"].items()} == dict.fromkeys(
-        ("tests", "kernels", "unet"), "passed"
+        ("hopper", "tests", "kernels", "unet"), "passed"
     )
     assert {"device", "date", "cpu_model", "threads", "versions"} <= set(document)
+    assert document["results"]["hopper"]["decision"] == "not run"
+    assert "needs a GPU of architecture cuda 90" in document["results"]["hopper"]["reason"]
     kernels = document["results"]["kernels"]
     assert kernels["columns"][:5] == ["group", "unet", "kind", "implementation", "us"]
     assert len(kernels["rows"]) == 3 * 3 + 2 * len(CHAINS)  # layers by implementations, chains by implementations
@@ -119,6 +121,44 @@ def test_tests_side_by_side_have_a_thread_each(tmp_path):
     asked = "import os, sys; sys.exit(os.environ['OMP_NUM_THREADS'] != '1')"
     code, _ = run(tmp_path, gpu_suite.Stage("tests", [sys.executable, "-c", asked], 1, variables=tests.variables))
     assert code == 0
+
+
+def hopper_row(us, unet="sd15", equal=True, is_chosen=True):
+    row = {"unet": unet, "number": 5, "us": us, "triton_us": 10.0, "is_chosen": is_chosen}
+    return row | {"integers_equal": equal, "results_equal": True}
+
+
+@pytest.mark.parametrize(
+    ("rows", "decision", "faster", "saved"),
+    [
+        ([hopper_row(9.0), hopper_row(8.0, "sdxl")], "on", "2 of 2 layers", {"sd15": 5.0, "sdxl": 10.0}),
+        ([hopper_row(9.0), hopper_row(8.0, equal=False, is_chosen=False)], "off", "1 of 1 layers", {"sd15": 5.0}),
+        ([hopper_row(11.0), hopper_row(8.0, is_chosen=False)], "off", "0 of 1 layers", {"sd15": -5.0}),
+        ([hopper_row(11.0), hopper_row(6.0)], "on", "1 of 2 layers", {"sd15": 15.0}),
+        ([hopper_row(6.0), hopper_row(11.0, "sdxl")], "off", "1 of 2 layers", {"sd15": 20.0, "sdxl": -5.0}),
+    ],
+    ids=["faster", "unequal integers", "another tile is faster", "faster in all", "one UNet is slower"],
+)
+def test_the_hopper_gemm_is_on_if_its_integers_are_equal_and_each_unet_gains(rows, decision, faster, saved):
+    last = bench_hopper_gemm.decision(rows)
+    assert (last["decision"], last["faster"], last["us_saved"]) == (decision, faster, saved)
+
+
+def test_a_decision_that_is_not_reached_is_recorded_with_the_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert gpu_suite.read_decision(path) is None
+    path.write_text('{"us": 1.5}\n{"us": 2')
+    assert gpu_suite.read_decision(path) == {"decision": "not finished", "rows": [{"us": 1.5}]}
+    path.write_text('{"us": 1.5}\n{"decision": "on"}\n')
+    assert gpu_suite.read_decision(path) == {"decision": "on", "rows": [{"us": 1.5}]}
+
+
+def test_the_decision_covers_the_linear_layers_of_a_unet():
+    served = bench_hopper_gemm.served("sd15")
+    assert len(served) >= 8
+    assert all(launch.op == "linear" and not launch.statistics for launch, _ in served)
+    operations = [launch.operations * number for launch, number in served]
+    assert operations == sorted(operations, reverse=True)
 
 
 DRIVER = """

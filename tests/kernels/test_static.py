@@ -19,6 +19,7 @@ from benchmarks.result_files import ROOT
 from benchmarks.speed.launches import Launch
 from benchmarks.speed.problem import Problem
 from benchmarks.static_analysis import kernel_uses, machine_code, static_kernels
+from benchmarks.static_analysis.static_report import read_report
 from dq_kernels.triton import attention, gemm
 from dq_kernels.triton.launch import options_of
 
@@ -54,7 +55,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def committed() -> dict[str, Any]:
-    return static_kernels.read_report(static_kernels.OUTPUT)
+    return read_report(static_kernels.OUTPUT)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def process_and_sample(
     command += ["--output", str(output)]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    return process, static_kernels.read_report(output)
+    return process, read_report(output)
 
 
 @pytest.fixture(scope="module", params=["committed", "compiled"])

@@ -69,7 +69,7 @@ TEST_FUSED = ("tests/runtime/test_fused.py",)
 KERNELS = [
     # The GEMM: its loop over taps and channels, split-K, the epilogue
     Mutant(
-        "gemm_zero_point_correction", GEMM,
+        "gemm_zero_point_correction", QUANTIZE,
         "accumulator - 16 * tl.load(weight_sum_ptrs)",
         "accumulator - 8 * tl.load(weight_sum_ptrs)",
         TEST_LINEAR, "test_integer_sums_are_exact and triton",
