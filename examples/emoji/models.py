@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import re
 import shutil
+import string
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -20,15 +23,36 @@ LATENT_CHANNELS = 4
 
 
 def trained_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
-    """A tokenizer to which every word of ``captions`` is one token."""
-    backend = CLIPTokenizer().backend_tokenizer
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    backend.train_from_iterator(
-        captions, BpeTrainer(vocab_size=2**20, special_tokens=special, end_of_word_suffix="</w>", show_progress=False)
-    )
-    model = json.loads(backend.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=TOKENS)
+    """A tokenizer to which every word of ``captions`` (lower-case letters, digits, commas) is one token.
+
+    It is trained by byte-pair encoding without a limit. The same captions give the same tokens: names break ties.
+    (The trainer of the package tokenizers breaks them at random.)
+    """
+    counts = Counter(word for caption in captions for word in re.findall("[a-z]+|[0-9]|,", caption))
+    spelled = {word: [*word[:-1], f"{word[-1]}</w>"] for word in counts}
+    merges: list[tuple[str, str]] = []
+    while spelled := {word: parts for word, parts in spelled.items() if len(parts) > 1}:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in spelled.items():
+            for pair in itertools.pairwise(parts):
+                pairs[pair] += counts[word]
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        spelled = {word: merged(parts, merges[-1]) for word, parts in spelled.items()}
+    symbols = [*string.ascii_lowercase, *string.digits, ","]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *symbols, *(f"{symbol}</w>" for symbol in symbols)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, *map("".join, merges)])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """``parts`` with every occurrence of ``pair`` as one part."""
+    result: list[str] = []
+    for part in parts:
+        if result and (result[-1], part) == pair:
+            result[-1] += part
+        else:
+            result.append(part)
+    return result
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -56,12 +80,12 @@ def untrained_autoencoder() -> AutoencoderKL:
 
 
 def untrained_unet() -> UNet2DConditionModel:
-    """Most of its weights are at the lowest resolution (4, 4), where they cost the least time."""
+    """Attention is at the resolutions (8, 8) and, in the middle block, (4, 4), where most of the weights are."""
     return UNet2DConditionModel(
         sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, layers_per_block=1,
-        block_out_channels=(32, 64, 160), norm_num_groups=16, attention_head_dim=4, cross_attention_dim=TEXT_CHANNELS,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64, 208), norm_num_groups=16, attention_head_dim=2, cross_attention_dim=TEXT_CHANNELS,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
 
@@ -70,6 +94,7 @@ def noise_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing",
+        steps_offset=1,
     )  # fmt: skip
 
 
