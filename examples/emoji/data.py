@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -102,7 +103,9 @@ def package(name: str, folder: Path) -> Path:
     archive = folder / f"{name}.tgz"
     if not archive.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", "--silent", "@".join(name.rsplit("-", 1))], cwd=folder, check=True)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            subprocess.run(["npm", "pack", "--silent", "@".join(name.rsplit("-", 1))], cwd=beside, check=True)
+            Path(beside, archive.name).replace(archive)
     return archive
 
 
