@@ -72,7 +72,7 @@ class Recipe:
 
 
 AUTOENCODER = Recipe(steps=2500, batch_size=8, learning_rate=2e-3, ema_decay=0.995)
-DENOISER = Recipe(steps=7000, batch_size=32, learning_rate=1e-3, ema_decay=0.999)
+DENOISER = Recipe(steps=9000, batch_size=32, learning_rate=1e-3, ema_decay=0.999)
 
 
 def fit(
