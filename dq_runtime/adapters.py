@@ -44,7 +44,8 @@ def run_as_made(modules: Iterable[nn.Module]) -> bool:
     module: Any
     for module in modules:  # called hundreds of times a forward pass: no generator, no attribute lookup
         own = module.__dict__
-        if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        # With len, torch.compile notices a hook in one of several blocks that share their code; it does not otherwise.
+        if "forward" in own or len(own["_forward_hooks"]) or len(own["_forward_pre_hooks"]):
             return False
         if "padding_mode" in own and not pads_with_zeros(module):
             return False

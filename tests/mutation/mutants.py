@@ -491,6 +491,7 @@ KERNELS = [
 ]  # fmt: skip
 
 LAYERS = "dq_runtime/layers.py"
+GRADIENTS = "dq_runtime/gradients.py"
 TIMESTEPS = "dq_runtime/timesteps.py"
 TABLES = "dq_runtime/tables.py"
 CONFIG = "dq_runtime/config.py"
@@ -525,10 +526,10 @@ RUNTIME = [
         TEST_LAYERS, "test_wrong_batch_is_refused_by_the_layer_s_name",
     ),
     Mutant(
-        "layers_gradient_lost", LAYERS,
+        "layers_gradient_lost", GRADIENTS,
         "return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()",
         "return False",
-        TEST_FUSED, "test_a_gradient_through_a_fused_block_is_refused",
+        TEST_LAYERS, "test_gradient_reaches_the_sample_of_a_unet",
     ),
     Mutant(
         "layers_zero_point_at_the_limit", LAYERS,
@@ -568,7 +569,7 @@ RUNTIME = [
     ),
     Mutant(
         "timesteps_each_reader_has_its_own_copy", TIMESTEPS,
-        "known = self.copies[batch_size, device] = index.to(device)",
+        "known = rows.copies[batch_size, device] = index.to(device)",
         "known = index.to(device, copy=True)",
         ("tests/runtime/test_not_finite.py",), "test_layer_of_another_batch_marks_its_copy_of_the_index",
     ),
@@ -604,10 +605,22 @@ RUNTIME = [
         TEST_CONVERT, "test_grouped_convolution_stays_and_one_warning_says_so",
     ),
     Mutant(
-        "convert_padding_mode", CONVERT,
-        'module.padding_mode != "zeros" or',
-        'module.padding_mode == "" or',
-        TEST_CONVERT, "test_layers_without_a_kernel_stay_and_are_listed",
+        "layers_padding_mode_ignored", LAYERS,
+        'return conv.padding_mode == "zeros" and not',
+        'return conv.padding_mode != "" and not',
+        ("tests/runtime/test_stock_behaviour.py",), "test_padding_mode_is_heeded",
+    ),
+    Mutant(
+        "gradients_of_clamped_inputs", LAYERS,
+        "return (q > -limit) & (q < limit - 1)",
+        "return (q >= -limit) & (q < limit)",
+        TEST_LAYERS, "test_gradient_of_an_input_is_that_of_the_rounded_weights",
+    ),
+    Mutant(
+        "call_state_is_shared_by_threads", "dq_runtime/call_state.py",
+        "return self._threads.state",
+        "return self.of_compiled_code",
+        ("tests/runtime/test_stock_behaviour.py",), "test_threads_share_a_unet",
     ),
     Mutant(
         "convert_fir_resampler", CONVERT,
@@ -666,7 +679,7 @@ RUNTIME = [
     ),
     Mutant(
         "run_as_made_with_hooks", ADAPTERS,
-        'if "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:',
+        'if "forward" in own or len(own["_forward_hooks"]) or len(own["_forward_pre_hooks"]):',
         'if "forward" in own or own["_forward_pre_hooks"]:',
         TEST_FUSED, "test_whoever_changes_what_a_module_returns_is_heeded",
     ),

@@ -352,14 +352,16 @@ def test_tensors_that_lie_on_disk_are_read_after_they_were_loaded(assert_same_ou
 
 
 @pytest.mark.parametrize("towards", ["sample", "prompt"])
-def test_a_gradient_through_a_fused_block_is_refused(towards):
-    unet = fused()
-    sample, arguments = noise(unet), arguments_of(unet)
-    (sample if towards == "sample" else arguments["encoder_hidden_states"]).requires_grad_()
-    with torch.enable_grad():
-        result = unet(sample, MIXED, **arguments).sample
-        with pytest.raises(RuntimeError, match="no gradient"):
-            result.sum().backward()
+def test_a_gradient_passes_a_fused_unet_as_the_unfused_one(towards):
+    gradients = []
+    for unet in (fused(), quantized()):
+        sample, arguments = noise(unet), arguments_of(unet)
+        source = (sample if towards == "sample" else arguments["encoder_hidden_states"]).requires_grad_()
+        with torch.enable_grad():
+            result = unet(sample, MIXED, **arguments).sample
+        gradients += torch.autograd.grad(result.sum(), source)
+
+    assert torch.equal(*gradients)
 
 
 def test_a_changed_batch_inside_of_an_attention_computes_as_unfused(assert_same_output):
