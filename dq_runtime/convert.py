@@ -164,7 +164,7 @@ def convert(unet: Any, config: DilateQuantConfig, tensors: Mapping[str, Mapping[
 
     Args:
         unet: a stock floating-point UNet.
-        config: its ``timesteps`` must be set.
+        config: without ``timesteps``, activation scales are computed at run time.
         tensors: layer name -> state dict (see ``QuantizedLayer``), for every layer that the config quantizes.
     """
     plan = plan_conversion(unet, config)
@@ -173,35 +173,40 @@ def convert(unet: Any, config: DilateQuantConfig, tensors: Mapping[str, Mapping[
         layer.load_state_dict(tensors[name], assign=True)
         layer.check_tensors()
         layer.train(plan.layers[name].training)
-    _swap_in(unet, plan, layers, grid.to(unet.device))
+    _swap_in(unet, plan, layers, None if grid is None else grid.to(unet.device))
 
 
-def _empty_layers(plan: ConversionPlan, config: DilateQuantConfig) -> tuple[dict[str, QuantizedLayer], TimestepGrid]:
-    if config.timesteps is None:
-        raise ValueError(
-            "The quantization config has no timesteps, so there are no activation scales to select from: "
-            "calibrate the UNet with dq_runtime.calibrate"
-        )
-    grid = TimestepGrid(config.timesteps)
-    layers: dict[str, QuantizedLayer] = {}
-    for name, module in plan.layers.items():
-        if isinstance(module, nn.Linear):
-            layers[name] = QuantLinear.like(module, name, config.activation_bits_of(name), grid)
-        else:
-            layers[name] = QuantConv2d.like(module, name, config.activation_bits_of(name), grid)
-    return layers, grid
+def _empty_layers(
+    plan: ConversionPlan, config: DilateQuantConfig
+) -> tuple[dict[str, QuantizedLayer], TimestepGrid | None]:
+    grid = None if config.timesteps is None else TimestepGrid(config.timesteps)
+    return {name: empty_layer(module, name, config, grid) for name, module in plan.layers.items()}, grid
 
 
-def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLayer], grid: TimestepGrid) -> None:
+def empty_layer(
+    layer: nn.Linear | nn.Conv2d, name: str, config: DilateQuantConfig, grid: TimestepGrid | None
+) -> QuantizedLayer:
+    """An empty quantized layer for a stock one of this name."""
+    kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    return kind.like(layer, name, config.activation_bits_of(name), grid)
+
+
+def _swap_in(unet: Any, plan: ConversionPlan, layers: Mapping[str, QuantizedLayer], grid: TimestepGrid | None) -> None:
     """Replaces the layers, and registers the hooks that map the UNet's timestep."""
     plan.log()
     replace_layers(unet, {plan.layers[name]: layer for name, layer in layers.items()})
+    finish_conversion(unet, plan, grid)
+
+
+def finish_conversion(unet: Any, plan: ConversionPlan, grid: TimestepGrid | None) -> None:
+    """Registers the hooks that map the model's timestep, if its scales depend on it; sets processors and methods."""
     attention: Any  # diffusers annotates processors with its own classes only
     for attention in plan.attentions.values():
         attention.set_processor(Int8AttnProcessor())
     unet.requires_grad_(False)  # packed weights have no gradients
-    unet.add_module(GRID_NAME, grid.train(unet.training))
-    grid.attach(unet)
+    if grid is not None:
+        unet.add_module(GRID_NAME, grid.train(unet.training))
+        grid.attach(unet)
     unet.num_parameters = partial(_num_parameters, unet)
     for method, remedy in REFUSED.items():
         if hasattr(unet, method):

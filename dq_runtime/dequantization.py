@@ -11,7 +11,7 @@ from torch import nn
 
 from dq_runtime.architectures.supported import without_compilation
 from dq_runtime.attention import Int8AttnProcessor
-from dq_runtime.convert import replace_layers, restore_methods
+from dq_runtime.convert import GRID_NAME, replace_layers, restore_methods
 from dq_runtime.fused import unfuse
 from dq_runtime.graphs import disable_cuda_graphs
 from dq_runtime.layers import QuantizedLayer, constructor_arguments, is_quantized, quantized_layers
@@ -38,9 +38,10 @@ def dequantize(model: Any) -> Any:
         if isinstance(module, Attention) and type(module.processor) is Int8AttnProcessor:
             module.set_processor(AttnProcessor2_0())
     model.requires_grad_(True)
-    for hook in model.timestep_grid.hooks:
-        hook.remove()
-    del model.timestep_grid
+    if hasattr(model, GRID_NAME):
+        for hook in model.timestep_grid.hooks:
+            hook.remove()
+        del model.timestep_grid
     restore_methods(model)
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer

@@ -21,6 +21,7 @@ from dq_runtime import digest
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
 from dq_runtime.convert import insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, is_quantized, quantized_layers
+from dq_runtime.on_loading import WeightsOnLoading
 from dq_runtime.saving import install
 from dq_runtime.validation import finite
 
@@ -35,14 +36,14 @@ class DilateQuantizer(DiffusersQuantizer):
     is_trainable = False
 
     def __init__(self, quantization_config: DilateQuantConfig, **kwargs: Any) -> None:
-        if not kwargs.get("pre_quantized", True):
+        if not kwargs.get("pre_quantized", True) and quantization_config.timesteps is not None:
             raise ValueError(
-                "These weights are in floating point, and DilateQuant cannot quantize while it loads: load them "
-                "without quantization_config, call dq_runtime.calibrate(unet, calibration_set, config), then "
-                "save_pretrained"
+                "These weights are in floating point, and activation scales for timesteps need calibration: load with "
+                "a quantization_config without timesteps, then call dq_runtime.calibrate"
             )
         super().__init__(quantization_config, **kwargs)
         self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
+        self._on_loading: WeightsOnLoading | None = None  # for a checkpoint in floating point
         self._tables: dict[str, torch.Tensor] = {}  # the small tensors of quantized layers, as they are stored
         self._may_offload = False  # True if the device map may leave tensors on the disk, unread
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
@@ -62,8 +63,11 @@ class DilateQuantizer(DiffusersQuantizer):
         return {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        insert_empty_layers(model, self.quantization_config)
-        digest.expect(model)
+        if self.pre_quantized:
+            insert_empty_layers(model, self.quantization_config)
+            digest.expect(model)
+        else:
+            self._on_loading = WeightsOnLoading(model, self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The tensors' present names: older versions saved packed weights as ``weight``."""
@@ -109,6 +113,8 @@ class DilateQuantizer(DiffusersQuantizer):
         if param_name in state_dict:
             self._add_checksum(param_name, state_dict[param_name])
         module = model.get_submodule(module_name)
+        if self._on_loading is not None:
+            return self._on_loading.takes(module, tensor_name)
         return isinstance(module, QuantizedLayer) and tensor_name != "bias"
 
     def check_quantized_param_shape(
@@ -137,9 +143,12 @@ class DilateQuantizer(DiffusersQuantizer):
 
         Raises ValueError for unexpected tensors in the checkpoint, which diffusers would ignore.
         """
-        self._refuse("unexpected", unexpected_keys or [])
         module_name, _, tensor_name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
+        if self._on_loading is not None:
+            self._on_loading.add(module, state_dict[param_name].to(target_device))
+            return
+        self._refuse("unexpected", unexpected_keys or [])
         stored, empty = state_dict[param_name], getattr(module, tensor_name)
         if stored.dtype != empty.dtype:
             raise ValueError(
@@ -168,6 +177,10 @@ class DilateQuantizer(DiffusersQuantizer):
         return digest.with_digest(without_adapters(state_dict), self.quantization_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._on_loading is not None:
+            self._on_loading.finish()
+            self._on_loading = None
+            self._checksums = {}
         for name, layer in quantized_layers(model).items():
             for table, tensor in layer._buffers.items():
                 if tensor is not None and tensor.is_meta:  # the device map says disk, where accelerate reads no buffers

@@ -65,7 +65,7 @@ def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantCo
     holder = _holder(model)
     if holder is None:
         return
-    loaded = holder._buffers.pop(NAME)
+    loaded = holder._buffers.pop(NAME, None)
     if loaded is None or loaded.is_meta:
         return
     names = sorted(model.state_dict())

@@ -136,7 +136,7 @@ class LinearGroup:
         if wants_gradient(x) or not run_as_made(self.layers) or not self._all_loaded(x.device):
             return []
         adapters = [active_adapters(parent._modules[name]) for parent, name in self.places]
-        y = self.multiply(base.quantize(x), x.dtype)
+        y = self.multiply(self.layers[0].quantize(x), x.dtype)
         if any(adapters):
             add_adapters([active or [] for active in adapters], self.sizes, x, y)
         results = y.split(self.sizes, dim=-1)
@@ -243,6 +243,8 @@ def same_quantizer(layers: Iterable[Any]) -> bool:
     )
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """True if the values are equal; tensors on the meta device have none, so their shapes are compared."""
+    if a is None or b is None:
+        return a is b
     return a.shape == b.shape if a.is_meta else torch.equal(a, b)

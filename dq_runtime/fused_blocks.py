@@ -291,7 +291,7 @@ def _attend(
     """Attention over [B, tokens, heads x d], its output projection, and the residual."""
     layer = attention.to_out[0]
     out, active = unwrapped(layer), adapters.get(layer)
-    if active is None and (in_int8(attention) or has_few_keys(attention, key)):
+    if active is None and not out.is_dynamic and (in_int8(attention) or has_few_keys(attention, key)):
         attend_quantize = ops.int8_attention_quantize if in_int8(attention) else ops.attention_quantize
         mixed = attend_quantize(query, key, value, attention.heads, out.quantizer(query))
         return out.multiply(mixed, query.dtype, residual)

@@ -18,7 +18,9 @@ from torch.nn.grad import conv2d_input
 
 from dq_kernels import ops
 from dq_kernels.ops import Norm, PackedWeight, Quantizer
+from dq_runtime.call_state import CallState
 from dq_runtime.config import LARGEST_DILATION
+from dq_runtime.dynamic import LastQuantizer, dynamic_quantizer
 from dq_runtime.gradients import pass_gradient, wants_gradient
 from dq_runtime.stock_weight import StockWeight
 from dq_runtime.tables import TableModule
@@ -55,7 +57,8 @@ class QuantizedLayer(TableModule):
     weight_dilation: torch.Tensor
     act_scale: torch.Tensor
     act_zero_point: torch.Tensor
-    timestep_grid: TimestepGrid
+    timestep_grid: TimestepGrid | None
+    dynamic: CallState[LastQuantizer]  # only without a grid
     name: str
     activation_bits: int
     compute_dtype: torch.dtype  # that of ``weight``; of bias, too, if there is one
@@ -74,9 +77,12 @@ class QuantizedLayer(TableModule):
 
     @classmethod
     def like(
-        cls, layer: nn.Linear | nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid
+        cls, layer: nn.Linear | nn.Conv2d, name: str, activation_bits: int, timestep_grid: TimestepGrid | None
     ) -> QuantizedLayer:
-        """An empty quantized layer with the shape of a stock layer (groups = 1)."""
+        """An empty quantized layer with the shape of a stock layer (groups = 1).
+
+        Without a timestep grid it has no activation tables, and computes scales at run time.
+        """
         quantized = cls.__new__(cls)
         stock = cls.stock(**constructor_arguments(layer), device="meta", dtype=layer.weight.dtype)
         quantized.__dict__.update(stock.__dict__)
@@ -94,15 +100,24 @@ class QuantizedLayer(TableModule):
         quantized.packed_weight = nn.Parameter(packed, requires_grad=False)
         if quantized.bias is not None:
             quantized.bias.requires_grad_(False)
+        timesteps = None if timestep_grid is None else timestep_grid.num_timesteps
         for table, size, dtype in (
             ("weight_scale", out_channels, torch.float32),
             ("weight_sum", out_channels, torch.int32),
             ("weight_dilation", in_channels, torch.float32),
-            ("act_scale", timestep_grid.num_timesteps, torch.float32),
-            ("act_zero_point", timestep_grid.num_timesteps, torch.int32),
+            ("act_scale", timesteps, torch.float32),
+            ("act_zero_point", timesteps, torch.int32),
         ):
-            quantized.register_buffer(table, torch.empty(size, dtype=dtype, device="meta"))
+            empty = None if size is None else torch.empty(size, dtype=dtype, device="meta")
+            quantized.register_buffer(table, empty)
+        if timestep_grid is None:
+            quantized.dynamic = CallState(LastQuantizer)
         return quantized
+
+    @property
+    def is_dynamic(self) -> bool:
+        """True if activation scales are computed at run time."""
+        return self.timestep_grid is None
 
     def _checked_quantizer(self, x: torch.Tensor, channels: int) -> Quantizer:
         """The input quantizer at the current timestep of each sample.
@@ -124,8 +139,16 @@ class QuantizedLayer(TableModule):
         return self.quantizer(x)
 
     def quantizer(self, x: torch.Tensor) -> Quantizer:
-        """The input quantizer for the samples of x, the floating-point or quantized input."""
+        """The input quantizer for the samples of x, the floating-point or quantized input.
+
+        A dynamic layer makes it from a floating-point input, and keeps it for the quantized one.
+        """
         tables: Any = self._buffers
+        if self.timestep_grid is None:
+            last: Any = self.dynamic.now()
+            if x.dtype != torch.int8:
+                last.quantizer = dynamic_quantizer(x, tables["weight_dilation"], self.activation_bits)
+            return last.quantizer
         index = self.index_of_batch(x.shape[0], x.device)
         return Quantizer(
             tables["weight_dilation"], tables["act_scale"], tables["act_zero_point"], index, self.activation_bits
@@ -137,6 +160,8 @@ class QuantizedLayer(TableModule):
 
     def layer_norm_quantize(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
         """The int8 input of the layer from x [B, ..., K]: layer norm, then quantization."""
+        if self.timestep_grid is None:
+            return self.quantize(norm(x))
         return ops.layer_norm_quantize(
             x, Norm(norm.weight, norm.bias, norm.eps), self._checked_quantizer(x, x.shape[-1])
         )
@@ -156,6 +181,11 @@ class QuantizedLayer(TableModule):
 
         Also that of the shortcut, which reads x and skip without norm; empty if there is none.
         """
+        if self.timestep_grid is None:
+            image = x if skip is None else torch.cat([x, skip], dim=-1)
+            y = norm(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            q = self.quantize((F.silu(y) if silu else y).contiguous(), padding)
+            return q, x.new_empty(0, dtype=torch.int8) if shortcut is None else shortcut.quantize(image)
         channels = x.shape[-1] + (0 if skip is None else skip.shape[-1])
         quantizer = self._checked_quantizer(x, channels)
         plain = None if shortcut is None else shortcut._checked_quantizer(x, channels)
@@ -175,6 +205,8 @@ class QuantizedLayer(TableModule):
 
         With a following layer the output is that layer's int8 input.
         """
+        if following is not None and following.is_dynamic:
+            return following.quantize(self.multiply(q, out_dtype, residual))
         next_quantizer = None if following is None else following.quantizer(q)
         bias = self._parameters["bias"]
         return ops.int4_linear(
@@ -183,6 +215,9 @@ class QuantizedLayer(TableModule):
 
     def geglu_quantize(self, q: torch.Tensor, following: QuantizedLayer) -> torch.Tensor:
         """The int8 input [B, ..., N / 2] of the following layer: the product, GEGLU, then quantization."""
+        if following.is_dynamic:
+            values, gates = self.multiply(q, self.compute_dtype).chunk(2, dim=-1)
+            return following.quantize(values * F.gelu(gates))
         weight = self.weight_record(2)
         return ops.int4_geglu_quantize(q, weight, self.quantizer(q), following.quantizer(q), self._parameters["bias"])
 
@@ -232,6 +267,7 @@ class QuantizedLayer(TableModule):
             RuntimeError: if no timestep is known.
         """
         grid = self.timestep_grid
+        assert grid is not None
         if batch == grid.index.shape[0]:
             return grid.index if grid.index.device == device else grid.copied_index(batch, device)
         if grid.index.numel() == 0:
@@ -262,14 +298,14 @@ class QuantizedLayer(TableModule):
         """
         remedy = "The checkpoint is corrupt: download or save it again"
         for name, (least, most) in TABLE_RANGES.items():
-            if not is_within(getattr(self, name), least, most):
+            if getattr(self, name) is not None and not is_within(getattr(self, name), least, most):
                 raise ValueError(
                     f"{self.name}.{name} must be finite, positive, and from {least:g} to {most:g}. {remedy}"
                 )
         if self.bias is not None and not self.bias.is_meta and not bool(self.bias.isfinite().all()):
             raise ValueError(f"{self.name}.bias must be finite in {self.bias.dtype}. {remedy}")
         limit = 2 ** (self.activation_bits - 1)
-        if not bool(((self.act_zero_point >= -limit) & (self.act_zero_point < limit)).all()):
+        if not self.is_dynamic and not bool(((self.act_zero_point >= -limit) & (self.act_zero_point < limit)).all()):
             raise ValueError(f"{self.name}.act_zero_point must lie in [{-limit}, {limit - 1}]. {remedy}")
         if not self.packed_weight.is_meta and not torch.equal(
             ops.unpack_int4(self.packed_weight).flatten(1).sum(1, dtype=torch.int32), self.weight_sum

@@ -18,10 +18,10 @@ from torch import nn
 
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, temporal_quantizer
-from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import grouped
+from dq_runtime.weights import layer_tensors, quantize_weight
 
 ACTIVATION_BITS = (8, 4)  # the table's rows
 # (fp32 UNet, calibration set, activation bits, seed) -> quantized copy

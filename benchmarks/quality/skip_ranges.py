@@ -17,10 +17,10 @@ import torch
 
 import dq_runtime
 from benchmarks.quality.study import BATCH, STEPS, slug, task_parser, write_report
-from dq_runtime.calibration.dilation import joint_dilation, weight_dilation
+from dq_runtime.calibration.dilation import joint_dilation
 from dq_runtime.calibration.temporal import rounded, sample_inputs, temporal_quantizer
-from dq_runtime.calibration.weights import quantize_weight
 from dq_runtime.convert import plan_conversion
+from dq_runtime.weights import quantize_weight, weight_dilation
 from examples.small_unets.tasks import TASKS
 
 CALIBRATION_SAMPLES = 40

@@ -13,17 +13,17 @@ from tqdm import tqdm
 
 from dq_runtime.architectures.supported import architecture_of, without_compilation
 from dq_runtime.calibration.collect import CalibrationSet
-from dq_runtime.calibration.dilation import joint_dilation, shared_weight_dilation
+from dq_runtime.calibration.dilation import joint_dilation
 from dq_runtime.calibration.distillation import Distillation, distil
 from dq_runtime.calibration.importance import timestep_importance
 from dq_runtime.calibration.temporal import Samples, by_group, layers_by_input, sample_inputs, temporal_quantizer
-from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.calibration.whole_unet import prediction_errors
 from dq_runtime.config import NOT_CONVERTED, DilateQuantConfig
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import TimestepGrid, grouped
 from dq_runtime.validation import instance
+from dq_runtime.weights import layer_tensors, quantize_weight, shared_weight_dilation
 
 logger = logging.getLogger("dq_runtime")
 

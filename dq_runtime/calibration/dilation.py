@@ -18,35 +18,13 @@ from collections.abc import Sequence
 import torch
 
 from dq_runtime.calibration.temporal import by_group, rounded, temporal_quantizer
-from dq_runtime.calibration.weights import quantize_weight
+from dq_runtime.weights import quantize_weight, shared_weight_dilation
 
 # (a, b): s_k = (size of x_k)^a / (size of w_k)^b
 EXPONENTS = ((0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
 
 # For the comparison of candidates: samples, and scales tried for each quantizer
 VALUES_PER_TIMESTEP, LEAST_ROWS, SCALES = 2048, 8, 8
-
-
-def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
-    """DilateQuant's rule: s_k = min over n and taps of max|w_n| / |w_nk|, at most ``max_dilation``.
-
-    Args:
-        weight: [N, K, ...] float. Layers that share their input use the element-wise minimum of their dilations.
-        max_dilation: the largest s.
-
-    Returns:
-        [K] fp32, at least 1; exactly 1 for saturated channels and for channels whose weights are all zero.
-    """
-    magnitude = weight.detach().float().abs().reshape(*weight.shape[:2], -1)  # [N, K, taps]
-    largest = magnitude.amax((1, 2))
-    ratio = torch.where(magnitude > 0, largest[:, None, None] / magnitude, torch.inf)
-    dilation = ratio.amin((0, 2))
-    return torch.where(dilation.isfinite(), dilation, 1.0).clamp(1.0, max_dilation)
-
-
-def shared_weight_dilation(weights: Sequence[torch.Tensor], max_dilation: float) -> torch.Tensor:
-    """DilateQuant's rule for layers that share their input."""
-    return torch.stack([weight_dilation(weight, max_dilation) for weight in weights]).amin(0)
 
 
 def joint_dilation(

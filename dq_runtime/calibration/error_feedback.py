@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq_runtime.calibration.simulated import SimulatedLayer
-from dq_runtime.calibration.weights import round_to_int4
+from dq_runtime.weights import round_to_int4
 
 DAMPING = (0.01, 0.1, 1.0, 10.0)  # times the diagonal's mean, added to the diagonal; the first that succeeds
 BLOCK = 64  # columns between two updates of all remaining columns

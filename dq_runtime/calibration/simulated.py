@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dq_kernels.ops import unpack_int4
-from dq_runtime.calibration.weights import layer_tensors, round_to_int4
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import replace_layers
 from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.weights import layer_tensors, round_to_int4
 
 TYPICAL_INPUT = 1 / 8  # relative to an activation quantizer's range
 

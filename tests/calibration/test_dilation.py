@@ -5,14 +5,9 @@ import math
 import pytest
 import torch
 
-from dq_runtime.calibration.dilation import (
-    VALUES_PER_TIMESTEP,
-    joint_dilation,
-    shared_weight_dilation,
-    weight_dilation,
-)
+from dq_runtime.calibration.dilation import VALUES_PER_TIMESTEP, joint_dilation
 from dq_runtime.calibration.temporal import by_group, rounded, temporal_quantizer
-from dq_runtime.calibration.weights import quantize_weight
+from dq_runtime.weights import quantize_weight, shared_weight_dilation, weight_dilation
 
 UNCAPPED = math.inf
 SHAPES = [(6, 10), (12, 5), (1, 4), (5, 6, 3, 3), (4, 8, 1, 1), (3, 4, 1, 5)]

@@ -11,9 +11,9 @@ from torch import nn
 
 from dq_runtime import DilateQuantConfig, QuantConv2d, QuantLinear
 from dq_runtime.calibration.simulated import TYPICAL_INPUT, InputQuantizer, SimulatedLayer, simulated
-from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.convert import plan_conversion
 from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.weights import layer_tensors, quantize_weight
 
 INDEX = [2, 0, 1, 1]  # the timestep of each sample
 LAYERS = {

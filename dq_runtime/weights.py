@@ -1,6 +1,8 @@
-"""Weight quantization: one symmetric scale per output channel, rounded to nearest."""
+"""Weight quantization without data: DilateQuant's dilation, one scale per output channel, rounding to nearest."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -9,6 +11,28 @@ from dq_kernels.ops import INT4_MAX, INT4_MIN, pack_int4
 
 CANDIDATES = 64
 SMALLEST_CLIP = 0.4  # relative to the largest magnitude
+
+
+def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
+    """DilateQuant's rule: s_k = min over n and taps of max|w_n| / |w_nk|, at most ``max_dilation``.
+
+    Args:
+        weight: [N, K, ...] float. Layers that share their input use the element-wise minimum of their dilations.
+        max_dilation: the largest s.
+
+    Returns:
+        [K] fp32, at least 1; exactly 1 for saturated channels and for channels whose weights are all zero.
+    """
+    magnitude = weight.detach().float().abs().reshape(*weight.shape[:2], -1)  # [N, K, taps]
+    largest = magnitude.amax((1, 2))
+    ratio = torch.where(magnitude > 0, largest[:, None, None] / magnitude, torch.inf)
+    dilation = ratio.amin((0, 2))
+    return torch.where(dilation.isfinite(), dilation, 1.0).clamp(1.0, max_dilation)
+
+
+def shared_weight_dilation(weights: Sequence[torch.Tensor], max_dilation: float) -> torch.Tensor:
+    """DilateQuant's rule for layers that share their input."""
+    return torch.stack([weight_dilation(weight, max_dilation) for weight in weights]).amin(0)
 
 
 def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,8 +63,8 @@ def layer_tensors(
     values: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_dilation: torch.Tensor,
-    act_scale: torch.Tensor,
-    act_zero_point: torch.Tensor,
+    act_scale: torch.Tensor | None,
+    act_zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     """The state dict of a packed layer (see ``QuantizedLayer``).
@@ -55,9 +79,9 @@ def layer_tensors(
         "weight_scale": weight_scale.clone(),
         "weight_sum": values.flatten(1).sum(1, dtype=torch.int32),
         "weight_dilation": weight_dilation.clone(),
-        "act_scale": act_scale.clone(),
-        "act_zero_point": act_zero_point.clone(),
     }
+    if act_scale is not None and act_zero_point is not None:  # else they are computed at run time
+        tensors |= {"act_scale": act_scale.clone(), "act_zero_point": act_zero_point.clone()}
     if bias is not None:
         tensors["bias"] = bias.detach().to(layer.weight.dtype)
     return tensors

@@ -9,8 +9,8 @@ from torch import nn
 from dq_kernels import reference
 from dq_kernels.packing import pack_int4
 from dq_runtime import QuantConv2d, QuantLinear
-from dq_runtime.calibration.weights import layer_tensors, quantize_weight
 from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.weights import layer_tensors, quantize_weight
 
 
 def random_weight(*shape, seed=0):
