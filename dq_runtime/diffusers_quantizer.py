@@ -25,8 +25,6 @@ from dq_runtime.on_loading import WeightsOnLoading
 from dq_runtime.saving import install
 from dq_runtime.validation import finite
 
-TABLES = (".weight_scale", ".weight_sum", ".weight_dilation", ".act_scale", ".act_zero_point", f".{digest.NAME}")
-
 
 class DilateQuantizer(DiffusersQuantizer):
     """Loads and saves models quantized by ``dq_runtime.calibrate``."""
@@ -44,7 +42,7 @@ class DilateQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
         self._on_loading: WeightsOnLoading | None = None  # for a checkpoint in floating point
-        self._tables: dict[str, torch.Tensor] = {}  # the small tensors of quantized layers, as they are stored
+        self._empty_layers: dict[str, QuantizedLayer] = {}
         self._may_offload = False  # True if the device map may leave tensors on the disk, unread
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
@@ -66,6 +64,7 @@ class DilateQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             insert_empty_layers(model, self.quantization_config)
             digest.expect(model)
+            self._empty_layers = quantized_layers(model)
         else:
             self._on_loading = WeightsOnLoading(model, self.quantization_config)
 
@@ -78,9 +77,16 @@ class DilateQuantizer(DiffusersQuantizer):
         tensors = dict(zip(present_names(state_dict), state_dict.values(), strict=True))
         for name, tensor in tensors.items():
             self._add_checksum(name, tensor)
-            if name.endswith(TABLES):
-                self._tables[name] = tensor.clone()
+            self._fill_table(name, tensor)
         return tensors
+
+    def _fill_table(self, name: str, tensor: torch.Tensor) -> None:
+        """Sets a table of a quantized layer. If the device map says disk, accelerate would leave it empty."""
+        layer_name, _, table = name.rpartition(".")
+        layer = self._empty_layers.get(layer_name)
+        empty = None if layer is None else layer._buffers.get(table)
+        if layer is not None and empty is not None and (empty.shape, empty.dtype) == (tensor.shape, tensor.dtype):
+            layer._buffers[table] = tensor.clone()
 
     def _add_checksum(self, name: str, tensor: torch.Tensor) -> None:
         if not name.endswith(f".{digest.NAME}") and name not in self._checksums:
@@ -181,10 +187,6 @@ class DilateQuantizer(DiffusersQuantizer):
             self._on_loading.finish()
             self._on_loading = None
             self._checksums = {}
-        for name, layer in quantized_layers(model).items():
-            for table, tensor in layer._buffers.items():
-                if tensor is not None and tensor.is_meta:  # the device map says disk, where accelerate reads no buffers
-                    layer._buffers[table] = self._tables.get(f"{name}.{table}", tensor)
         if not self._may_offload:
             empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
             self._refuse("missing", [name for name in empty if not name.endswith(f".{digest.NAME}")])
@@ -194,7 +196,7 @@ class DilateQuantizer(DiffusersQuantizer):
             if not tensor.is_meta:
                 finite(name, tensor)
         digest.verify(model, self._checksums, self.quantization_config)
-        self._checksums, self._tables = {}, {}
+        self._checksums, self._empty_layers = {}, {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.
         model.is_quantized = False

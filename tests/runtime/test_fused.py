@@ -359,7 +359,7 @@ def test_a_gradient_passes_a_fused_unet_as_the_unfused_one(towards):
         source = (sample if towards == "sample" else arguments["encoder_hidden_states"]).requires_grad_()
         with torch.enable_grad():
             result = unet(sample, MIXED, **arguments).sample
-        gradients += torch.autograd.grad(result.sum(), source)
+            gradients += torch.autograd.grad(result.sum(), source)
 
     assert torch.equal(*gradients)
 

@@ -51,7 +51,7 @@ def test_members_of_a_group_are_views_of_its_tensors(prepare):
 
     assert len(groups_of(unet)) == 2 + len(modules_of(unet, BasicTransformerBlock))
     for group in groups_of(unet):
-        for name in ("weight", "weight_scale", "weight_sum", *(("bias",) if group.bias is not None else ())):
+        for name in ("packed_weight", "weight_scale", "weight_sum", *(("bias",) if group.bias is not None else ())):
             held = {getattr(layer, name).untyped_storage().data_ptr() for layer in group.layers}
             assert held == {getattr(group, name).untyped_storage().data_ptr()}, name
 
@@ -346,7 +346,7 @@ def test_dequantized_fused_unet_can_be_quantized_and_fused_again(relative_rms):
 
 @pytest.mark.parametrize("stock", [torch.nn.Linear(16, 16), torch.nn.Conv2d(16, 16, 3)], ids=["linear", "conv"])
 def test_result_for_an_input_with_a_gradient_may_be_changed_in_place(new_layer, stock):
-    """An attention processor with a parameter of its own may do so; the gradient through the layer is still refused."""
+    """An attention processor with a parameter of its own may do so; the gradient still passes the layer."""
     layer = new_layer(stock)
     layer.timestep_grid.index = torch.tensor([0, 1], dtype=torch.int32)
     x = torch.randn(2, 16, 16) if isinstance(stock, torch.nn.Linear) else torch.randn(2, 16, 4, 4)
@@ -357,5 +357,5 @@ def test_result_for_an_input_with_a_gradient_may_be_changed_in_place(new_layer, 
         y += 1
 
         assert torch.equal(y.detach(), expected)
-        with pytest.raises(RuntimeError, match="no gradient"):
-            y.sum().backward()
+        y.sum().backward()
+    assert x.grad.any()

@@ -225,7 +225,7 @@ def two_adapters(unet):
 
 CHANGES = {
     "both": lambda unet: unet.set_adapters(["first", "second"]),
-    "weights": lambda unet: unet.set_adapters(["first", "second"], [0.5, -2.0]),
+    "weights": lambda unet: unet.set_adapters(["first", "second"], [0.5, -1.0]),
     "weights by block": lambda unet: unet.set_adapters("first", {"down": 0.5, "mid": 2.0, "up": 0.1}),
     "other": lambda unet: unet.set_adapters("first"),
     "off": lambda unet: unet.disable_adapters(),

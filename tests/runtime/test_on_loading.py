@@ -1,0 +1,138 @@
+"""Quantization of floating-point checkpoints while they are loaded."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import dq_runtime
+from dq_runtime import DilateQuantConfig
+from dq_runtime.layers import quantized_layers
+from dq_runtime.on_loading import WeightsOnLoading
+
+
+@pytest.fixture(scope="module")
+def folder(unet2d_condition, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stock")
+    unet2d_condition.stock.save_pretrained(folder)
+    return folder
+
+
+def load(folder, **config):
+    return UNet2DConditionModel.from_pretrained(folder, quantization_config=DilateQuantConfig(**config))
+
+
+def error(subject, unet, timestep=500):
+    expected = subject.call(subject.stock, timestep)
+    return float((subject.call(unet, timestep) - expected).norm() / expected.norm())
+
+
+def test_floating_point_checkpoint_is_packed_on_loading(unet2d_condition, folder):
+    unet = load(folder)
+
+    layers = quantized_layers(unet)
+    assert layers.keys() == quantized_layers(unet2d_condition.quantized).keys()
+    assert all(layer.packed_weight.dtype == torch.uint8 and layer.act_scale is None for layer in layers.values())
+    assert 0 < error(unet2d_condition, unet) < 0.2
+    assert not any(parameter.requires_grad for parameter in unet.parameters())
+
+
+def test_scales_follow_each_sample(unet2d_condition, folder):
+    unet = load(folder)
+    subject = unet2d_condition
+    together = subject.call(unet)
+
+    for i in range(2):
+        arguments = {name: value[i : i + 1] for name, value in subject.arguments.items()}
+        alone = unet(subject.sample[i : i + 1], 500, **arguments).sample
+        assert (alone - together[i : i + 1]).norm() < 0.03 * alone.norm()
+    big = unet(1000 * subject.sample, 500, **subject.arguments).sample
+    expected = subject.stock(1000 * subject.sample, 500, **subject.arguments).sample
+    assert (big - expected).norm() < 0.2 * expected.norm()
+
+
+def test_fused_unet_computes_as_the_unfused_one(unet2d_condition, folder):
+    unet = load(folder)
+    expected = unet2d_condition.call(unet)
+
+    assert len(dq_runtime.fuse(unet)) > 5
+    assert (unet2d_condition.call(unet) - expected).norm() < 0.03 * expected.norm()
+
+
+def test_layers_that_read_one_tensor_have_one_dilation(folder):
+    unet = load(folder)
+    dilated = 0
+    for module in unet.modules():
+        if hasattr(module, "to_q") and not module.is_cross_attention:
+            dilations = [layer.weight_dilation for layer in (module.to_q, module.to_k, module.to_v)]
+            assert all(torch.equal(dilation, dilations[0]) for dilation in dilations)
+            dilated += bool((dilations[0] > 1).any())
+    assert dilated
+
+
+def test_weights_wait_for_their_group_alone(unet2d_condition, monkeypatch, folder):
+    """So the peak of memory is a shard, and the packed model."""
+    waiting, add = [], WeightsOnLoading.add
+
+    def counted(self, *arguments):
+        add(self, *arguments)
+        waiting.append(len(self._waiting))
+
+    monkeypatch.setattr(WeightsOnLoading, "add", counted)
+    load(folder)
+    assert len(waiting) == len(quantized_layers(unet2d_condition.quantized))
+    assert max(waiting) == 2
+    assert waiting[-1] == 0
+
+
+def test_saved_again_it_is_a_packed_checkpoint(unet2d_condition, folder, tmp_path):
+    unet = load(folder, dilation="none")
+    unet.save_pretrained(tmp_path)
+
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+
+    assert torch.equal(unet2d_condition.call(again), unet2d_condition.call(unet))
+
+
+def test_dequantized_it_is_a_stock_unet(unet2d_condition, folder):
+    unet = load(folder)
+
+    stock = copy.deepcopy(unet).dequantize()
+
+    assert not quantized_layers(stock)
+    assert error(unet2d_condition, stock) < 0.2
+
+
+def test_options_reach_the_layers(folder):
+    unet = load(folder, activation_bits=4, layer_activation_bits={}, modules_to_not_convert=["mid_block", "conv_in"])
+
+    layers = quantized_layers(unet)
+    assert not any(name.startswith(("mid_block", "conv_in")) for name in layers)
+    assert {layer.activation_bits for layer in layers.values()} == {4}
+
+
+@pytest.mark.parametrize("what", ["latent", "prompt"])
+def test_nan_is_visible(unet2d_condition, folder, what):
+    unet = load(folder)
+    sample, prompt = unet2d_condition.sample.clone(), unet2d_condition.arguments["encoder_hidden_states"].clone()
+    (sample if what == "latent" else prompt)[0].view(-1)[0] = torch.nan
+
+    result = unet(sample, 500, prompt).sample
+
+    assert not result[0].isfinite().any()
+    assert torch.equal(result[1], unet2d_condition.call(unet)[1])
+
+
+def test_timesteps_need_calibration(folder):
+    with pytest.raises(ValueError, match="need calibration"):
+        load(folder, timesteps=[0.0, 500.0])
+
+
+def test_weight_that_is_not_finite_is_refused_by_name(unet2d_condition, tmp_path):
+    unet = copy.deepcopy(unet2d_condition.stock)
+    unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = torch.inf
+    unet.save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"mid_block\.resnets\.0\.conv1\.weight holds NaN"):
+        load(tmp_path)
