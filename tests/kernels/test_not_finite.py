@@ -4,7 +4,7 @@ import pytest
 import torch
 from flat_operators import ops, reference, triton
 
-BAD = [torch.nan, torch.inf, -torch.inf]
+BAD = [torch.nan, -torch.inf]
 BATCH, SICK = 3, 1
 INDEX = torch.tensor([2, 1, 0], dtype=torch.int32)
 # Each operator that quantizes floats, with the arguments that it quantizes or normalizes.

@@ -835,7 +835,7 @@ TESTS = "tests/calibration"
 
 CALIBRATION = [
     Mutant(
-        "dilation_largest_of_the_layers", f"{FOLDER}/dilation.py",
+        "dilation_largest_of_the_layers", "dq_runtime/weights.py",
         "for weight in weights]).amin(0)",
         "for weight in weights]).amax(0)",
         (f"{TESTS}/test_dilation.py",), "test_the_shared_rule_is_the_smallest_of_the_layers",
@@ -871,16 +871,16 @@ CALIBRATION = [
         (f"{TESTS}/test_temporal.py",), "test_each_sample_of_a_mixed_batch_counts_for_its_own_timestep",
     ),
     Mutant(
-        "weights_last_scale_wins", f"{FOLDER}/weights.py",
+        "weights_last_scale_wins", "dq_runtime/weights.py",
         "best_error = torch.minimum(error, best_error)",
         "best_error = error",
-        (f"{TESTS}/test_weights.py",), "test_the_search_is_never_worse_than_rounding_to_nearest",
+        ("tests/runtime/test_weights.py",), "test_the_search_is_never_worse_than_rounding_to_nearest",
     ),
     Mutant(
-        "weights_symmetric_range", f"{FOLDER}/weights.py",
+        "weights_symmetric_range", "dq_runtime/weights.py",
         "clamp_(INT4_MIN, INT4_MAX)",
         "clamp_(-INT4_MAX, INT4_MAX)",
-        (f"{TESTS}/test_weights.py",), "test_the_negative_end_of_four_bits_is_used",
+        ("tests/runtime/test_weights.py",), "test_the_negative_end_of_four_bits_is_used",
     ),
     Mutant(
         "feedback_smallest_inputs_first", f"{FOLDER}/error_feedback.py",

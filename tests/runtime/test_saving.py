@@ -52,7 +52,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(old, new, tmp_path, 
 
     old.save_pretrained(folder, **arguments)
     events = number_of_events(save)
-    step = 1 if arguments is SINGLE else 4
+    step = 2 if arguments is SINGLE else 5
     for event in (2, *range(events - 11, events, step)):  # at the end one checkpoint replaces the other
         if not found or found[-1] == "new":
             old.save_pretrained(folder, **arguments)
