@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from dq_kernels import ops
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.attention import Int8AttnProcessor, reason_against_int8
-from dq_runtime.config import SHORTCUTS, DilateQuantConfig, is_part
+from dq_runtime.config import NOT_CONVERTED, SHORTCUTS, DilateQuantConfig, is_part
 from dq_runtime.layers import QuantConv2d, QuantizedLayer, QuantLinear, is_quantized, quantized_layers
 from dq_runtime.timesteps import TimestepGrid
 
@@ -126,6 +126,13 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
     return ConversionPlan(layers, attentions, kept, kept_attentions, unmatched)
 
 
+def for_model(config: DilateQuantConfig, model: nn.Module) -> DilateQuantConfig:
+    """The config with the default of the model's architecture for the layers that stay in floating point."""
+    if config.modules_to_not_convert != list(NOT_CONVERTED):
+        return config
+    return replace(config, modules_to_not_convert=list(architecture_of(model).modules_to_not_convert))
+
+
 def _reason_to_keep(
     name: str, module: nn.Module, config: DilateQuantConfig, fir_prefixes: tuple[str, ...]
 ) -> str | None:
@@ -205,12 +212,17 @@ def finish_conversion(unet: Any, plan: ConversionPlan, grid: TimestepGrid | None
         attention.set_processor(Int8AttnProcessor())
     unet.requires_grad_(False)  # packed weights have no gradients
     if grid is not None:
-        unet.add_module(GRID_NAME, grid.train(unet.training))
-        grid.attach(unet)
+        follow_timesteps(unet, grid)
     unet.num_parameters = partial(_num_parameters, unet)
     for method, remedy in REFUSED.items():
         if hasattr(unet, method):
             setattr(unet, method, partial(_refuse, unet, method, remedy))
+
+
+def follow_timesteps(unet: Any, grid: TimestepGrid) -> None:
+    """Registers the hooks that map a model's timestep to the rows of its tables."""
+    unet.add_module(GRID_NAME, grid.train(unet.training))
+    grid.attach(unet)
 
 
 def restore_methods(unet: Any) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from dq_kernels import ops
 from dq_runtime import digest
 from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
-from dq_runtime.convert import insert_empty_layers
+from dq_runtime.convert import for_model, insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, is_quantized, quantized_layers
 from dq_runtime.on_loading import WeightsOnLoading
 from dq_runtime.saving import install
@@ -66,6 +66,7 @@ class DilateQuantizer(DiffusersQuantizer):
             digest.expect(model)
             self._empty_layers = quantized_layers(model)
         else:
+            self.quantization_config = for_model(self.quantization_config, model)
             self._on_loading = WeightsOnLoading(model, self.quantization_config)
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

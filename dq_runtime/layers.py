@@ -114,6 +114,11 @@ class QuantizedLayer(TableModule):
             quantized.dynamic = CallState(LastQuantizer)
         return quantized
 
+    def set_tables(self, grid: TimestepGrid, act_scale: torch.Tensor, act_zero_point: torch.Tensor) -> None:
+        """Gives a layer whose scales are computed at run time one for each timestep of a grid instead."""
+        object.__setattr__(self, "timestep_grid", grid)
+        self._buffers |= {"act_scale": act_scale.clone(), "act_zero_point": act_zero_point.clone()}
+
     @property
     def is_dynamic(self) -> bool:
         """True if activation scales are computed at run time."""

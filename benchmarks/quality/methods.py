@@ -8,6 +8,7 @@ kernels. They differ only in the values of weights, scales and zero points. In W
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -76,11 +77,19 @@ def min_max(smoothing: float | None) -> Quantize:
     return quantize
 
 
+def on_loading(unet: Any, calibration_set: CalibrationSet, bits: int, seed: int) -> Any:
+    """Quantization of a checkpoint while it is loaded: no data, scales of each sample at run time."""
+    with tempfile.TemporaryDirectory() as folder:
+        unet.save_pretrained(folder)
+        return type(unet).from_pretrained(folder, quantization_config=DilateQuantConfig(activation_bits=bits)).eval()
+
+
 BLOCKWISE = Distillation()
 POLISHED = Distillation(polish_iterations=200)
 
 METHODS: dict[str, Quantize] = {  # the table's rows, for each number of activation bits (exceptions: ONLY_AT)
     "round to nearest, min-max": min_max(None),
+    "on loading, without data": on_loading,
     "SmoothQuant": min_max(0.5),
     "one static scale": dilatequant("none", 1, None),
     "WD": dilatequant("joint", 1, None),

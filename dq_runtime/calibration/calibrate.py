@@ -18,9 +18,10 @@ from dq_runtime.calibration.distillation import Distillation, distil
 from dq_runtime.calibration.importance import timestep_importance
 from dq_runtime.calibration.temporal import Samples, by_group, layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.whole_unet import prediction_errors
-from dq_runtime.config import NOT_CONVERTED, DilateQuantConfig
-from dq_runtime.convert import convert, plan_conversion
+from dq_runtime.config import DilateQuantConfig
+from dq_runtime.convert import convert, follow_timesteps, for_model, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
+from dq_runtime.layers import quantized_layers
 from dq_runtime.timesteps import TimestepGrid, grouped
 from dq_runtime.validation import instance
 from dq_runtime.weights import layer_tensors, quantize_weight, shared_weight_dilation
@@ -40,7 +41,8 @@ def calibrate(
 
     Args:
         model: a floating-point ``UNet2DModel``, ``UNet2DConditionModel``, ``ControlNetModel``,
-            ``FluxTransformer2DModel``, or ``AutoencoderKL`` (its decoder is quantized), on any device.
+            ``FluxTransformer2DModel``, or ``AutoencoderKL`` (its decoder is quantized), on any device. A model that was
+            quantized on loading keeps its packed weights and its config, and gets activation tables.
         calibration_set: calls recorded over its real sampling trajectories (``record``, ``collect_from_pipeline``,
             ``collect_from_scheduler``). Its timesteps become the grid of the activation tables.
         config: W4A8 by default.
@@ -61,10 +63,11 @@ def calibrate(
     instance("calibration_set", calibration_set, CalibrationSet)
     instance("config", config, DilateQuantConfig, type(None))
     instance("distillation", distillation, Distillation, type(None))
-    config = config or DilateQuantConfig()
     architecture.signature(model)  # raises if the forward lacks the sample or the timestep
-    if config.modules_to_not_convert == list(NOT_CONVERTED):
-        config = replace(config, modules_to_not_convert=list(architecture.modules_to_not_convert))
+    if any(layer.is_dynamic for layer in quantized_layers(model).values()):
+        _make_scales_static(model, calibration_set, config, distillation)
+        return given
+    config = for_model(config or DilateQuantConfig(), model)
     config = replace(config, timesteps=grouped(calibration_set.timesteps, config.timestep_groups))
     assert config.timesteps is not None
     layers = plan_conversion(model, config).layers
@@ -95,6 +98,39 @@ def calibrate(
     convert(model, config, tensors)
     attach_quantizer(model, config)
     return given
+
+
+def _make_scales_static(
+    model: Any,
+    calibration_set: CalibrationSet,
+    config: DilateQuantConfig | None,
+    distillation: Distillation | None,
+) -> None:
+    """Gives a model with scales that are computed at run time one for each timestep instead."""
+    own = model.hf_quantizer.quantization_config
+    if distillation is not None or (config is not None and replace(config, timestep_groups=None) != own):
+        raise ValueError(
+            "The model was quantized on loading, so its weights and config are fixed: call calibrate without config "
+            "and distillation, or load the model in floating point"
+        )
+    groups = None if config is None else config.timestep_groups
+    config = replace(own, timestep_groups=groups, timesteps=grouped(calibration_set.timesteps, groups))
+    assert config.timesteps is not None
+    layers = quantized_layers(model)
+    samples = sample_inputs(model, layers, calibration_set)
+    unreached = [name for name in layers if name not in samples]
+    if unreached:
+        raise ValueError(f"Calibration never reached {', '.join(unreached)}: record calls that do")
+    grid = TimestepGrid(config.timesteps)
+    rows = grid.rows_of(calibration_set.timesteps)
+    for names in layers_by_input(samples):
+        first = layers[names[0]]
+        seen = [x.to(first.weight_dilation.device) for x in samples[names[0]]]
+        tables = temporal_quantizer(by_group(seen, rows), first.weight_dilation, first.activation_bits)
+        for name in names:
+            layers[name].set_tables(grid, *tables)
+    follow_timesteps(model, grid.to(model.device))
+    attach_quantizer(model, config)
 
 
 def _quantize_layers(

@@ -3,8 +3,11 @@
 import copy
 
 import pytest
+import tiny_models
+import tiny_unets
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.quantizers import PipelineQuantizationConfig
 
 import dq_runtime
 from dq_runtime import DilateQuantConfig
@@ -136,3 +139,39 @@ def test_weight_that_is_not_finite_is_refused_by_name(unet2d_condition, tmp_path
 
     with pytest.raises(ValueError, match=r"mid_block\.resnets\.0\.conv1\.weight holds NaN"):
         load(tmp_path)
+
+
+def test_calibration_gives_it_static_scales(unet2d_condition, folder, tmp_path):
+    unet = load(folder)
+    packed = {name: layer.packed_weight.clone() for name, layer in quantized_layers(unet).items()}
+
+    assert dq_runtime.calibrate(unet, unet2d_condition.calibration_set) is unet
+
+    for name, layer in quantized_layers(unet).items():
+        assert torch.equal(layer.packed_weight, packed[name])
+        assert layer.act_scale.shape == (4,)
+    assert 0 < error(unet2d_condition, unet) < 0.2
+    assert len(dq_runtime.fuse(unet)) > 5
+    unet.save_pretrained(tmp_path)
+    again = UNet2DConditionModel.from_pretrained(tmp_path)
+    dq_runtime.fuse(again)
+    assert torch.equal(unet2d_condition.call(again), unet2d_condition.call(unet))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"distillation": dq_runtime.Distillation()}, {"config": DilateQuantConfig(activation_bits=4)}]
+)
+def test_calibration_changes_neither_weights_nor_config(unet2d_condition, folder, arguments):
+    with pytest.raises(ValueError, match="weights and config are fixed"):
+        dq_runtime.calibrate(load(folder), unet2d_condition.calibration_set, **arguments)
+
+
+def test_pipeline_quantizes_its_unet(tmp_path):
+    StableDiffusionPipeline(
+        tiny_models.autoencoder(), None, None, tiny_unets.unet2d_condition(), DDIMScheduler(), None, None, None, False
+    ).save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(quant_mapping={"unet": DilateQuantConfig()})
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, quantization_config=config)
+
+    assert len(quantized_layers(pipeline.unet)) > 20
