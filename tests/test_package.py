@@ -112,7 +112,12 @@ def test_the_runtime_uses_the_kernels():
 
 
 @pytest.mark.parametrize(
-    "module", [name for name in sources("dq_runtime") if not is_in(name, "dq_runtime.calibration")]
+    "module",
+    [
+        name
+        for name in sources("dq_runtime")
+        if not any(is_in(name, f"dq_runtime.{package}") for package in ("calibration", "cli"))
+    ],
 )
 def test_inference_imports_no_calibration(module):
     found = imports(MODULES[module].read_text(), lazy=False)
@@ -122,10 +127,21 @@ def test_inference_imports_no_calibration(module):
 
 @pytest.mark.parametrize(
     "module",
-    [n for n in sources("dq_runtime") if not n.startswith(("dq_runtime.calibration", "dq_runtime.evaluation"))],
+    [
+        name
+        for name in sources("dq_runtime")
+        if not any(is_in(name, f"dq_runtime.{package}") for package in ("calibration", "evaluation", "cli"))
+    ],
 )
 def test_inference_imports_no_evaluation(module):
     assert not {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_runtime.evaluation")}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not is_in(name, "dq_runtime.cli")])
+def test_nothing_imports_the_command_line(module):
+    found = {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_runtime.cli")}
+
+    assert not found or module == "dq_runtime.__main__"
 
 
 def layout():
@@ -252,7 +268,7 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_install(wheel):
 def test_every_third_party_import_is_a_requirement(wheel):
     """Of the installed packages; an extra counts only for dq_runtime.evaluation."""
     metadata = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/METADATA").decode()
-    distributions = {"skimage": "scikit-image"}
+    distributions = {"skimage": "scikit-image", "PIL": "pillow"}
     required = set(re.findall(r"^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata, re.MULTILINE))
     evaluation = set(re.findall(r"^Requires-Dist: ([\w-]+)[^\n]*extra == [\"']evaluation", metadata, re.MULTILINE))
     known = {*sys.stdlib_module_names, *PACKAGES}

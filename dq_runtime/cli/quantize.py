@@ -1,0 +1,229 @@
+"""``dq-runtime quantize``: from a floating-point pipeline to a packed one, calibrated on images of its own."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dq_runtime
+from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation
+from dq_runtime.cli import models
+from dq_runtime.cli.console import duration, say, size
+from dq_runtime.cli.errors import UserError, as_user_errors
+from dq_runtime.cli.estimate import Probe, Remaining, estimate, probe
+from dq_runtime.cli.models import Source
+from dq_runtime.cli.prompts import CALIBRATION_PROMPTS
+from dq_runtime.cli.work_folder import WorkFolder, folder_size
+from dq_runtime.convert import plan_conversion
+from dq_runtime.layers import quantized_layers
+
+PRESETS = {
+    "fast": Distillation(iterations=0),
+    "balanced": Distillation(gradient_checkpointing=True),
+    "best": Distillation(gradient_checkpointing=True, polish_iterations=200),
+}
+UNCONDITIONAL_IMAGES = 32  # that a model without prompts draws
+PROBE_STEPS = 2
+BATCH = 16  # images without prompts that are drawn together
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command, as the user gave them."""
+
+    model: str
+    output: Path
+    preset: str
+    bits: int
+    steps: int
+    samples: int
+    keep: tuple[str, ...]
+    lora: Path | None
+    prompts: Path | None
+    seed: int
+    device: str | None
+
+
+def quantize(options: Options) -> dict[str, Any]:
+    """Runs the command; a repeated call continues an interrupted one.
+
+    Returns:
+        the report: output, sizes in bytes, seconds, number of layers.
+
+    Raises:
+        UserError: see ``dq_runtime.cli.errors``.
+    """
+    start = time.perf_counter()
+    prompts = _check(options)
+    device = models.chosen_device(options.device)
+    source = models.find(options.model)
+    settings = asdict(options) | {"output": str(options.output), "prompts": prompts, "device": device.type}
+    settings |= {"lora": str(options.lora) if options.lora else None, "keep": list(options.keep)}
+    pipeline, name, model = models.load_any(source, device)
+    if options.prompts is not None and not _takes_prompts(pipeline):
+        raise UserError(f"{options.model} takes no prompts: leave out --prompts")
+    before = folder_size(source.path if pipeline is None or source.kind == models.FILE else source.path / name)
+    changed = () if options.lora is None else _bake(pipeline, options.lora)
+    config = _config(model, options)
+    layers = plan_conversion(model, config).layers
+    work = WorkFolder(options.output, settings)
+    distillation = replace(PRESETS[options.preset], samples=options.samples, seed=options.seed, folder=work.blocks)
+    measured, polish = _announce(pipeline, model, layers, prompts, options, distillation, source, work)
+    if not work.calls.exists():
+        _record(pipeline, model, prompts, options).save(work.calls)
+    _move_others(pipeline, model)
+    remaining = Remaining(measured, polish, work.finished_blocks())
+
+    def progress(block: str, number: int, count: int) -> None:
+        remaining(block, number, count)
+
+    with as_user_errors(ValueError, TypeError):
+        dq_runtime.calibrate(model, CalibrationSet.load(work.calls), config, replace(distillation, progress=progress))
+    work.publish(source, pipeline, name, model, changed)
+    after = folder_size(options.output if source.kind == models.MODEL else options.output / name)
+    return {
+        "output": str(options.output),
+        "component": name,
+        "layers": len(quantized_layers(model)),
+        "bytes_before": before,
+        "bytes_after": after,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _check(options: Options) -> list[str]:
+    """The prompts. UserError for values out of range, before anything is loaded."""
+    if options.preset not in PRESETS:
+        raise UserError(f"--preset must be {', '.join(PRESETS)}, got {options.preset}")
+    if options.bits not in (8, 6, 4):
+        raise UserError(f"--bits must be 8, 6 or 4, got {options.bits}")
+    for option, value, least in (("--steps", options.steps, 2), ("--samples", options.samples, 1)):
+        models.at_least(option, value, least)
+    models.at_least("--seed", options.seed, 0)
+    return list(CALIBRATION_PROMPTS) if options.prompts is None else models.read_prompts(options.prompts)
+
+
+def _takes_prompts(pipeline: Any | None) -> bool:
+    return pipeline is not None and "prompt" in inspect.signature(pipeline.__call__).parameters
+
+
+def _bake(pipeline: Any | None, file: Path) -> tuple[str, ...]:
+    """Merges a LoRA into the pipeline; the names of the text encoders that it changed."""
+    if pipeline is None:
+        raise UserError("--lora needs a whole pipeline: give its folder instead of the UNet's")
+    models.load_lora(pipeline, file)
+    adapters = pipeline.get_list_adapters()
+    pipeline.fuse_lora(components=list(adapters))
+    pipeline.unload_lora_weights()
+    return tuple(name for name in adapters if name.startswith("text_encoder"))
+
+
+def _config(model: Any, options: Options) -> DilateQuantConfig:
+    kept = [*models.not_converted_by_default(model), *options.keep]
+    with as_user_errors(ValueError):
+        config = DilateQuantConfig(activation_bits=options.bits, modules_to_not_convert=kept)
+        unmatched = plan_conversion(model, config).unmatched
+    for entry in options.keep:
+        if f"modules_to_not_convert: {entry!r}" in unmatched:
+            raise UserError(f"--keep {entry} matches no layer: give a layer's dotted name or part of one (mid_block)")
+    return config
+
+
+def _record(pipeline: Any | None, model: Any, prompts: Sequence[str], options: Options) -> CalibrationSet:
+    """The calls of the model while it draws an image for each prompt, or ``UNCONDITIONAL_IMAGES`` without prompts."""
+    if _takes_prompts(pipeline):
+        calls = [
+            {"prompt": prompt, "num_inference_steps": options.steps, "output_type": "latent"}
+            | {"generator": torch.Generator().manual_seed(options.seed + i)}
+            for i, prompt in enumerate(prompts)
+        ]
+        with as_user_errors(ValueError):
+            return dq_runtime.collect_from_pipeline(pipeline, calls, model)
+    return _record_without_prompts(pipeline, model, UNCONDITIONAL_IMAGES, options.steps, options.seed)
+
+
+def _record_without_prompts(pipeline: Any | None, model: Any, images: int, steps: int, seed: int) -> CalibrationSet:
+    """The calls of an unconditional UNet, or of one with classes, which are drawn at random."""
+    from diffusers import DDIMScheduler
+
+    if model.config.get("cross_attention_dim") is not None and type(model).__name__ == "UNet2DConditionModel":
+        raise UserError("This UNet reads prompts: give its pipeline's folder, which makes them from text")
+    generator = torch.Generator().manual_seed(seed)
+    sides = model.config.sample_size
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    noise = torch.randn(images, model.config.in_channels, height, width, generator=generator)
+    arguments = {}
+    if model.config.get("num_class_embeds") is not None:
+        classes = torch.randint(model.config.num_class_embeds, (images,), generator=generator)
+        arguments["class_labels"] = classes
+    scheduler = DDIMScheduler() if pipeline is None else pipeline.scheduler
+    with as_user_errors(ValueError, TypeError):
+        return dq_runtime.collect_from_scheduler(model, scheduler, noise, steps, arguments, BATCH)
+
+
+def _announce(
+    pipeline: Any | None,
+    model: Any,
+    layers: dict[str, nn.Linear | nn.Conv2d],
+    prompts: Sequence[str],
+    options: Options,
+    distillation: Distillation,
+    source: Source,
+    work: WorkFolder,
+) -> tuple[Probe, float]:
+    """Prints what the command will take, by one measured call. UserError if the disk is too small."""
+    short = replace(options, steps=PROBE_STEPS)
+    if _takes_prompts(pipeline):
+        images = len(prompts)
+        call = _record(pipeline, model, prompts[:1], short).calls[-1]
+        rows = call.sample.shape[0]  # two with guidance
+    else:
+        images, rows = UNCONDITIONAL_IMAGES, 1
+        call = _record_without_prompts(pipeline, model, 1, PROBE_STEPS, options.seed).calls[-1]
+    measured = probe(model, layers, call)
+    others = (
+        0
+        if pipeline is None
+        else sum(
+            parameter.nbytes
+            for component in pipeline.components.values()
+            if isinstance(component, nn.Module) and component is not model
+            for parameter in component.parameters()
+        )
+    )
+    expected = estimate(measured, images * rows * options.steps, call.sample[:1].nbytes, others, distillation)
+    needed = int(expected.disk) + folder_size(source.path)
+    free = shutil.disk_usage(work.folder).free
+    resumed = "; continues an interrupted run" if work.resumes else ""
+    say(
+        f"{options.model}, W4A{options.bits}, preset {options.preset}: {len(layers)} layers in "
+        f"{len(measured.blocks)} blocks, {images} images of {options.steps} steps{resumed}"
+    )
+    say(
+        f"estimate from one call of {1000 * measured.seconds:.3g} ms a sample (may be off by a factor of two): "
+        f"{duration(expected.seconds)}, of which recording {duration(expected.collecting)}; memory "
+        f"{size(expected.memory)}; disk {size(needed)}"
+    )
+    if free < needed:
+        raise UserError(
+            f"{work.folder}: {size(free)} are free on the disk, and up to {size(needed)} are needed. Free some, or "
+            "give OUT on another disk"
+        )
+    return measured, expected.polish
+
+
+def _move_others(pipeline: Any | None, model: Any) -> None:
+    """Training needs the model alone on the GPU."""
+    if pipeline is not None and model.device.type == "cuda":
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module) and component is not model:
+                component.to("cpu")
+        torch.cuda.empty_cache()
