@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dq_runtime.cli.console import duration, say, show, size
+from dq_runtime.cli.console import duration, say, show, size, table
 from dq_runtime.cli.errors import explanation
 
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DEVICE = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu. Default: a GPU if there is one.")]
 
@@ -92,3 +92,54 @@ def quantize(
         f"{report['output']}: {report['layers']} layers in INT4, {report['component']} "
         f"{size(report['bytes_before'])} -> {size(report['bytes_after'])}, in {duration(report['seconds'])}",
     )
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a packed UNet, or of its pipeline.")],
+    as_json: JSON = False,
+) -> None:
+    """Lists a packed checkpoint's layers, bits, sizes and timesteps, and what stayed in floating point and why."""
+    from dq_runtime.cli.inspection import inspect_checkpoint
+
+    report = inspect_checkpoint(checkpoint)
+    rows = [
+        (
+            name,
+            "x".join(map(str, layer["shape"])),
+            f"W{layer['weight_bits']}A{layer['activation_bits']}",
+            size(layer["bytes"]),
+        )
+        for name, layer in report["layers"].items()
+    ]
+    timesteps = report["timesteps"]
+    show(
+        report,
+        as_json,
+        table(f"{report['model']} in {report['folder']}", ("layer", "shape", "bits", "size"), rows),
+        table("Kept in floating point", ("layer", "reason"), report["floating_point"].items()),
+        table("Sizes", ("part", "size"), ((part, size(count)) for part, count in report["bytes"].items())),
+        f"{len(report['layers'])} layers; {len(timesteps)} timesteps from {timesteps[0]:g} to {timesteps[-1]:g}",
+    )
+    if report["missing"]:
+        say(f"Missing in the files: {', '.join(report['missing'])}. Download or save the checkpoint again")
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def doctor(device: DEVICE = None, as_json: JSON = False) -> None:
+    """Checks every operator against its oracle on this machine; the exit code is 1 if one fails."""
+    from dq_runtime.cli.doctor import examine
+
+    report = examine(device)
+    operators = report["operators"]
+    facts = [item for part in ("device", "versions", "kernels") for item in report[part].items()]
+    checks = [(name, "PASS" if check["passed"] else "FAIL", check["detail"]) for name, check in operators.items()]
+    show(
+        report,
+        as_json,
+        table("This machine", ("", "found"), facts),
+        table("Operators against their oracles", ("operator", "", "result"), checks),
+    )
+    if not all(check["passed"] for check in operators.values()):
+        raise typer.Exit(FAILED)

@@ -96,6 +96,9 @@ def read_header(file: Path) -> dict[str, Any]:
     except (ValueError, AssertionError) as error:
         raise UserError(f"{file} is no safetensors file, or it is cut off: download or save it again") from error
     header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if file.stat().st_size < 8 + length + end:
+        raise UserError(f"{file} is cut off: it should have {8 + length + end} bytes. Download or save it again")
     return header
 
 
