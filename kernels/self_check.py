@@ -58,6 +58,7 @@ def kernels_in_use(device: torch.device) -> dict[str, str]:
     return {
         "backend": "oneDNN" if torch.backends.mkldnn.is_available() else "PyTorch without oneDNN",
         "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "C++ compiler": compiled.found_compiler() or "none found ($CXX, c++, g++, clang++)",
         "quantization, norms and epilogues": "compiled C++, one pass" if library is not None else plain,
     }
 

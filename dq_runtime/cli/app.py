@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,7 @@ app = typer.Typer(
 @app.callback()
 def _commands() -> None:
     """Packed-INT4 diffusion models: quantize, inspect, run and compare them."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, which users cannot heed
 
 
 @app.command()
@@ -143,3 +145,81 @@ def doctor(device: DEVICE = None, as_json: JSON = False) -> None:
     )
     if not all(check["passed"] for check in operators.values()):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Pipeline folder, OWNER/NAME of the hub, or .safetensors.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or more prompts.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the PNGs.")] = Path("."),
+    seed: Annotated[int, typer.Option(help="Of a prompt's first image; the next ones follow.")] = 0,
+    batch: Annotated[int, typer.Option(help="Images for each prompt, drawn together.")] = 1,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the pipeline's.")] = None,
+    lora: Annotated[list[Path] | None, typer.Option(help="LoRA file; may be repeated.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Class of diffusers: EulerDiscreteScheduler.")] = None,
+    device: DEVICE = None,
+    as_json: JSON = False,
+) -> None:
+    """Draws images; their PNGs hold the parameters. A packed model runs fused and, on a GPU, as CUDA graphs."""
+    from dq_runtime.cli.generate import Options
+    from dq_runtime.cli.generate import generate as run
+
+    report = run(
+        Options(model, prompts or (), output, seed, batch, steps, guidance, tuple(lora or ()), scheduler, device)
+    )
+    lines = [f"{image['file']}  seed {image['seed']}  {image['prompt'] or ''}" for image in report["images"]]
+    show(report, as_json, *lines, f"{duration(sum(report['seconds']))} in all")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Pipeline folder, UNet folder, OWNER/NAME of the hub, .safetensors.")],
+    batch: Annotated[int, typer.Option(help="Images; guidance doubles the UNet's batch.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Calls of each form, of which the median counts.")] = 10,
+    device: DEVICE = None,
+    as_json: JSON = False,
+) -> None:
+    """Times the UNet in floating point and in INT4 on this machine, in turns."""
+    from dq_runtime.cli.bench import bench as run
+
+    report = run(model, batch, rounds, device)
+    rows = [
+        (form, f"{row['milliseconds']:.4g}", f"{row['least_milliseconds']:.4g}", f"{row['megabytes']:.4g}")
+        for form, row in report["forms"].items()
+    ]
+    title = f"{model}, batch {report['batch']}, {report['device']}, {report['threads']} threads, {rounds} rounds"
+    show(
+        report,
+        as_json,
+        table(title, ("one call of the UNet", "ms, median", "ms, least", "MB"), rows),
+        f"INT4 is {report['speedup']:.2f} times as fast",
+    )
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A pipeline, usually the original.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one, usually packed.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New HTML file.")] = Path("comparison.html"),
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line. Default: 4 built-in ones.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    seed: Annotated[int, typer.Option(help="Of the first image's noise; the next ones follow.")] = 1000,
+    device: DEVICE = None,
+    as_json: JSON = False,
+) -> None:
+    """Draws from the same noise with both; PSNR, SSIM, times, and a page with the images and the layers' errors."""
+    from dq_runtime.cli.compare import compare as run
+
+    report = run((first, second), prompts, output, steps, seed, device)
+    pairs = zip(report["prompts"], report["psnr_db"], strict=True)
+    sides = zip(report["models"], report["seconds_per_image"], report["unet_megabytes"], strict=True)
+    show(
+        report,
+        as_json,
+        table("The same noise through both", ("prompt", "PSNR, dB"), ((p or "", f"{db:.1f}") for p, db in pairs)),
+        table(
+            "Sizes and times", ("model", "s an image", "UNet, MB"), ((n, f"{s:.3g}", f"{m:.4g}") for n, s, m in sides)
+        ),
+        f"SSIM {report['ssim']:.3f}; the page is {report['page']}",
+    )

@@ -21,7 +21,7 @@ def show(report: Mapping[str, Any], as_json: bool, *tables: Any) -> None:
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, highlight=False)  # prompts may hold brackets
     for table in tables:
         console.print(table)
 

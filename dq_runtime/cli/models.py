@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,13 +227,3 @@ def read_prompts(file: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {file} is empty: write a prompt in each line")
     return prompts
-
-
-def check_scheduler_name(pipeline: Any, name: str) -> Mapping[str, Any]:
-    """The classes of schedulers that fit a pipeline, by name; UserError if ``name`` is none of them."""
-    known = {scheduler.__name__: scheduler for scheduler in pipeline.scheduler.compatibles}
-    if name not in known:
-        raise UserError(
-            f"--scheduler {name} does not fit; this pipeline takes {', '.join(sorted(known)) or 'no other'}"
-        )
-    return known

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation
 from dq_runtime.cli import models
 from dq_runtime.cli.console import duration, say, size
+from dq_runtime.cli.drawing import record, takes
 from dq_runtime.cli.errors import UserError, as_user_errors
 from dq_runtime.cli.estimate import Probe, Remaining, estimate, probe
 from dq_runtime.cli.models import Source
@@ -32,7 +32,6 @@ PRESETS = {
 }
 UNCONDITIONAL_IMAGES = 32  # that a model without prompts draws
 PROBE_STEPS = 2
-BATCH = 16  # images without prompts that are drawn together
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def quantize(options: Options) -> dict[str, Any]:
     settings = asdict(options) | {"output": str(options.output), "prompts": prompts, "device": device.type}
     settings |= {"lora": str(options.lora) if options.lora else None, "keep": list(options.keep)}
     pipeline, name, model = models.load_any(source, device)
-    if options.prompts is not None and not _takes_prompts(pipeline):
+    if options.prompts is not None and not takes(pipeline, "prompt"):
         raise UserError(f"{options.model} takes no prompts: leave out --prompts")
     before = folder_size(source.path if pipeline is None or source.kind == models.FILE else source.path / name)
     changed = () if options.lora is None else _bake(pipeline, options.lora)
@@ -78,7 +77,7 @@ def quantize(options: Options) -> dict[str, Any]:
     distillation = replace(PRESETS[options.preset], samples=options.samples, seed=options.seed, folder=work.blocks)
     measured, polish = _announce(pipeline, model, layers, prompts, options, distillation, source, work)
     if not work.calls.exists():
-        _record(pipeline, model, prompts, options).save(work.calls)
+        record(pipeline, model, prompts, UNCONDITIONAL_IMAGES, options.steps, options.seed).save(work.calls)
     _move_others(pipeline, model)
     remaining = Remaining(measured, polish, work.finished_blocks())
 
@@ -111,10 +110,6 @@ def _check(options: Options) -> list[str]:
     return list(CALIBRATION_PROMPTS) if options.prompts is None else models.read_prompts(options.prompts)
 
 
-def _takes_prompts(pipeline: Any | None) -> bool:
-    return pipeline is not None and "prompt" in inspect.signature(pipeline.__call__).parameters
-
-
 def _bake(pipeline: Any | None, file: Path) -> tuple[str, ...]:
     """Merges a LoRA into the pipeline; the names of the text encoders that it changed."""
     if pipeline is None:
@@ -137,38 +132,6 @@ def _config(model: Any, options: Options) -> DilateQuantConfig:
     return config
 
 
-def _record(pipeline: Any | None, model: Any, prompts: Sequence[str], options: Options) -> CalibrationSet:
-    """The calls of the model while it draws an image for each prompt, or ``UNCONDITIONAL_IMAGES`` without prompts."""
-    if _takes_prompts(pipeline):
-        calls = [
-            {"prompt": prompt, "num_inference_steps": options.steps, "output_type": "latent"}
-            | {"generator": torch.Generator().manual_seed(options.seed + i)}
-            for i, prompt in enumerate(prompts)
-        ]
-        with as_user_errors(ValueError):
-            return dq_runtime.collect_from_pipeline(pipeline, calls, model)
-    return _record_without_prompts(pipeline, model, UNCONDITIONAL_IMAGES, options.steps, options.seed)
-
-
-def _record_without_prompts(pipeline: Any | None, model: Any, images: int, steps: int, seed: int) -> CalibrationSet:
-    """The calls of an unconditional UNet, or of one with classes, which are drawn at random."""
-    from diffusers import DDIMScheduler
-
-    if model.config.get("cross_attention_dim") is not None and type(model).__name__ == "UNet2DConditionModel":
-        raise UserError("This UNet reads prompts: give its pipeline's folder, which makes them from text")
-    generator = torch.Generator().manual_seed(seed)
-    sides = model.config.sample_size
-    height, width = (sides, sides) if isinstance(sides, int) else sides
-    noise = torch.randn(images, model.config.in_channels, height, width, generator=generator)
-    arguments = {}
-    if model.config.get("num_class_embeds") is not None:
-        classes = torch.randint(model.config.num_class_embeds, (images,), generator=generator)
-        arguments["class_labels"] = classes
-    scheduler = DDIMScheduler() if pipeline is None else pipeline.scheduler
-    with as_user_errors(ValueError, TypeError):
-        return dq_runtime.collect_from_scheduler(model, scheduler, noise, steps, arguments, BATCH)
-
-
 def _announce(
     pipeline: Any | None,
     model: Any,
@@ -180,14 +143,9 @@ def _announce(
     work: WorkFolder,
 ) -> tuple[Probe, float]:
     """Prints what the command will take, by one measured call. UserError if the disk is too small."""
-    short = replace(options, steps=PROBE_STEPS)
-    if _takes_prompts(pipeline):
-        images = len(prompts)
-        call = _record(pipeline, model, prompts[:1], short).calls[-1]
-        rows = call.sample.shape[0]  # two with guidance
-    else:
-        images, rows = UNCONDITIONAL_IMAGES, 1
-        call = _record_without_prompts(pipeline, model, 1, PROBE_STEPS, options.seed).calls[-1]
+    call = record(pipeline, model, prompts[:1], 1, PROBE_STEPS, options.seed).calls[-1]
+    rows = call.sample.shape[0]  # two with guidance
+    images = len(prompts) if takes(pipeline, "prompt") else UNCONDITIONAL_IMAGES
     measured = probe(model, layers, call)
     others = (
         0
