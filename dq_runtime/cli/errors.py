@@ -11,6 +11,7 @@ NO_SPACE, NO_PERMISSION = "No space left on device", "Permission denied"
 NO_CONNECTION = (
     "couldn't connect",
     "can't load",
+    "cannot load model",
     "cannot find the requested files",
     "connection error",
     "offline mode",
@@ -22,12 +23,12 @@ class UserError(Exception):
 
 
 @contextmanager
-def as_user_errors(*kinds: type[Exception]) -> Iterator[None]:
+def as_user_errors(*kinds: type[Exception], subject: str = "") -> Iterator[None]:
     """Turns exceptions that the user's input causes, and whose text says what to do, into ``UserError``."""
     try:
         yield
     except kinds as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{subject}: {error}" if subject else str(error)) from error
 
 
 def explanation(error: BaseException) -> str | None:

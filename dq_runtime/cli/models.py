@@ -190,7 +190,7 @@ def load_lora(pipeline: Any, file: Path) -> None:
     if not file.is_file():
         raise UserError(f"--lora {file}: there is no such file")
     read_header(file)
-    with as_user_errors(ValueError, AttributeError, KeyError, RuntimeError):
+    with as_user_errors(ValueError, AttributeError, KeyError, RuntimeError, subject=f"--lora {file}"):
         pipeline.load_lora_weights(file.parent, weight_name=file.name)
 
 
