@@ -34,10 +34,10 @@ def as_user_errors(*kinds: type[Exception], subject: str = "") -> Iterator[None]
 def explanation(error: BaseException) -> str | None:
     """The line for the user; None for an error of the program."""
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
     if NO_SPACE in text or getattr(error, "errno", None) == errno.ENOSPC:
         return f"The disk is full ({text}). Free some space and repeat the command"
+    if isinstance(error, UserError):
+        return text
     if isinstance(error, PermissionError):
         return f"{error.filename or text}: no permission. Give another folder, or change its owner"
     if type(error).__name__ == "OutOfMemoryError":

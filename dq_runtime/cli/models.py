@@ -137,8 +137,8 @@ def load_pipeline(source: Source, device: torch.device) -> Any:
         load = getattr(diffusers, _pipeline_of_file(source.path)).from_single_file
     else:
         load = diffusers.DiffusionPipeline.from_pretrained
-    with as_user_errors(ValueError, TypeError, AttributeError):
-        pipeline = load(str(source.path), torch_dtype=dtype_on(device))
+    with as_user_errors(OSError, ValueError, TypeError, AttributeError, subject=source.name):
+        pipeline = load(str(source.path), torch_dtype=dtype_on(device), **_variant(source.path))
     pipeline.set_progress_bar_config(disable=True)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would blacken images; the files on the disk keep it
@@ -161,8 +161,15 @@ def load_model(source: Source, device: torch.device) -> Any:
     import diffusers
 
     model_class = getattr(diffusers, read_json(source.path / CONFIG)["_class_name"])
-    with as_user_errors(ValueError, TypeError):
-        return model_class.from_pretrained(source.path, torch_dtype=dtype_on(device)).to(device).eval()
+    with as_user_errors(OSError, ValueError, TypeError, subject=source.name):
+        model = model_class.from_pretrained(source.path, torch_dtype=dtype_on(device), **_variant(source.path))
+    return model.to(device).eval()
+
+
+def _variant(folder: Path) -> dict[str, str]:
+    """The loader's argument for a folder whose weights are all of the variant fp16."""
+    files = list(folder.rglob("*.safetensors"))
+    return {"variant": "fp16"} if files and all(".fp16." in file.name for file in files) else {}
 
 
 def component_of(pipeline: Any) -> tuple[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from dq_runtime.cli import models
 from dq_runtime.cli.console import duration, say, size
 from dq_runtime.cli.drawing import record, takes
 from dq_runtime.cli.errors import UserError, as_user_errors
-from dq_runtime.cli.estimate import Probe, Remaining, estimate, probe
-from dq_runtime.cli.models import Source
+from dq_runtime.cli.estimate import Estimate, Probe, Remaining, estimate, probe
 from dq_runtime.cli.prompts import CALIBRATION_PROMPTS
 from dq_runtime.cli.work_folder import WorkFolder, folder_size
 from dq_runtime.convert import plan_conversion
@@ -63,23 +60,27 @@ def quantize(options: Options) -> dict[str, Any]:
     start = time.perf_counter()
     prompts = _check(options)
     device = models.chosen_device(options.device)
+    settings = asdict(options) | {"prompts": prompts, "device": device.type}
+    work = WorkFolder(options.output, settings | {name: str(settings[name]) for name in ("output", "lora")})
     source = models.find(options.model)
-    settings = asdict(options) | {"output": str(options.output), "prompts": prompts, "device": device.type}
-    settings |= {"lora": str(options.lora) if options.lora else None, "keep": list(options.keep)}
     pipeline, name, model = models.load_any(source, device)
     if options.prompts is not None and not takes(pipeline, "prompt"):
         raise UserError(f"{options.model} takes no prompts: leave out --prompts")
     before = folder_size(source.path if pipeline is None or source.kind == models.FILE else source.path / name)
     changed = () if options.lora is None else _bake(pipeline, options.lora)
     config = _config(model, options)
-    layers = plan_conversion(model, config).layers
-    work = WorkFolder(options.output, settings)
     distillation = replace(PRESETS[options.preset], samples=options.samples, seed=options.seed, folder=work.blocks)
-    measured, polish = _announce(pipeline, model, layers, prompts, options, distillation, source, work)
+    call = record(pipeline, model, prompts[:1], 1, PROBE_STEPS, options.seed).calls[-1]
+    measured = probe(model, plan_conversion(model, config).layers, call)
+    rows = call.sample.shape[0]  # two with guidance
+    rows *= options.steps * (len(prompts) if takes(pipeline, "prompt") else UNCONDITIONAL_IMAGES)
+    expected = estimate(measured, rows, call.sample[:1].nbytes, _bytes_beside(pipeline, model), distillation)
+    _announce(options, measured, expected, work, folder_size(source.path))
+    work.create()
     if not work.calls.exists():
         record(pipeline, model, prompts, UNCONDITIONAL_IMAGES, options.steps, options.seed).save(work.calls)
     _move_others(pipeline, model)
-    remaining = Remaining(measured, polish, work.finished_blocks())
+    remaining = Remaining(measured, expected.polish, work.finished_blocks())
 
     def progress(block: str, number: int, count: int) -> None:
         remaining(block, number, count)
@@ -132,56 +133,38 @@ def _config(model: Any, options: Options) -> DilateQuantConfig:
     return config
 
 
-def _announce(
-    pipeline: Any | None,
-    model: Any,
-    layers: dict[str, nn.Linear | nn.Conv2d],
-    prompts: Sequence[str],
-    options: Options,
-    distillation: Distillation,
-    source: Source,
-    work: WorkFolder,
-) -> tuple[Probe, float]:
-    """Prints what the command will take, by one measured call. UserError if the disk is too small."""
-    call = record(pipeline, model, prompts[:1], 1, PROBE_STEPS, options.seed).calls[-1]
-    rows = call.sample.shape[0]  # two with guidance
-    images = len(prompts) if takes(pipeline, "prompt") else UNCONDITIONAL_IMAGES
-    measured = probe(model, layers, call)
-    others = (
-        0
-        if pipeline is None
-        else sum(
-            parameter.nbytes
-            for component in pipeline.components.values()
-            if isinstance(component, nn.Module) and component is not model
-            for parameter in component.parameters()
-        )
-    )
-    expected = estimate(measured, images * rows * options.steps, call.sample[:1].nbytes, others, distillation)
-    needed = int(expected.disk) + folder_size(source.path)
-    free = shutil.disk_usage(work.folder).free
-    resumed = "; continues an interrupted run" if work.resumes else ""
+def _announce(options: Options, measured: Probe, expected: Estimate, work: WorkFolder, source_bytes: int) -> None:
+    """Prints what the command will take. UserError if the disk is too small for it."""
     say(
-        f"{options.model}, W4A{options.bits}, preset {options.preset}: {len(layers)} layers in "
-        f"{len(measured.blocks)} blocks, {images} images of {options.steps} steps{resumed}"
+        f"{options.model}, W4A{options.bits}, preset {options.preset}, {len(measured.blocks)} blocks"
+        + ("; continues an interrupted run" if work.resumes else "")
     )
+    needed = int(expected.disk) + source_bytes
     say(
         f"estimate from one call of {1000 * measured.seconds:.3g} ms a sample (may be off by a factor of two): "
         f"{duration(expected.seconds)}, of which recording {duration(expected.collecting)}; memory "
         f"{size(expected.memory)}; disk {size(needed)}"
     )
-    if free < needed:
+    if work.free_bytes() < needed:
         raise UserError(
-            f"{work.folder}: {size(free)} are free on the disk, and up to {size(needed)} are needed. Free some, or "
-            "give OUT on another disk"
+            f"{work.folder}: {size(work.free_bytes())} are free on the disk, and up to {size(needed)} are needed. Free "
+            "some, or give OUT on another disk"
         )
-    return measured, expected.polish
+
+
+def _others(pipeline: Any | None, model: Any) -> list[nn.Module]:
+    """The pipeline's other components with weights."""
+    components = [] if pipeline is None else pipeline.components.values()
+    return [component for component in components if isinstance(component, nn.Module) and component is not model]
+
+
+def _bytes_beside(pipeline: Any | None, model: Any) -> int:
+    return sum(parameter.nbytes for component in _others(pipeline, model) for parameter in component.parameters())
 
 
 def _move_others(pipeline: Any | None, model: Any) -> None:
     """Training needs the model alone on the GPU."""
-    if pipeline is not None and model.device.type == "cuda":
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module) and component is not model:
-                component.to("cpu")
+    if model.device.type == "cuda":
+        for component in _others(pipeline, model):
+            component.to("cpu")
         torch.cuda.empty_cache()

@@ -23,27 +23,38 @@ class WorkFolder:
         settings: everything that determines the result.
 
     Raises:
-        UserError: if OUT exists, cannot be created, or the folder belongs to another command.
+        UserError: if OUT exists, or the folder holds the calls of another command.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} exists: give another folder with -o, or remove it first")
         self.output, self.folder = output, output.with_name(f"{output.name}.work")
+        self.settings = json.loads(json.dumps(settings))
+        self.resumes = self.calls.exists()
+        found = read_json(self.record) if self.resumes else self.settings
+        others = [name for name in self.settings if found.get(name) != self.settings[name]]
+        if others:
+            raise UserError(
+                f"{self.folder} belongs to an interrupted command with another {', '.join(others)}: repeat that one "
+                "to resume it, or remove the folder"
+            )
+
+    def create(self) -> None:
+        """Makes the folder and writes the settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        record = self.folder / "settings.json"
-        self.resumes = record.exists()
-        if not self.resumes:
-            with replacing(record) as stream:
-                stream.write(json.dumps(settings, indent=1).encode() + b"\n")
-        else:
-            found = read_json(record)
-            others = [name for name in settings if found.get(name) != settings[name]]
-            if others:
-                raise UserError(
-                    f"{self.folder} belongs to an interrupted command with another {', '.join(others)}: repeat that "
-                    "one to resume it, or remove the folder"
-                )
+        with replacing(self.record) as stream:
+            stream.write(json.dumps(self.settings, indent=1).encode() + b"\n")
+
+    def free_bytes(self) -> int:
+        """The free space where the folder is or will be."""
+        places = (self.folder, *self.folder.absolute().parents)
+        return shutil.disk_usage(next(place for place in places if place.exists())).free
+
+    @property
+    def record(self) -> Path:
+        """The file of the settings."""
+        return self.folder / "settings.json"
 
     @property
     def calls(self) -> Path:

@@ -145,13 +145,25 @@ def test_existing_page(refused, tmp_path):
 
 
 def test_interrupted_command_with_other_options(refused, unconditional, tmp_path, out):
-    work_folder.WorkFolder(tmp_path / "out", {"steps": 25, "bits": 8, "seed": 0})
+    work = work_folder.WorkFolder(tmp_path / "out", {"steps": 25, "bits": 8, "seed": 0})
+    work.create()
+    work.calls.touch()
 
     refused(["quantize", unconditional, *out, "--bits", 4, "--steps", 25], "out.work belongs to", "bits")
 
 
 def test_layer_to_keep_that_there_is_not(refused, unconditional, out):
     refused(["quantize", unconditional, *out, "--keep", "conv_inn"], "--keep conv_inn matches no layer", "mid_block")
+
+
+def test_damaged_weights(refused, unconditional, pipeline_folder, tmp_path, out):
+    shutil.copytree(unconditional, tmp_path / "unet")
+    shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    (tmp_path / "pipeline" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+
+    refused(["quantize", tmp_path / "unet", *out], "unet", "diffusion_pytorch_model.safetensors")
+    refused(["quantize", tmp_path / "pipeline", *out], "pipeline", "vae")
 
 
 def test_prompts_that_are_none(refused, unconditional, tmp_path, out):
@@ -189,6 +201,8 @@ def test_disk_that_is_too_small(refused, unconditional, out, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**5))
 
     refused(["quantize", unconditional, *out], "100 kB are free", "another disk")
+
+    assert not work_folder.WorkFolder(out[1], {}).folder.exists()
 
 
 def test_disk_that_fills_up(refused, unconditional, out, monkeypatch):

@@ -97,3 +97,10 @@ def test_an_unconditional_unet_needs_no_prompts(run_json, tmp_path):
     assert len(quantized_layers(unet)) == report["layers"]
     assert report["bytes_after"] < report["bytes_before"]
     assert unet.config.quantization_config.activation_bits == 4
+
+
+def test_weights_of_the_variant_fp16_are_found(run_json, tmp_path):
+    unet = tiny_unets.unet2d(block_out_channels=(16, 32), norm_num_groups=4).half()
+    unet.save_pretrained(tmp_path / "unet", variant="fp16")
+
+    assert run_json("bench", tmp_path / "unet", "--rounds", 1)["forms"]
