@@ -55,10 +55,8 @@ def run_json(run):
 def quantize(run, pipeline_folder, prompts):
     """Quantizes a few layers of the pipeline's UNet."""
 
-    def quantize(output, *more, code=0):
-        return run(
-            "quantize", pipeline_folder, "-o", output, "--prompts", prompts, *SHORT, "--keep", "ff", *more, code=code
-        )
+    def quantize(output, *more, model=pipeline_folder, code=0):
+        return run("quantize", model, "-o", output, "--prompts", prompts, *SHORT, "--keep", "ff", *more, code=code)
 
     return quantize
 

@@ -6,6 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from tiny_pipeline import SHORT
 
 import dq_runtime
@@ -74,18 +75,45 @@ def test_estimate_comes_before_the_work_and_is_updated(run, pipeline_folder, pro
     assert estimate < first_block
 
 
-def test_a_lora_is_merged_before_quantization(quantize, pipeline_folder, packed_folder, tmp_path):
+def test_a_lora_of_unet_and_text_encoder_is_merged_before_quantization(
+    quantize, pipeline_folder, packed_folder, tmp_path
+):
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder)
-    pipeline.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
-    layers = get_peft_model_state_dict(pipeline.unet)
-    StableDiffusionPipeline.save_lora_weights(tmp_path, layers)
+    for model, layer in ((pipeline.unet, "to_q"), (pipeline.text_encoder, "q_proj")):
+        model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=[layer]))
+    layers = [get_peft_model_state_dict(model) for model in (pipeline.unet, pipeline.text_encoder)]
+    StableDiffusionPipeline.save_lora_weights(tmp_path, *layers)
 
     quantize(tmp_path / "out", "--lora", tmp_path / "pytorch_lora_weights.safetensors")
 
-    unet, without = (DiffusionPipeline.from_pretrained(folder).unet for folder in (tmp_path / "out", packed_folder))
+    merged, without = (DiffusionPipeline.from_pretrained(folder) for folder in (tmp_path / "out", packed_folder))
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert not hasattr(unet, "peft_config")
-    assert not torch.equal(unet.get_submodule(name).packed_weight, without.get_submodule(name).packed_weight)
+    assert not hasattr(merged.unet, "peft_config")
+    weights = [p.unet.get_submodule(name).packed_weight for p in (merged, without)]
+    assert not torch.equal(*weights)
+    encoders = [dict(p.text_encoder.named_parameters()) for p in (merged, without)]
+    assert encoders[0].keys() == encoders[1].keys()
+    changed = {name for name in encoders[0] if not torch.equal(encoders[0][name], encoders[1][name])}
+    assert changed == {name for name in encoders[0] if name.endswith("q_proj.weight")}
+
+
+def test_a_single_file_becomes_a_whole_pipeline(quantize, pipeline_folder, packed_folder, tmp_path, monkeypatch):
+    """Reading the file is diffusers' part, and needs the hub for the components' configs."""
+    file = tmp_path / "model.safetensors"
+    save_file({"cond_stage_model.weight": torch.ones(1)}, file)
+    loaded = []
+
+    def from_single_file(path, **arguments):
+        loaded.append(path)
+        return StableDiffusionPipeline.from_pretrained(pipeline_folder, **arguments)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
+
+    quantize(tmp_path / "out", model=file)
+
+    assert loaded == [str(file)]
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (packed_folder / WEIGHTS).read_bytes()
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").tokenizer is not None
 
 
 def test_an_unconditional_unet_needs_no_prompts(run_json, tmp_path):
