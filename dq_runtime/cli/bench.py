@@ -13,7 +13,7 @@ import torch
 import dq_runtime
 from dq_runtime import DilateQuantConfig
 from dq_runtime.cli import models
-from dq_runtime.cli.drawing import record
+from dq_runtime.cli.drawing import record, repeated
 from dq_runtime.cli.errors import as_user_errors
 from dq_runtime.cli.prompts import COMPARISON_PROMPTS
 from dq_runtime.layers import is_quantized
@@ -42,15 +42,7 @@ def bench(name: str, batch: int, rounds: int, device_name: str | None) -> dict[s
     device = models.chosen_device(device_name)
     pipeline, _, model = models.load_any(models.find(name), device)
     call, forms = _forms(pipeline, model, device)
-    repeats = {argument: value for argument, value in call.arguments.items() if isinstance(value, torch.Tensor)}
-    rows = call.sample.shape[0]
-    call = type(call)(
-        call.sample.repeat_interleave(batch, 0),
-        call.timestep if call.timestep.numel() == 1 else call.timestep.repeat_interleave(batch, 0),
-        call.arguments
-        | {argument: value.repeat_interleave(batch, 0) for argument, value in repeats.items() if len(value) == rows},
-        call.shared,
-    )
+    call = repeated(call, batch)
     times: dict[str, list[float]] = {form: [] for form in forms}
     for number in range(WARM_UPS + rounds):
         for form, unet in forms.items():

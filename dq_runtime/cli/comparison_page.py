@@ -18,8 +18,8 @@ td, th { padding: .2em 1em .2em 0; text-align: right; border-bottom: 1px solid #
 td:first-child, th:first-child { text-align: left }
 .pairs { display: flex; flex-wrap: wrap; gap: 1.5em } figure { margin: 0 } figcaption { max-width: 32em; color: #555 }
 .pair { position: relative; display: inline-block; line-height: 0 }
-.pair img { display: block; image-rendering: pixelated; max-width: 100% }
-.pair img + img { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--cut, 50%)) }
+.pair img { display: block; image-rendering: pixelated; max-width: 100%; height: auto }
+.pair img + img { position: absolute; inset: 0; width: 100%; height: 100%; clip-path: inset(0 0 0 var(--cut, 50%)) }
 .pair::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--cut, 50%); width: 1px; background: #fff }
 input[type=range] { width: 100% } .plot { max-width: 100% }
 """

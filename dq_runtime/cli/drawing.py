@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 import dq_runtime
 from dq_runtime import CalibrationSet
+from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.cli.errors import UserError, as_user_errors
 
 BATCH = 16  # images without prompts that are recorded together
@@ -93,3 +95,18 @@ def _record_without_prompts(pipeline: Any | None, model: Any, images: int, steps
     scheduler = DDIMScheduler() if pipeline is None else pipeline.scheduler
     with as_user_errors(ValueError, TypeError):
         return dq_runtime.collect_from_scheduler(model, scheduler, noise, steps, arguments, BATCH)
+
+
+def repeated(call: RecordedCall, times: int) -> RecordedCall:
+    """The call with each of its samples so many times."""
+    rows = call.sample.shape[0]
+
+    def repeat(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.repeat_interleave(times, 0) if tensor.ndim and len(tensor) == rows else tensor
+
+    arguments = {
+        name: value if name in call.shared else tree_map_only(torch.Tensor, repeat, value)
+        for name, value in call.arguments.items()
+    }
+    timestep = call.timestep if call.timestep.numel() == 1 else repeat(call.timestep)
+    return RecordedCall(repeat(call.sample), timestep, arguments, call.shared)

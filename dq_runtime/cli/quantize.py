@@ -14,7 +14,7 @@ import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation
 from dq_runtime.cli import models
 from dq_runtime.cli.console import duration, say, size
-from dq_runtime.cli.drawing import record, takes
+from dq_runtime.cli.drawing import BATCH, record, takes
 from dq_runtime.cli.errors import UserError, as_user_errors
 from dq_runtime.cli.estimate import Estimate, Probe, Remaining, estimate, probe
 from dq_runtime.cli.prompts import CALIBRATION_PROMPTS
@@ -72,15 +72,16 @@ def quantize(options: Options) -> dict[str, Any]:
     distillation = replace(PRESETS[options.preset], samples=options.samples, seed=options.seed, folder=work.blocks)
     call = record(pipeline, model, prompts[:1], 1, PROBE_STEPS, options.seed).calls[-1]
     measured = probe(model, plan_conversion(model, config).layers, call)
-    rows = call.sample.shape[0]  # two with guidance
-    rows *= options.steps * (len(prompts) if takes(pipeline, "prompt") else UNCONDITIONAL_IMAGES)
-    expected = estimate(measured, rows, call.sample[:1].nbytes, _bytes_beside(pipeline, model), distillation)
+    calls = options.steps * (len(prompts) if takes(pipeline, "prompt") else UNCONDITIONAL_IMAGES // BATCH)
+    rows = call.sample.shape[0] if takes(pipeline, "prompt") else BATCH  # two with guidance
+    row_bytes = call.sample[:1].nbytes
+    expected = estimate(measured, calls, rows, row_bytes, _bytes_beside(pipeline, model), distillation)
     _announce(options, measured, expected, work, folder_size(source.path))
     work.create()
     if not work.calls.exists():
         record(pipeline, model, prompts, UNCONDITIONAL_IMAGES, options.steps, options.seed).save(work.calls)
     _move_others(pipeline, model)
-    remaining = Remaining(measured, expected.polish, work.finished_blocks())
+    remaining = Remaining(measured, expected, work.finished_blocks())
 
     def progress(block: str, number: int, count: int) -> None:
         remaining(block, number, count)
@@ -141,7 +142,7 @@ def _announce(options: Options, measured: Probe, expected: Estimate, work: WorkF
     )
     needed = int(expected.disk) + source_bytes
     say(
-        f"estimate from one call of {1000 * measured.seconds:.3g} ms a sample (may be off by a factor of two): "
+        f"estimate from calls of {1000 * measured.seconds_of(1):.3g} ms (may be off by a factor of two): "
         f"{duration(expected.seconds)}, of which recording {duration(expected.collecting)}; memory "
         f"{size(expected.memory)}; disk {size(needed)}"
     )
