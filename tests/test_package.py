@@ -1,6 +1,7 @@
 """What installs, under which names, and who imports whom."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -238,6 +239,21 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     }
 
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_wheel_installs_the_command(wheel):
+    entry_points = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/entry_points.txt").decode()
+    module, _, attribute = re.search(r"^dq-runtime = (.*)$", entry_points, re.MULTILINE)[1].partition(":")
+
+    assert entry_points.startswith("[console_scripts]")
+    assert callable(getattr(importlib.import_module(module), attribute))
+
+
+def test_importing_the_package_imports_no_command_line():
+    code = "import dq_runtime, sys; print(*{'typer', 'rich.console', 'dq_runtime.cli'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+
+    assert run.stdout.split() == []
 
 
 def test_the_wheels_files_are_the_repositorys(wheel):

@@ -6,7 +6,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from tiny_unets import unet2d
 
@@ -32,6 +34,19 @@ def test_images_are_the_pipelines_and_hold_their_parameters(run_json, packed_fol
     expected = pipeline("a dog", generator=generators, **arguments).images[1]
     difference = np.abs(np.asarray(Image.open(tmp_path / "0003.png")) / 255 - expected)
     assert difference.max() < 0.02  # 8 bits, and other rounding in fused blocks
+
+
+def test_a_lora_reaches_the_images(run_json, packed_folder, pipeline_folder, tmp_path):
+    unet = DiffusionPipeline.from_pretrained(pipeline_folder).unet
+    unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(unet))
+    arguments = ["generate", packed_folder, "a cat", "-o", tmp_path, "--steps", 2]
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+
+    entries = [run_json(*arguments, *more)["images"][0] for more in ([], ["--lora", file])]
+
+    assert entries[1]["lora"] == [str(file)]
+    assert len({Image.open(entry["file"]).tobytes() for entry in entries}) == 2
 
 
 def test_a_second_run_overwrites_no_image(run, packed_folder, tmp_path):
