@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from dq_runtime.evaluation.footprint import footprint
 from dq_runtime.layers import quantized_layers
@@ -57,3 +58,11 @@ def test_no_tensor_is_read(run_json, packed_folder, tmp_path, report):
     file.write_bytes(content[:header] + bytes(len(content) - header))
 
     assert run_json("inspect", tmp_path / "unet") == report | {"folder": str(tmp_path / "unet")}
+
+
+def test_a_layer_that_the_files_lack_is_named_with_exit_code_1(run, packed_folder, tmp_path):
+    shutil.copytree(packed_folder / "unet", tmp_path / "unet")
+    (file,) = (tmp_path / "unet").glob("*.safetensors")
+    save_file({name: t for name, t in load_file(file).items() if not name.startswith("time_embedding.linear_2.")}, file)
+
+    assert "Missing in the files: time_embedding.linear_2." in run("inspect", tmp_path / "unet", code=1).stderr
