@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 EVALUATION = ["scikit-image", "matplotlib"]
-EXAMPLES = [*EVALUATION, "scikit-learn", "pillow"]
+EXAMPLES = [*EVALUATION, "scikit-learn"]
 TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "mypy", "build", "transformers", "peft"]
 
 setup(
@@ -20,6 +20,7 @@ setup(
         "dq_runtime",
         "dq_runtime.architectures",
         "dq_runtime.calibration",
+        "dq_runtime.cli",
         "dq_runtime.evaluation",
         "dq_kernels",
         "dq_kernels.cpu",
@@ -35,6 +36,10 @@ setup(
         "safetensors",
         "tqdm",
         "accelerate",
+        "pillow",
+        "typer>=0.20",
+        "rich>=13.9",
     ],
+    entry_points={"console_scripts": ["dq-runtime = dq_runtime.cli.app:app"]},
     extras_require={"evaluation": EVALUATION, "examples": EXAMPLES, "test": TEST},
 )

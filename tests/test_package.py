@@ -1,6 +1,7 @@
 """What installs, under which names, and who imports whom."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -102,7 +103,8 @@ def test_kernels_know_torch_and_triton_alone(module):
 def test_the_runtime_reaches_kernels_through_ops_alone(module):
     kernels = {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_kernels")}
 
-    assert all(is_in(name, "dq_kernels.ops") for name in kernels), kernels
+    allowed = ["dq_kernels.ops", *(["dq_kernels.self_check"] if module == "dq_runtime.cli.doctor" else [])]
+    assert all(any(is_in(name, package) for package in allowed) for name in kernels), kernels
 
 
 def test_the_runtime_uses_the_kernels():
@@ -112,7 +114,12 @@ def test_the_runtime_uses_the_kernels():
 
 
 @pytest.mark.parametrize(
-    "module", [name for name in sources("dq_runtime") if not is_in(name, "dq_runtime.calibration")]
+    "module",
+    [
+        name
+        for name in sources("dq_runtime")
+        if not any(is_in(name, f"dq_runtime.{package}") for package in ("calibration", "cli"))
+    ],
 )
 def test_inference_imports_no_calibration(module):
     found = imports(MODULES[module].read_text(), lazy=False)
@@ -122,10 +129,21 @@ def test_inference_imports_no_calibration(module):
 
 @pytest.mark.parametrize(
     "module",
-    [n for n in sources("dq_runtime") if not n.startswith(("dq_runtime.calibration", "dq_runtime.evaluation"))],
+    [
+        name
+        for name in sources("dq_runtime")
+        if not any(is_in(name, f"dq_runtime.{package}") for package in ("calibration", "evaluation", "cli"))
+    ],
 )
 def test_inference_imports_no_evaluation(module):
     assert not {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_runtime.evaluation")}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if not is_in(name, "dq_runtime.cli")])
+def test_nothing_imports_the_command_line(module):
+    found = {name for name in imports(MODULES[module].read_text()) if is_in(name, "dq_runtime.cli")}
+
+    assert not found or module == "dq_runtime.__main__"
 
 
 def layout():
@@ -223,6 +241,21 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
+def test_the_wheel_installs_the_command(wheel):
+    entry_points = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/entry_points.txt").decode()
+    module, _, attribute = re.search(r"^dq-runtime = (.*)$", entry_points, re.MULTILINE)[1].partition(":")
+
+    assert entry_points.startswith("[console_scripts]")
+    assert callable(getattr(importlib.import_module(module), attribute))
+
+
+def test_importing_the_package_imports_no_command_line():
+    code = "import dq_runtime, sys; print(*{'typer', 'rich.console', 'dq_runtime.cli'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+
+    assert run.stdout.split() == []
+
+
 def test_the_wheels_files_are_the_repositorys(wheel):
     for package, root in PACKAGES.items():
         name = f"{package}/__init__.py"
@@ -252,7 +285,7 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_install(wheel):
 def test_every_third_party_import_is_a_requirement(wheel):
     """Of the installed packages; an extra counts only for dq_runtime.evaluation."""
     metadata = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/METADATA").decode()
-    distributions = {"skimage": "scikit-image"}
+    distributions = {"skimage": "scikit-image", "PIL": "pillow"}
     required = set(re.findall(r"^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", metadata, re.MULTILINE))
     evaluation = set(re.findall(r"^Requires-Dist: ([\w-]+)[^\n]*extra == [\"']evaluation", metadata, re.MULTILINE))
     known = {*sys.stdlib_module_names, *PACKAGES}

@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from dq_runtime.calibration.replay import (
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.timesteps import TimestepGrid
-from dq_runtime.validation import boolean, integer, number, path
+from dq_runtime.validation import boolean, integer, number, path, shown
 
 logger = logging.getLogger("dq_runtime")
 
@@ -74,10 +74,12 @@ class Distillation:
             activations that blocks are trained on are stored there, too. Other files in it are left alone. By default a
             temporary folder.
         seed: of the samples drawn and their order.
+        progress: is called after each finished block with its name, the number of finished blocks, and the number of
+            all blocks; and once before the first, with "" and 0.
 
     Raises:
         ValueError: if a value is out of range or has another type.
-        TypeError: if ``folder`` is no path.
+        TypeError: if ``folder`` is no path, or ``progress`` cannot be called.
     """
 
     samples: int = 512
@@ -92,6 +94,7 @@ class Distillation:
     autocast: bool = False
     folder: str | Path | None = None
     seed: int = 0
+    progress: Callable[[str, int, int], None] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("batch_size", 1), ("iterations", 0), ("polish_iterations", 0)):
@@ -103,6 +106,8 @@ class Distillation:
         if self.folder is not None:
             path("folder", self.folder)
         integer("seed", self.seed, -(2**63), 2**63 - 1)
+        if not (self.progress is None or callable(self.progress)):
+            raise TypeError(f"progress must be a function, got {shown(self.progress)}")
 
 
 def distil(
@@ -152,8 +157,10 @@ def distil(
         store = TensorStore(folder / ACTIVATIONS, prefix)
         trainer = _Trainer(unet, simulated_layers, batches, store, grid, settings)
         blocks = blocks_in_order(unet, simulated_layers.values(), batches[0])
+        report, count = settings.progress or (lambda name, number, count: None), len(blocks)
+        report("", 0, count)
         try:
-            for name, block in list(blocks.items()):
+            for done, (name, block) in enumerate(list(blocks.items()), start=1):
                 inside = set(block.modules())
                 block_layers = {n: layer for n, layer in simulated_layers.items() if layer in inside}
                 if not finished.restore(name, block_layers):
@@ -163,6 +170,7 @@ def distil(
                     layer.quantized = True
                     trainer.free_quantizers.discard(layer.input_quantizer)
                 trainer.finished[name] = blocks.pop(name)
+                report(name, done, count)
         finally:
             trainer.store.clear()
         if settings.polish_iterations:
@@ -415,9 +423,10 @@ def _checkpointing(unet: Any, wanted: bool) -> Iterator[None]:
 
 def _fingerprinted(config: DilateQuantConfig, settings: Distillation) -> dict[str, Any]:
     """The settings that determine a block's result."""
-    others = ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate")
+    others = ("folder", "gradient_checkpointing", "polish_iterations", "polish_learning_rate", "progress")
+    names = [field.name for field in fields(settings) if field.name not in others]
     return {
         "version": __version__,
         "config": config.to_dict(),
-        "distillation": {name: value for name, value in asdict(settings).items() if name not in others},
+        "distillation": {name: getattr(settings, name) for name in names},
     }

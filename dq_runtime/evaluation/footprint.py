@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dq_kernels import ops
-from dq_runtime.layers import QuantizedLayer, quantized_layers
+from dq_runtime.layers import quantized_layers
 from dq_runtime.validation import instance
 
 FP16_BYTES = 2
@@ -58,7 +58,7 @@ def footprint(unet: nn.Module) -> Footprint:
     weights = sum(_bytes(getattr(layer, name)) for layer in layers for name in WEIGHT_TENSORS)
     buffers = sum(_bytes(buffer) for layer in layers for buffer in layer.buffers())
     packed = sum(layer.packed_weight.numel() for layer in layers)
-    elements = sum(map(_elements, layers))
+    elements = sum(prod(layer.stock_shape) for layer in layers)
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     return Footprint(
         unet=sum(map(_bytes, [*unet.parameters(), *unet.buffers()])),
@@ -68,11 +68,6 @@ def footprint(unet: nn.Module) -> Footprint:
         tables=buffers - sum(_bytes(layer.weight_scale) for layer in layers),
         cpu_prepacked=ops.prepacked_bytes([layer.packed_weight for layer in layers]),
     )
-
-
-def _elements(layer: QuantizedLayer) -> int:
-    """The number of weights before packing."""
-    return prod(layer.weight.shape[:-1]) * layer.weight_dilation.numel()
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -269,7 +269,7 @@ def _numbers(layer: QuantizedLayer, sqnr: float) -> dict[str, Any]:
     return {
         "sqnr_db": sqnr if math.isfinite(sqnr) else None,
         "kind": "conv2d" if is_conv else "linear",
-        "shape": [layer.weight.shape[0], layer.weight_dilation.numel(), *layer.weight.shape[1:-1]],
+        "shape": list(layer.stock_shape),
         "dilation_median": float(np.median(layer.weight_dilation.cpu().numpy())),
         "dilation_max": layer.weight_dilation.max().item(),
         "act_scale_min": layer.act_scale.min().item(),

@@ -51,10 +51,15 @@ _SIGNATURES = {
 }  # fmt: skip
 
 
+def found_compiler() -> str | None:
+    """The path of the C++ compiler, if there is one."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None, after a warning, without a C++ compiler."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    compiler = found_compiler()
     if compiler is None:
         reason = "no C++ compiler was found ($CXX, c++, g++, clang++)"
     else:

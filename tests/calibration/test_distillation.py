@@ -425,6 +425,23 @@ def test_settings_that_cannot_be_are_named(name, value):
         Distillation(**{name: value})
 
 
+def test_progress_is_told_of_the_beginning_and_of_every_block(plain):
+    told = []
+
+    plain.distil(iterations=0, progress=lambda *report: told.append(report))
+
+    names, numbers, counts = zip(*told, strict=True)
+    assert numbers == tuple(range(len(told)))
+    assert set(counts) == {len(told) - 1}
+    assert names[0] == ""
+    assert {"time_embedding.linear_1", "down_blocks.0.resnets.0"} <= set(names)
+
+
+def test_progress_must_be_a_function():
+    with pytest.raises(TypeError, match=r"^progress must be a function, got 3"):
+        Distillation(progress=3)
+
+
 def test_convolutions_keep_their_library_while_it_trains(plain, monkeypatch):
     # torch.backends.cudnn.flags turns off what it is not told about.
     seen, original = [], distillation._Trainer.distil

@@ -2,48 +2,20 @@
 
 import functools
 import json
-import string
 import sys
 
 import pytest
-import tiny_unets
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+import tiny_pipeline
+from diffusers import UNet2DConditionModel
 
 import dq_runtime
 from dq_runtime.layers import QuantizedLayer
 from examples import stable_diffusion as example
 
-TOKENS = 16
-
 
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory):
-    """A saved pipeline whose tokenizer knows single letters."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    letters = string.ascii_lowercase
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    autoencoder = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16,
-    )  # fmt: skip
-    unet = tiny_unets.unet2d_condition()
-    pipeline = StableDiffusionPipeline(
-        vae=autoencoder, text_encoder=CLIPTextModel(text), unet=unet, safety_checker=None,
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        tokenizer=CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS), feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.save_pretrained(folder / "pipeline")
-    return folder / "pipeline"
+    return tiny_pipeline.save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def test_a_pipeline_is_quantized_loaded_and_compared_and_a_second_run_resumes(pipeline_folder, tmp_path, monkeypatch):

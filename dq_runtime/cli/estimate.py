@@ -1,0 +1,198 @@
+"""Time and memory that a quantization will take, estimated from one measured call of the model.
+
+The estimates count forward and backward passes; the searches in each layer are left out, which are short for large
+models. The time of the blocks is corrected by each block that is finished.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dq_runtime.calibration.collect import RecordedCall
+from dq_runtime.calibration.distillation import STORED_BYTES, Distillation
+from dq_runtime.calibration.replay import blocks_in_order
+from dq_runtime.cli.console import duration, say
+from dq_runtime.cli.drawing import repeated
+
+TRAINING_STEP = 5.0  # forward passes: a forward and a backward pass with simulated quantizers
+PASSES = 8.0  # over all training samples: inputs, targets, second moments, errors and validations
+STATE_BYTES = 20  # a trained weight: it, its gradient, Adam's two moments and the original, in fp32
+# A call is timed with its own samples and, unless that takes long, with so many times as many.
+LARGER, SLOW = 4, 2.0  # times; seconds
+MOST_OVERHEAD = 100  # a sample's time is at least this fraction of a call's time for each sample
+KEPT_COPIES = 3  # of each layer's output, in fp32, until the backward pass
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measured call of a floating-point model.
+
+    Attributes:
+        overhead, seconds: of a call of B samples, which takes ``overhead + B seconds``.
+        blocks: seconds of each block in the call, in their order; only ratios are used.
+        weights: bytes of the model.
+        parameters, activations: of the whole model: number of weights, and of values in all layers' outputs for one
+            sample.
+        block_parameters, block_activations: the largest over the blocks.
+    """
+
+    overhead: float
+    seconds: float
+    blocks: dict[str, float]
+    weights: int
+    parameters: int
+    activations: int
+    block_parameters: int
+    block_activations: int
+
+    def seconds_of(self, batch: int) -> float:
+        """Of a call."""
+        return self.overhead + batch * self.seconds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of each part, and bytes."""
+
+    collecting: float
+    blocks: float
+    polish: float
+    memory: float
+    disk: float
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return self.collecting + self.blocks + self.polish
+
+
+def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Probe:
+    """Measures a call of a model, once it has run before.
+
+    Args:
+        layers: the layers that will be quantized.
+    """
+    blocks = blocks_in_order(model, layers.values(), call)  # also the first, slower call
+    overhead, seconds = _time_of_calls(model, call)
+    rows = call.sample.shape[0]
+    values: dict[nn.Module, int] = {}
+    spent, started = dict.fromkeys(blocks, 0.0), dict.fromkeys(blocks, 0.0)
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            values[module] = values.get(module, 0) + output.numel() // rows
+
+    def start(name: str) -> Callable[..., None]:
+        return lambda *_: started.__setitem__(name, _now(model.device))
+
+    def stop(name: str) -> Callable[..., None]:
+        return lambda *_: spent.__setitem__(name, spent[name] + _now(model.device) - started[name])
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not list(module.children()):
+                stack.callback(module.register_forward_hook(count).remove)
+        for name, block in blocks.items():
+            stack.callback(block.register_forward_pre_hook(start(name)).remove)
+            stack.callback(block.register_forward_hook(stop(name)).remove)
+        call.run(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    return Probe(
+        overhead=overhead,
+        seconds=seconds,
+        blocks=spent,
+        weights=sum(tensor.nbytes for tensor in tensors),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        activations=sum(values.values()),
+        block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks.values()),
+        block_activations=max(sum(values.get(m, 0) for m in block.modules()) for block in blocks.values()),
+    )
+
+
+def _time_of_calls(model: Any, call: RecordedCall) -> tuple[float, float]:
+    """Seconds for a call, and in addition for each of its samples."""
+    rows, times = call.sample.shape[0], []
+    for factor in (1, LARGER):
+        larger = repeated(call, factor)
+        times.append(min(_seconds(lambda: larger.run(model), model.device) for _ in range(2)))  # noqa: B023
+        if times[0] > SLOW:
+            return 0.0, times[0] / rows
+    for_each = max((times[1] - times[0]) / ((LARGER - 1) * rows), times[0] / rows / MOST_OVERHEAD)
+    return max(0.0, times[0] - rows * for_each), for_each
+
+
+def estimate(
+    measured: Probe, calls: int, call_rows: int, row_bytes: int, others: int, settings: Distillation
+) -> Estimate:
+    """What recording so many calls of ``call_rows`` samples and training will take.
+
+    Args:
+        row_bytes: of a recorded sample.
+        others: bytes of the pipeline's other components, which are in memory while it records.
+    """
+    rows = calls * call_rows
+    samples = min(settings.samples, rows)
+    batch = min(settings.batch_size, samples)
+    forward = measured.seconds_of(batch)
+    blocks = forward * (PASSES * math.ceil(samples / batch) + TRAINING_STEP * settings.iterations)
+    polish = forward * (1 + TRAINING_STEP) * settings.polish_iterations
+    collecting = calls * measured.seconds_of(call_rows)
+    training: float = measured.weights + STATE_BYTES * measured.block_parameters
+    training += 4 * KEPT_COPIES * batch * measured.block_activations
+    if settings.polish_iterations:
+        # With gradient checkpointing a block's activations are computed again.
+        kept = measured.activations / max(1, len(measured.blocks)) + measured.block_activations
+        whole = measured.weights + STATE_BYTES * measured.parameters + 4 * KEPT_COPIES * batch * kept
+        training = max(training, whole)
+    stored = min(2 * STORED_BYTES, 2 * 4 * samples * measured.activations)
+    return Estimate(collecting, blocks, polish, max(training, measured.weights + others), rows * row_bytes + stored)
+
+
+class Remaining:
+    """Says after each block how long the rest will take; ``Distillation(progress=...)`` calls it."""
+
+    def __init__(self, measured: Probe, expected: Estimate, done_before: frozenset[str]) -> None:
+        self.costs, self.expected = measured.blocks, expected
+        self.resumed = done_before
+        self.start = time.perf_counter()
+        self.spent = 0.0  # in units of the probe, since ``start``
+
+    def __call__(self, name: str, number: int, count: int) -> None:
+        if number == 0 or name in self.resumed:
+            self.start = time.perf_counter()
+            if number:
+                say(f"block {number} of {count}: {name}, finished before")
+            return
+        self.spent += self.costs.get(name, 0.0)
+        names = list(self.costs)
+        left = sum(self.costs[other] for other in names[number:])
+        elapsed = time.perf_counter() - self.start
+        of_all_blocks = elapsed * sum(self.costs.values()) / self.spent if self.spent else self.expected.blocks
+        rest = of_all_blocks * left / sum(self.costs.values())
+        rest += self.expected.polish * of_all_blocks / self.expected.blocks
+        peak = f", peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if _on_gpu() else ""
+        say(f"block {number} of {count}: {name}; about {duration(rest)} left{peak}")
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    start = _now(device)
+    run()
+    return _now(device) - start
