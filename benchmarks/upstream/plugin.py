@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """Collects the outcomes: test -> outcome, the error's last line, and what happened to its UNets."""
+    """Collects the outcomes: test -> outcome, the error, and what happened to its UNets."""
 
     def __init__(self, file: Path, quantization: Any) -> None:
         self.file, self.quantization = file, quantization
@@ -52,9 +52,9 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test = self.tests[report.nodeid]
         if report.failed and test["outcome"] != "failed":
-            error = _last_line(report)
-            hub = any(sign in str(report.longrepr) for sign in NEEDS_HUB)
-            test |= {"outcome": "hub" if hub else "failed", "error": error}
+            messages = _messages(report)
+            hub = any(sign in message for sign in NEEDS_HUB for message in messages)
+            test |= {"outcome": "hub" if hub else "failed", "error": messages[-1].partition("\n")[0][:300]}
         elif report.skipped:
             test["outcome"] = "skipped"
 
@@ -66,8 +66,8 @@ class Outcomes:
         self.file.write_text(json.dumps(self.tests, indent=1))  # also if a later test kills the process
 
 
-def _last_line(report: pytest.TestReport) -> str:
-    """The error's class and the first line of its message."""
-    crash = getattr(report.longrepr, "reprcrash", None)
-    message = crash.message if crash is not None else str(report.longrepr).strip().splitlines()[-1]
-    return str(message).partition("\n")[0][:300]
+def _messages(report: pytest.TestReport) -> list[str]:
+    """The class and message of each error of the chain; the raised one is the last."""
+    chain = getattr(report.longrepr, "chain", [])
+    messages = [crash.message for _, crash, _ in chain if crash is not None]
+    return messages or [str(report.longrepr).strip().splitlines()[-1]]

@@ -78,7 +78,7 @@ def test_the_hub():
 
 
 def test_that_fails():
-    assert not is_quantized(unet()), "the UNet is quantized"
+    assert not is_quantized(unet()), "the UNet is quantized"  # see huggingface.co
 """
 
 
