@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 VERDICTS = Path(__file__).parent / "verdicts.json"
+NEEDS_HUB = re.compile(
+    "outgoing traffic has been disabled|OfflineModeIsEnabled|huggingface.co|not appear to have a file"
+)
 UNJUDGED, BUG = "unjudged", "BUG"
 Tests = Mapping[str, Mapping[str, Any]]  # test -> outcome, error, quantized, left; as the plugin writes them
 
@@ -23,9 +26,14 @@ def read_verdicts(file: Path = VERDICTS) -> list[dict[str, str]]:
     return entries
 
 
+def needs_hub(test: Mapping[str, Any]) -> bool:
+    """True if a test failed for want of a download."""
+    return bool(NEEDS_HUB.search(test.get("error", "")))
+
+
 def counts(tests: Tests) -> dict[str, int]:
-    """The number of tests of each outcome, and of those in which at least one UNet was quantized."""
-    numbers = dict(Counter(test["outcome"] for test in tests.values()))
+    """The number of tests of each outcome, that need the hub, and in which at least one UNet was quantized."""
+    numbers = dict(Counter("hub" if needs_hub(test) else test["outcome"] for test in tests.values()))
     return {"tests": len(tests), **numbers, "with_quantized": sum(bool(t.get("quantized")) for t in tests.values())}
 
 

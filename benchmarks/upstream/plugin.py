@@ -2,8 +2,7 @@
 
     pytest -p benchmarks.upstream.plugin --unets stock|quantized|fused --outcomes FILE tests/...
 
-The library is the installed diffusers. Models come from no hub: ``hub_models`` stands in for the tiny CLIP models, and
-other tests that need the hub have the outcome "hub".
+The library is the installed diffusers. Models come from no hub: ``hub_models`` stands in for the tiny CLIP models.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 
 MODES = ("stock", "quantized", "fused")
-NEEDS_HUB = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "outgoing traffic has been disabled", "huggingface.co")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,9 +50,7 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test = self.tests[report.nodeid]
         if report.failed and test["outcome"] != "failed":
-            messages = _messages(report)
-            hub = any(sign in message for sign in NEEDS_HUB for message in messages)
-            test |= {"outcome": "hub" if hub else "failed", "error": messages[-1].partition("\n")[0][:300]}
+            test |= {"outcome": "failed", "error": _error(report)}
         elif report.skipped:
             test["outcome"] = "skipped"
 
@@ -66,8 +62,8 @@ class Outcomes:
         self.file.write_text(json.dumps(self.tests, indent=1))  # also if a later test kills the process
 
 
-def _messages(report: pytest.TestReport) -> list[str]:
-    """The class and message of each error of the chain; the raised one is the last."""
-    chain = getattr(report.longrepr, "chain", [])
-    messages = [crash.message for _, crash, _ in chain if crash is not None]
-    return messages or [str(report.longrepr).strip().splitlines()[-1]]
+def _error(report: pytest.TestReport) -> str:
+    """The error's class and the first line of its message."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    message = crash.message if crash is not None else str(report.longrepr).strip().splitlines()[-1]
+    return str(message).partition("\n")[0][:300]
