@@ -63,7 +63,7 @@ class Outcomes:
 
 
 def _error(report: pytest.TestReport) -> str:
-    """The error's class and the first line of its message."""
+    """The error's class and the beginning of its message, on one line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     message = crash.message if crash is not None else str(report.longrepr).strip().splitlines()[-1]
-    return str(message).partition("\n")[0][:300]
+    return " ".join(str(message).split())[:300]
