@@ -14,7 +14,7 @@ from typing import Any
 
 VERDICTS = Path(__file__).parent / "verdicts.json"
 NEEDS_HUB = re.compile(
-    "outgoing traffic has been disabled|OfflineModeIsEnabled|huggingface.co|to have a file named|not fully cached locally"
+    "traffic has been disabled|OfflineModeIsEnabled|huggingface.co|to have a file named|fully cached"
 )
 UNJUDGED, BUG = "unjudged", "BUG"
 Tests = Mapping[str, Mapping[str, Any]]  # test -> outcome, error, quantized, left; as the plugin writes them
