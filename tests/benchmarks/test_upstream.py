@@ -67,6 +67,11 @@ def test_a_unet_whose_inputs_are_unknown_stays_as_it_is():
     assert not is_quantized(model)
 
 
+def test_a_large_unet_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr("benchmarks.upstream.quantize.MOST_PARAMETERS", 10)
+    assert not is_quantized(unet())
+
+
 def test_clip_needs_no_hub():
     tokens = CLIPTokenizer.from_pretrained("hf-internal-testing/tiny-random-clip")("a cat").input_ids
     encoder = CLIPTextModel.from_pretrained("peft-internal-testing/tiny-clip-text-2")
@@ -114,6 +119,7 @@ def test_the_plugin_tells_which_unets_stay_in_floating_point(outcomes):
 
     assert unknown["quantized"] == 0
     assert "RuntimeError" in unknown["left"][0]
+    assert outcomes["test_a_large_unet_stays_as_it_is"]["left"] == ["too large to calibrate here"]
 
 
 def test_a_module_that_the_checkout_lacks_is_an_error(tmp_path):
