@@ -52,7 +52,7 @@ class Outcomes:
         if report.failed and test["outcome"] != "failed":
             test |= {"outcome": "failed", "error": _error(report)}
         elif report.skipped:
-            test["outcome"] = "skipped"
+            test |= {"outcome": "skipped", "error": _error(report)}  # or failed, as upstream expects
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if self.quantization is not None:
@@ -63,7 +63,8 @@ class Outcomes:
 
 
 def _error(report: pytest.TestReport) -> str:
-    """The error's class and the beginning of its message, on one line."""
+    """The error's class and the beginning of its message, on one line; the reason of a skipped test."""
     crash = getattr(report.longrepr, "reprcrash", None)
-    message = crash.message if crash is not None else str(report.longrepr).strip().splitlines()[-1]
+    message = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    message = crash.message if crash is not None else message
     return " ".join(str(message).split())[:300]

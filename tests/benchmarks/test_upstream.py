@@ -10,6 +10,7 @@ from benchmarks.upstream.differences import VERDICTS, counts, differences, is_cl
 
 MODULE = "tests/test_unets.py"
 TESTS = """
+import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -82,6 +83,15 @@ def test_the_hub():
     UNet2DModel.from_pretrained("owner/unet")
 
 
+def test_that_is_skipped():
+    pytest.skip("no accelerator")
+
+
+@pytest.mark.xfail
+def test_that_should_fail():
+    raise ValueError("as expected")
+
+
 def test_that_fails():
     assert not is_quantized(unet()), "the UNet is quantized"  # see huggingface.co
 """
@@ -101,14 +111,20 @@ def outcomes(tmp_path_factory):
 
 
 def test_the_plugin_quantizes_the_unets_of_tests(outcomes):
-    failed = {name: test for name, test in outcomes.items() if test["outcome"] != "passed"}
+    failed = {name: test for name, test in outcomes.items() if test["outcome"] == "failed"}
 
     assert failed.keys() == {"test_the_hub", "test_that_fails"}, failed
     assert outcomes["test_a_loaded_unet_is_quantized_and_fused"]["quantized"] == 2
     assert outcomes["test_clip_needs_no_hub"]["quantized"] == 0
 
 
-def test_the_plugin_tells_why_a_test_failed(outcomes):
+def test_the_plugin_tells_why_a_test_failed_or_was_skipped(outcomes):
+    assert outcomes["test_that_is_skipped"] == {
+        "outcome": "skipped",
+        "error": "Skipped: no accelerator",
+        "quantized": 0,
+    }
+    assert outcomes["test_that_should_fail"]["error"] == "ValueError: as expected"
     assert needs_hub(outcomes["test_the_hub"])
     assert not needs_hub(outcomes["test_that_fails"])
     assert outcomes["test_that_fails"]["error"].startswith("AssertionError: the UNet is quantized assert not True")
