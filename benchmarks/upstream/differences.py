@@ -90,7 +90,8 @@ def page(report: Mapping[str, Any]) -> str:
         found = Counter(row["mode"] for row in rows if (row["verdict"], row["reason"]) == kind)
         lines.append(_row([*kind, found["quantized"], found["fused"]]))
     lines += ["", "| test | mode | stock | ours | error | verdict |", "|---|---|---|---|---|---|"]
-    lines += [_row(row[key] for key in ("test", "mode", "stock", "ours", "error", "verdict")) for row in rows]
+    for row in rows:
+        lines.append(_row([row["test"], row["mode"], row["stock"], row["ours"], row["error"][:100], row["verdict"]]))
     return "\n".join([*lines, ""])
 
 
