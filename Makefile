@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(BIN)/python
 TEST_JOBS ?= 2
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
-.PHONY: demo test lint train gpu tune clean
+.PHONY: demo test lint train gpu tune upstream clean
 
 demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
 	$(BIN)/python -m examples.small_unets.demo
@@ -31,6 +31,10 @@ gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/
 
 tune: $(GPU_INSTALLED)  ## on a GPU: search launch configurations: kernels/triton/tuning/<architecture>.json
 	$(GPU_PYTHON) -m benchmarks.tuning.tune
+
+upstream: $(INSTALLED)  ## diffusers' own tests with our UNets, DIFFUSERS=<checkout>: benchmarks/results/upstream.json
+	$(BIN)/pip install --quiet -r benchmarks/upstream/requirements.txt
+	$(BIN)/python -m benchmarks.upstream.run --diffusers $(DIFFUSERS)
 
 # CPU wheels are enough for `make demo` and `make test`; on a GPU machine install the package into an environment with CUDA's torch.
 $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.py kernels/*/*.py kernels/triton/tuning/*.json kernels/cpu/*.cpp dq_runtime/*.py dq_runtime/*/*.py)
