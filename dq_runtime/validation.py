@@ -113,9 +113,10 @@ def is_within(tensor: torch.Tensor, least: float, most: float) -> bool:
     return low >= least and high <= most
 
 
-def _ends(tensor: torch.Tensor) -> list[float]:
+def _ends(tensor: torch.Tensor) -> tuple[float, float]:
     """The smallest and the largest element, both NaN if there is one. It allocates no mask of the tensor's size."""
-    return torch.stack(tensor.detach().aminmax()).tolist()
+    low, high = tensor.detach().aminmax()
+    return float(low), float(high)
 
 
 def check_scheduler(name: str, value: Any) -> None:
