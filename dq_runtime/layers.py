@@ -273,16 +273,17 @@ class QuantizedLayer(TableModule):
         """
         grid = self.timestep_grid
         assert grid is not None
-        if batch == grid.index.shape[0]:
-            return grid.index if grid.index.device == device else grid.copied_index(batch, device)
-        if grid.index.numel() == 0:
+        index = grid.index
+        if batch == index.shape[0]:
+            return index if index.device == device else grid.copied_index(batch, device)
+        if index.numel() == 0:
             raise RuntimeError(
                 f"{self.name}: no timestep is known. Call the UNet, not the layer or `unet.forward`: a hook maps the "
                 "UNet's `timestep` argument to the activation scales of all layers"
             )
         if not grid.uniform:
             raise ValueError(
-                f"{self.name}: expected a batch of {grid.index.shape[0]} samples, like the UNet's `sample`, got "
+                f"{self.name}: expected a batch of {index.shape[0]} samples, like the UNet's `sample`, got "
                 f"{batch}, and cannot tell the timestep of each. Call the UNet with one `timestep` for all samples, or "
                 "keep the layer in floating point with modules_to_not_convert"
             )

@@ -522,7 +522,7 @@ RUNTIME = [
     Mutant(
         "layers_wrong_batch_of_mixed_timesteps", LAYERS,
         "if not grid.uniform:",
-        "if grid.index.numel() == 0:",
+        "if index.numel() == 0:",
         TEST_LAYERS, "test_wrong_batch_is_refused_by_the_layer_s_name",
     ),
     Mutant(
