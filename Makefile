@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(BIN)/python
 TEST_JOBS ?= 2
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
-.PHONY: demo test lint train gpu tune upstream clean
+.PHONY: kills demo test lint train gpu tune upstream clean
 
 demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
 	$(BIN)/python -m examples.small_unets.demo
@@ -28,6 +28,9 @@ train: $(INSTALLED)  ## train the small models again
 
 gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/results/gpu_<device>.json
 	$(GPU_PYTHON) -m benchmarks.speed.gpu_suite
+
+kills: $(INSTALLED)  ## kill 200 saves at random moments: each folder holds the old or the new checkpoint
+	PYTHONPATH=tests/support $(BIN)/python tests/robustness/kills.py
 
 tune: $(GPU_INSTALLED)  ## on a GPU: search launch configurations: kernels/triton/tuning/<architecture>.json
 	$(GPU_PYTHON) -m benchmarks.tuning.tune

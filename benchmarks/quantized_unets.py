@@ -40,10 +40,10 @@ def replace_layers(unet: Any, device: torch.device | str, int8_attention: Sequen
 
 @torch.no_grad()
 def _fill(layer: QuantizedLayer, device: torch.device | str) -> None:
-    weight = torch.randint(0, 256, layer.weight.shape, dtype=torch.uint8, device=device)
+    weight = torch.randint(0, 256, layer.packed_weight.shape, dtype=torch.uint8, device=device)
     reduction = 2 * weight[0].numel()
     tensors = {
-        "weight": weight,
+        "packed_weight": weight,
         # Values of [-8, 7] have a mean square of 21.5; inputs of unit variance give outputs of about 0.5.
         "weight_scale": torch.full(layer.weight_scale.shape, 0.5 / (21.5 * reduction) ** 0.5, device=device),
         "weight_sum": ops.unpack_int4(weight).flatten(1).sum(1, dtype=torch.int32),

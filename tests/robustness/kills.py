@@ -1,6 +1,6 @@
 """Kills 100 saves of a quantized UNet at random moments, and one at each file event; prints what their folders hold.
 
-    python tests/robustness/kills.py [--kills 100]
+    PYTHONPATH=tests/support python tests/robustness/kills.py [--kills 100]
 
 Each save replaces an older checkpoint of the same folder, in a single file and in shards. It exits with an error unless
 each folder holds the whole old or the whole new checkpoint.
@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import logging
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from killed_saves import killed_after, killed_at_event, loaded_from
 from tiny_unets import unet2d_condition
 

@@ -321,9 +321,13 @@ def test_empty_calibration_set_is_refused(unet2d):
         dq_runtime.calibrate(copy.deepcopy(unet2d.stock), dq_runtime.CalibrationSet())
 
 
-def test_layers_need_timesteps_to_be_made(new_unet):
-    with pytest.raises(ValueError, match=r"no timesteps.*calibrate"):
-        insert_empty_layers(new_unet(), DilateQuantConfig())
+def test_layers_without_timesteps_have_no_tables_of_scales(new_unet):
+    unet = new_unet()
+
+    insert_empty_layers(unet, DilateQuantConfig())
+
+    assert all(layer.act_scale is None and layer.is_dynamic for layer in quantized_layers(unet).values())
+    assert not hasattr(unet, "timestep_grid")
 
 
 def test_calibration_leaves_the_caller_s_config_alone(new_unet, calibration_call):
