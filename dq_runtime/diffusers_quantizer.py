@@ -75,6 +75,8 @@ class DilateQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The tensors of a file under their present names. All are checksummed, also those that go to disk unread."""
+        if self._on_loading is not None:
+            return state_dict  # it is in floating point, without a digest
         tensors = dict(zip(present_names(state_dict), state_dict.values(), strict=True))
         for name, tensor in tensors.items():
             self._add_checksum(name, tensor)
@@ -117,11 +119,11 @@ class DilateQuantizer(DiffusersQuantizer):
         Tensors are checksummed here, too: older versions of diffusers do not call ``maybe_update_state_dict``.
         """
         module_name, _, tensor_name = param_name.rpartition(".")
-        if param_name in state_dict:
-            self._add_checksum(param_name, state_dict[param_name])
         module = model.get_submodule(module_name)
         if self._on_loading is not None:
             return self._on_loading.takes(module, tensor_name)
+        if param_name in state_dict:
+            self._add_checksum(param_name, state_dict[param_name])
         return isinstance(module, QuantizedLayer) and tensor_name != "bias"
 
     def check_quantized_param_shape(
@@ -187,7 +189,6 @@ class DilateQuantizer(DiffusersQuantizer):
         if self._on_loading is not None:
             self._on_loading.finish()
             self._on_loading = None
-            self._checksums = {}
         if not self._may_offload:
             empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
             self._refuse("missing", [name for name in empty if not name.endswith(f".{digest.NAME}")])
@@ -213,7 +214,7 @@ class DilateQuantizer(DiffusersQuantizer):
 def present_names(names: Iterable[str]) -> list[str]:
     """The names of a checkpoint's tensors, with those of an older version replaced: ``weight`` of quantized layers."""
     names = list(names)
-    packed = {f"{name.removesuffix('_scale')}" for name in names if name.endswith(".weight_scale")}
+    packed = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
     return [f"{name.removesuffix('weight')}packed_weight" if name in packed else name for name in names]
 
 

@@ -121,7 +121,7 @@ class LinearGroup:
         base = unwrapped(layer)
         results = self._calls.now()
         if results.read is not x:
-            results.of_members = self._all_results(base, self._activated(x))
+            results.of_members = self._all_results(self._activated(x))
             results.read = x
         for member, result in zip(self.layers, results.of_members, strict=False):
             if member is base and result is not None:
@@ -131,7 +131,7 @@ class LinearGroup:
     def _activated(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.activation is None else self.activation(x)
 
-    def _all_results(self, base: Any, x: torch.Tensor) -> list[torch.Tensor | None]:
+    def _all_results(self, x: torch.Tensor) -> list[torch.Tensor | None]:
         """The members' results, None for those whose adapter needs PEFT's forward; no results if members are hooked."""
         if wants_gradient(x) or not run_as_made(self.layers) or not self._all_loaded(x.device):
             return []

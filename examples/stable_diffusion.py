@@ -24,34 +24,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dq_runtime
+from dq_runtime.cli.prompts import CALIBRATION_PROMPTS as BUILT_IN
+from dq_runtime.cli.prompts import COMPARISON_PROMPTS as PROMPTS  # calibration does not use them
 from dq_runtime.evaluation.footprint import footprint
 from dq_runtime.evaluation.metrics import psnr, ssim
 from dq_runtime.evaluation.plots import plot_image_grid
 
-CALIBRATION_PROMPTS = (
-    "a lighthouse on a cliff at dusk, oil painting",
-    "a bowl of cherries on a wooden table, macro photograph",
-    "portrait of an old fisherman, black and white",
-    "an astronaut riding a horse on the moon",
-    "a city street in the rain at night, neon lights",
-    "a red fox in the snow, wildlife photography",
-    "a medieval castle above the clouds, digital art",
-    "a plate of sushi, studio light",
-    "a steam locomotive crossing a stone bridge",
-    "an isometric drawing of a tiny library",
-    "a field of sunflowers under a stormy sky",
-    "a robot watering plants in a greenhouse",
-    "a sailing ship in a bottle",
-    "a cosy living room with a fireplace, watercolour",
-    "an aerial view of a river delta",
-    "a hummingbird in flight, high speed photograph",
-)
-PROMPTS = (  # for the comparison; calibration does not use them
-    "a cat asleep on a pile of books, soft light",
-    "a mountain lake with pine trees, morning mist",
-    "a bicycle leaning on a blue wall",
-    "a wizard reading a map, fantasy illustration",
-)
+CALIBRATION_PROMPTS = BUILT_IN[:16]
 FIRST_SEED = 1000  # of the compared images; calibration uses smaller seeds
 
 
