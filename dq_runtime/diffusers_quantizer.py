@@ -1,6 +1,6 @@
 """The diffusers quantizer: stock ``from_pretrained`` loads packed checkpoints, stock ``save_pretrained`` writes them.
 
-Importing ``dq_runtime`` registers it in diffusers' two mappings; diffusers has no public registration function.
+Importing this module gives diffusers' models the methods that differ for quantized ones.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNetMotionModel
-from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from dq_kernels import ops
 from dq_runtime import digest
-from dq_runtime.config import DilateQuantConfig, DilateQuantMethod
+from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import for_model, insert_empty_layers
 from dq_runtime.layers import QuantizedLayer, is_quantized, quantized_layers
 from dq_runtime.on_loading import WeightsOnLoading
@@ -246,10 +245,6 @@ def _with_stock_unet(method: Any) -> Any:
     return classmethod(from_any_unet)
 
 
-def register() -> None:
-    """Registers the quantization method with diffusers."""
-    for model_class, method in ((ControlNetModel, "from_unet"), (UNetMotionModel, "from_unet2d")):
-        setattr(model_class, method, _with_stock_unet(getattr(model_class, method)))
-    install()
-    AUTO_QUANTIZER_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig
+for _class, _method in ((ControlNetModel, "from_unet"), (UNetMotionModel, "from_unet2d")):
+    setattr(_class, _method, _with_stock_unet(getattr(_class, _method)))
+install()

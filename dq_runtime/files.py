@@ -2,12 +2,11 @@
 
 A file is written beside its place under a name of its own, opened exclusively and readable by its owner alone, and then
 renamed. The writer holds a lock on it, so what a killed process left is known by its free lock: the next writer of the
-same file removes it. On file systems without locks it stays.
+same file removes it. On file systems without locks, and on Windows, it stays.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,13 @@ from typing import BinaryIO
 
 import torch
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CAN_LOCK = fcntl is not None
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 OWNER_ONLY = 0o600
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -41,6 +47,8 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+            if not CAN_LOCK:
+                stream.close()  # Windows renames no open file
             partial.replace(file)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -71,7 +79,7 @@ def temporary_name(path: Path) -> Path:
 def left_behind(path: Path) -> Iterator[Path]:
     """What killed processes left under temporary names of a file or folder: nobody holds its lock."""
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.partial")
-    for candidate in path.parent.iterdir() if path.parent.is_dir() else ():
+    for candidate in path.parent.iterdir() if CAN_LOCK and path.parent.is_dir() else ():
         if pattern.fullmatch(candidate.name):
             with suppress(OSError), opened(candidate) as descriptor:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,7 +89,7 @@ def left_behind(path: Path) -> Iterator[Path]:
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
     """The descriptor of an existing file or folder; a link raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | NO_LINK)
     try:
         yield descriptor
     finally:
@@ -91,8 +99,10 @@ def opened(path: Path) -> Iterator[int]:
 def lock(descriptor: int, wait: bool = True) -> bool:
     """Locks an open file or folder until it is closed. Returns False if another process holds the lock.
 
-    It returns True on file systems without locks.
+    It returns True on file systems without locks, and on Windows.
     """
+    if not CAN_LOCK:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -103,7 +113,9 @@ def lock(descriptor: int, wait: bool = True) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Writes a folder's entries to the disk."""
+    """Writes a folder's entries to the disk; Windows does so by itself."""
+    if not CAN_LOCK:
+        return
     with opened(folder) as descriptor:
         os.fsync(descriptor)
 
@@ -131,4 +143,4 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, torch.Tensor], metadat
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, OWNER_ONLY)
+    return os.open(path, flags | NO_LINK, OWNER_ONLY)

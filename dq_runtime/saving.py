@@ -22,7 +22,7 @@ from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
 
-from dq_runtime.files import left_behind, lock, opened, sync_folder, temporary_name
+from dq_runtime.files import CAN_LOCK, left_behind, lock, opened, sync_folder, temporary_name
 from dq_runtime.layers import is_quantized
 from dq_runtime.validation import path
 
@@ -43,7 +43,7 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """``ModelMixin.save_pretrained``, atomic for quantized models.
+    """``ModelMixin.save_pretrained``, atomic for quantized models, except on Windows.
 
     Weights of an earlier save of the same variant are removed, in whichever format.
 
@@ -54,7 +54,7 @@ def save_pretrained(
         _stock, model, is_main_process=is_main_process, save_function=save_function,
         safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size, **kwargs,
     )  # fmt: skip
-    if not is_quantized(model) or os.path.isfile(save_directory):  # diffusers logs an error for a file
+    if not is_quantized(model) or not CAN_LOCK or os.path.isfile(save_directory):  # diffusers logs an error for a file
         save(save_directory, push_to_hub=push_to_hub)
         return
     folder = Path(os.path.realpath(path("save_directory", save_directory)))
