@@ -19,6 +19,8 @@ NOT_CONVERTED = ("conv_in", "conv_out")
 LARGEST_DILATION = 1024.0
 LARGEST_TIMESTEP = 1e6  # in magnitude
 MOST_TIMESTEPS = 2**16  # each is a row of every layer's activation table
+FORMAT_VERSION = 1  # of checkpoints; docs/format.md describes it
+MOST_FACTS, LONGEST_FACT = 32, 1000  # about a calibration; characters
 
 
 def is_part(entry: str, name: str) -> bool:
@@ -55,6 +57,28 @@ def _timesteps(value: Any) -> list[float]:
     return timesteps
 
 
+def _facts(value: Any) -> dict[str, str | int | float | None]:
+    """What is known about a calibration, by name."""
+    if not isinstance(value, dict) or len(value) > MOST_FACTS:
+        raise ValueError(f"calibration must be a dict of at most {MOST_FACTS} facts, or None, got {shown(value)}")
+    for name, fact in zip(names("calibration", list(value)), value.values(), strict=True):
+        if isinstance(fact, bool) or not isinstance(fact, (str, int, float, type(None))):
+            raise ValueError(f"calibration[{shown(name)}] must be a text, a number or None, got {shown(fact)}")
+        if max(len(name), len(str(fact))) > LONGEST_FACT:
+            raise ValueError(f"calibration must hold texts of at most {LONGEST_FACT} characters, got {shown(fact)}")
+    return dict(value)
+
+
+def _format_version(value: Any) -> int:
+    """The version of a checkpoint's format, which this version of the package reads."""
+    if integer("format_version", value, 1) > FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint has format version {value}, and this version of dq_runtime reads versions up to "
+            f"{FORMAT_VERSION}: upgrade dq_runtime"
+        )
+    return int(value)
+
+
 @dataclass
 class DilateQuantConfig(QuantizationConfigMixin):
     """How to quantize a model with DilateQuant (arXiv 2409.14307).
@@ -79,6 +103,8 @@ class DilateQuantConfig(QuantizationConfigMixin):
             part of one: ["attn1"] for all self-attentions, ["attentions"] for all attentions, [] for none. Their scales
             are computed at run time and need no calibration or training.
         timesteps: the sorted timesteps of the activation tables; set by calibration.
+        calibration: facts about the calibration, for the model card; set by calibration.
+        format_version: of the checkpoint; a newer one than this version of the package writes is refused.
 
     Raises:
         ValueError: if a value is not supported or has another type.
@@ -93,6 +119,8 @@ class DilateQuantConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = field(default_factory=lambda: list(NOT_CONVERTED))
     int8_attention: list[str] | None = field(default_factory=list)
     timesteps: list[float] | None = None
+    calibration: dict[str, str | int | float | None] | None = None
+    format_version: int = FORMAT_VERSION
     quant_method: DilateQuantMethod = DilateQuantMethod.DILATEQUANT  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -118,6 +146,9 @@ class DilateQuantConfig(QuantizationConfigMixin):
             setattr(self, name, [] if value is None else names(name, value))
         if self.timesteps is not None:
             self.timesteps = _timesteps(self.timesteps)
+        if self.calibration is not None:
+            self.calibration = _facts(self.calibration)
+        self.format_version = _format_version(self.format_version)
 
     def activation_bits_of(self, layer: str) -> int:
         """The number of bits of the input of the layer with this dotted name."""

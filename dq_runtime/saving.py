@@ -24,6 +24,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from dq_runtime.files import CAN_LOCK, left_behind, lock, opened, sync_folder, temporary_name
 from dq_runtime.layers import is_quantized
+from dq_runtime.model_card import CARD, model_card
 from dq_runtime.validation import path
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"  # diffusers' names
@@ -45,7 +46,8 @@ def save_pretrained(
 ) -> None:
     """``ModelMixin.save_pretrained``, atomic for quantized models, except on Windows.
 
-    Weights of an earlier save of the same variant are removed, in whichever format.
+    Weights of an earlier save of the same variant are removed, in whichever format. A model card is written unless the
+    folder has a README.md.
 
     Raises:
         OSError: if a quantized model cannot be written; its old checkpoint is as before.
@@ -61,6 +63,8 @@ def save_pretrained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _staging(folder) as staging:
         save(staging)
+        if is_main_process and not (folder / CARD).exists():
+            (staging / CARD).write_text(model_card(model, model.hf_quantizer.quantization_config), encoding="utf-8")
         _replace(folder, staging, _names_of_weights(variant) if is_main_process else None)
     if push_to_hub:
         with tempfile.TemporaryDirectory() as temporary:

@@ -17,7 +17,7 @@ from dq_runtime.calibration.dilation import joint_dilation
 from dq_runtime.calibration.distillation import Distillation, distil
 from dq_runtime.calibration.importance import timestep_importance
 from dq_runtime.calibration.temporal import Samples, by_group, layers_by_input, sample_inputs, temporal_quantizer
-from dq_runtime.calibration.whole_unet import prediction_errors
+from dq_runtime.calibration.whole_unet import prediction_errors, prediction_snr
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, follow_timesteps, for_model, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
@@ -95,9 +95,20 @@ def calibrate(
             tensors = candidates[1]
     if distillation is not None:
         tensors = distil(model, layers, tensors, sharing, calibration_set, config, distillation)
+    snr = prediction_snr(model, layers, tensors, sharing, calibration_set, config)
+    config = replace(config, calibration=_facts(calibration_set, distillation) | {"prediction_snr_db": round(snr, 1)})
     convert(model, config, tensors)
     attach_quantizer(model, config)
     return given
+
+
+def _facts(calibration_set: CalibrationSet, distillation: Distillation | None) -> dict[str, str | int | float | None]:
+    """What a model card says about a calibration."""
+    return {
+        "samples": calibration_set.num_samples,
+        "scheduler": None if calibration_set.scheduler is None else type(calibration_set.scheduler).__name__,
+        "method": "rounded to nearest" if distillation is None else distillation.described(),
+    }
 
 
 def _make_scales_static(
@@ -115,6 +126,7 @@ def _make_scales_static(
         )
     groups = None if config is None else config.timestep_groups
     config = replace(own, timestep_groups=groups, timesteps=grouped(calibration_set.timesteps, groups))
+    config.calibration = _facts(calibration_set, None)
     assert config.timesteps is not None
     layers = quantized_layers(model)
     samples = sample_inputs(model, layers, calibration_set)

@@ -109,6 +109,15 @@ class Distillation:
         if not (self.progress is None or callable(self.progress)):
             raise TypeError(f"progress must be a function, got {shown(self.progress)}")
 
+    def described(self) -> str:
+        """The training in a few words, for model cards."""
+        steps = [
+            *(["error feedback"] if self.error_feedback else []),
+            *([f"{self.iterations} iterations for each block"] if self.iterations else []),
+            *([f"{self.polish_iterations} of the whole model"] if self.polish_iterations else []),
+        ]
+        return ", ".join(steps) or "rounded to nearest"
+
 
 def distil(
     unet: Any,

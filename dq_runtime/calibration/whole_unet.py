@@ -14,20 +14,23 @@ from torch import nn
 
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.batches import MixedBatches
-from dq_runtime.calibration.collect import CalibrationSet
+from dq_runtime.calibration.collect import CalibrationSet, RecordedCall
 from dq_runtime.calibration.replay import squared_error
 from dq_runtime.calibration.simulated import simulated
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.timesteps import TimestepGrid
 
 SAMPLES, BATCH_SIZE = 256, 16  # for the comparison
+MEASURED_CALLS = 4  # for the signal-to-noise ratio
 
 
-@torch.no_grad()
+StateDicts = Mapping[str, Mapping[str, torch.Tensor]]
+
+
 def prediction_errors(
     unet: Any,
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    candidates: Sequence[Mapping[str, Mapping[str, torch.Tensor]]],
+    candidates: Sequence[StateDicts],
     sharing: Sequence[Sequence[str]],
     calibration_set: CalibrationSet,
     config: DilateQuantConfig,
@@ -44,23 +47,56 @@ def prediction_errors(
         for each candidate, the sum over all calibrated timesteps of the prediction's mean squared error times the
         timestep's importance (see ``timestep_importance``).
     """
+    batch_size = min(BATCH_SIZE, max(call.sample.shape[0] for call in calibration_set.calls))  # known to fit in memory
+    batches = MixedBatches(calibration_set, min(SAMPLES, calibration_set.num_samples), batch_size, seed=0)
+    calls = [batches[i] for i in batches.training]
+    targets, *predictions = _predictions(unet, layers, candidates, sharing, calls, config)
+    errors = []
+    for outputs in predictions:
+        # The division by its share makes a timestep's weight independent of how often it was drawn.
+        weighted = [
+            squared_error(y, target) * batches.importance(i) / batches.share(i)
+            for i, y, target in zip(batches.training, outputs, targets, strict=True)
+        ]
+        errors.append(torch.cat(weighted).mean().item())
+    return errors
+
+
+def prediction_snr(
+    unet: Any,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    tensors: StateDicts,
+    sharing: Sequence[Sequence[str]],
+    calibration_set: CalibrationSet,
+    config: DilateQuantConfig,
+) -> float:
+    """Signal-to-noise ratio, in dB, of the quantized UNet's prediction: the mean over a few calibration calls."""
+    calls = calibration_set.calls[:: -(-len(calibration_set.calls) // MEASURED_CALLS)]
+    targets, outputs = _predictions(unet, layers, [tensors], sharing, calls, config)
+    least = torch.finfo(torch.float32).tiny
+    ratios = [
+        target.float().square().flatten(1).mean(1).clamp(min=least) / squared_error(y, target).clamp(min=least)
+        for y, target in zip(outputs, targets, strict=True)
+    ]
+    return float(10 * torch.cat(ratios).log10().mean())
+
+
+@torch.no_grad()
+def _predictions(
+    unet: Any,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    candidates: Sequence[StateDicts],
+    sharing: Sequence[Sequence[str]],
+    calls: Sequence[RecordedCall],
+    config: DilateQuantConfig,
+) -> list[list[torch.Tensor]]:
+    """The floating-point predictions of the calls, and then those of each candidate."""
     assert config.timesteps is not None
     grid, result = TimestepGrid(config.timesteps).to(unet.device), architecture_of(unet).result
-    samples = min(SAMPLES, calibration_set.num_samples)
-    batch_size = min(BATCH_SIZE, max(call.sample.shape[0] for call in calibration_set.calls))  # known to fit in memory
-    batches = MixedBatches(calibration_set, samples, batch_size, seed=0)
-
-    def predictions(tensors: Mapping[str, Mapping[str, torch.Tensor]], quantized: bool) -> list[torch.Tensor]:
+    predictions = []
+    for tensors, quantized in [(candidates[0], False), *((tensors, True) for tensors in candidates)]:
         with simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers:
             for layer in simulated_layers.values():
                 layer.quantized = quantized
-            return [result(batches[i].run(unet)).cpu() for i in batches.training]
-
-    targets = predictions(candidates[0], quantized=False)
-    errors = []
-    for tensors in candidates:
-        outputs = zip(batches.training, predictions(tensors, quantized=True), targets, strict=True)
-        # The division by its share makes a timestep's weight independent of how often it was drawn.
-        weighted = [squared_error(y, target) * batches.importance(i) / batches.share(i) for i, y, target in outputs]
-        errors.append(torch.cat(weighted).mean().item())
-    return errors
+            predictions.append([result(call.run(unet)).cpu() for call in calls])
+    return predictions

@@ -42,8 +42,9 @@ def damaged(saved, tmp_path):
     return damaged
 
 
-def test_saved_files_are_safetensors_and_a_config(saved):
-    assert sorted(path.name for path in saved.iterdir()) == ["config.json", WEIGHTS]
+def test_saved_files_are_safetensors_and_a_config(saved, unet2d_condition):
+    calibration = unet2d_condition.quantized.hf_quantizer.quantization_config.calibration
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", WEIGHTS]
     assert json.loads((saved / "config.json").read_text())["quantization_config"] == {
         "quant_method": "dilatequant",
         "weight_bits": 4,
@@ -55,6 +56,13 @@ def test_saved_files_are_safetensors_and_a_config(saved):
         "modules_to_not_convert": ["conv_in", "conv_out"],
         "int8_attention": [],
         "timesteps": [0.0, 250.0, 500.0, 750.0],
+        "calibration": {
+            "samples": 8,
+            "scheduler": "DDIMScheduler",
+            "method": "rounded to nearest",
+            "prediction_snr_db": calibration["prediction_snr_db"],
+        },
+        "format_version": 1,
     }
 
 

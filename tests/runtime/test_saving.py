@@ -159,6 +159,7 @@ def test_variants_live_side_by_side(old, new, tmp_path, found_in):
     new.save_pretrained(tmp_path, variant="int4")
 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
         "config.json", "diffusion_pytorch_model.int4.safetensors", "diffusion_pytorch_model.other.safetensors",
     ]  # fmt: skip
     for variant in ("int4", "other"):
@@ -169,7 +170,11 @@ def test_pickled_weights_replace_safetensors(old, new, tmp_path, found_in):
     old.save_pretrained(tmp_path)
     new.save_pretrained(tmp_path, safe_serialization=False)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.bin",
+    ]
     assert found_in(tmp_path) == "new"
 
 
@@ -178,7 +183,7 @@ def test_another_process_of_a_distributed_run_leaves_the_config_alone(old, tmp_p
     (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").touch()
     old.save_pretrained(tmp_path, is_main_process=False)
 
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     assert found_in(tmp_path) == "old"
 
 
@@ -207,7 +212,7 @@ def test_floating_point_models_are_saved_by_diffusers_alone(unet2d_condition, tm
     unet = unet2d_condition.copy().dequantize() if dequantized else unet2d_condition.stock
     unet.save_pretrained(tmp_path)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", WEIGHTS]
 
 
 def test_a_unet_that_nobody_else_holds_is_saved(old, tmp_path, found_in):
