@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(BIN)/python
 TEST_JOBS ?= 2
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
-.PHONY: kills demo test lint train gpu tune upstream clean
+.PHONY: kills demo test lint docs train gpu tune upstream clean
 
 demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
 	$(BIN)/python -m examples.small_unets.demo
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p dq_kernels -p dq_runtime
+
+docs: $(INSTALLED)  ## the documents as a site: out/site/
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --config-settings editable_mode=strict -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 train: $(INSTALLED)  ## train the small models again
 	$(BIN)/python -m examples.small_unets.train

@@ -1,18 +1,24 @@
 """Packaging: the folder ``kernels/`` installs as the import package ``dq_kernels``."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "dq_runtime" / "__init__.py").read_text(), re.MULTILINE)[1]
+TRITON = 'triton>=3.5; sys_platform == "linux"'  # elsewhere the package runs on CPUs alone
+GPU = [TRITON, 'triton-windows>=3.5; sys_platform == "win32"']
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 EVALUATION = ["scikit-image", "matplotlib"]
 EXAMPLES = [*EVALUATION, "scikit-learn"]
 TEST = [*EXAMPLES, "pytest", "pytest-benchmark", "pytest-xdist", "ruff", "mypy", "build", "transformers", "peft"]
 
 setup(
     name="dq-runtime",
-    version="0.1.0",
+    version=VERSION,
     description="Packed-INT4 diffusion UNets on Triton kernels: DilateQuant for diffusers.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -30,7 +36,7 @@ setup(
     package_data={"dq_runtime": ["py.typed"], "dq_kernels": ["py.typed", "triton/tuning/*.json", "cpu/*.cpp"]},
     install_requires=[
         "torch>=2.9",
-        "triton>=3.5",
+        TRITON,
         "diffusers>=0.36",
         "numpy",
         "safetensors",
@@ -41,5 +47,5 @@ setup(
         "rich>=13.9",
     ],
     entry_points={"console_scripts": ["dq-runtime = dq_runtime.cli.app:app"]},
-    extras_require={"evaluation": EVALUATION, "examples": EXAMPLES, "test": TEST},
+    extras_require={"gpu": GPU, "evaluation": EVALUATION, "examples": EXAMPLES, "docs": DOCS, "test": TEST},
 )

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from dq_runtime.validation import choice, integer, names, number, shown
@@ -160,6 +161,9 @@ class DilateQuantConfig(QuantizationConfigMixin):
         return {**super().to_dict(), "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The fields that differ from the defaults."""
-        default = DilateQuantConfig().to_dict()
+        """The fields that differ from the defaults, without the format's version."""
+        default = DilateQuantConfig().to_dict() | {"format_version": self.format_version}
         return {name: value for name, value in self.to_dict().items() if value != default[name]}
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig

@@ -27,10 +27,8 @@ def register() -> None:
 
 
 def _add_entries(mappings: ModuleType) -> None:
-    from dq_runtime.config import DilateQuantConfig
-
     mappings.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
-    mappings.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DilateQuantConfig
+    import_module("dq_runtime.config")  # adds its class, at its end: it may be what imports diffusers
 
 
 def _quantizer(*args: Any, **kwargs: Any) -> Any:

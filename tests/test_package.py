@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -204,18 +205,18 @@ def test_backends_do_not_import_one_another(backend):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy, so that the repository's build folder stays as it is."""
+    """The wheel, built from the source distribution of a copy, so that the repository's build folder stays as it is."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     for root in PACKAGES.values():
         shutil.copytree(root, source / root.name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist"), "source"]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), "source"]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    (path,) = (folder / "dist").iterdir()
+    (path,) = (folder / "dist").glob("*.whl")
     with zipfile.ZipFile(path) as opened:
         yield opened
 
@@ -249,17 +250,98 @@ def test_the_wheel_installs_the_command(wheel):
     assert callable(getattr(importlib.import_module(module), attribute))
 
 
-def test_importing_the_package_imports_no_command_line():
-    code = "import dq_runtime, sys; print(*{'typer', 'rich.console', 'dq_runtime.cli'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True).stdout
 
-    assert run.stdout.split() == []
+
+def test_importing_the_package_imports_itself_alone():
+    code = "import sys; before = set(sys.modules); import dq_runtime; print(*set(sys.modules) - before)"
+    imported = {name.partition(".")[0] for name in run_python(code).split()}
+
+    assert imported <= {"dq_runtime", *sys.stdlib_module_names}
+    assert {name for name in run_python(code).split() if "." in name and name.startswith("dq_runtime")} == {
+        "dq_runtime.diffusers_registration"
+    }
+
+
+@pytest.mark.parametrize("order", ["import diffusers.quantizers.auto, dq_runtime", "import dq_runtime.config"])
+def test_the_method_is_registered_whichever_package_is_imported_first(order):
+    code = f"""{order}
+import sys
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, DiffusersAutoQuantizer
+from dq_runtime.diffusers_registration import _EntriesAfterImport
+print(AUTO_QUANTIZATION_CONFIG_MAPPING["dilatequant"].__name__)
+print("dq_runtime.diffusers_quantizer" in sys.modules)
+print(type(DiffusersAutoQuantizer.from_config({{"quant_method": "dilatequant"}}, pre_quantized=True)).__name__)
+print(any(isinstance(finder, _EntriesAfterImport) for finder in sys.meta_path))
+"""
+
+    assert run_python(code).split() == ["DilateQuantConfig", "False", "DilateQuantizer", "False"]
+
+
+def test_every_public_name_is_found_on_first_use_and_listed():
+    assert all(getattr(dq_runtime, name) is not None for name in dq_runtime.__all__)
+    assert sorted(dq_runtime._MODULES) == sorted(dq_runtime.__all__)
+    assert set(dq_runtime.__all__) <= set(dir(dq_runtime))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dq_runtime.nothing  # noqa: B018
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("triton", "fcntl"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+from diffusers import UNet2DModel
+import dq_runtime
+from dq_kernels import triton
+unet = UNet2DModel(
+    sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    layers_per_block=1,
+)
+with dq_runtime.record(unet) as calls:
+    unet(torch.randn(1, 3, 8, 8), 10)
+dq_runtime.calibrate(unet, calls, dq_runtime.DilateQuantConfig(dilation="none"), None)
+dq_runtime.fuse(unet)
+sample = torch.randn(1, 3, 8, 8)
+unet.save_pretrained(sys.argv[1])
+loaded = UNet2DModel.from_pretrained(sys.argv[1])
+calls.save(sys.argv[1] + "/calls.safetensors")
+torch.testing.assert_close(loaded(sample, 10).sample, unet(sample, 10).sample)
+try:
+    triton.quantize(sample)
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_triton_and_file_locks_models_run_on_the_cpu(tmp_path):
+    """As on macOS and Windows."""
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+    assert run.returncode == 0, run.stderr
+    assert "quantize needs Triton on a GPU" in run.stdout
+    assert "pip install triton" in run.stdout
 
 
 def test_the_wheels_files_are_the_repositorys(wheel):
     for package, root in PACKAGES.items():
         name = f"{package}/__init__.py"
         assert wheel.read(name) == (root / "__init__.py").read_bytes()
+
+
+def test_the_source_distribution_has_the_documents_of_a_release(wheel):
+    (path,) = Path(wheel.filename).parent.glob("*.tar.gz")
+    with tarfile.open(path) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+
+    assert {"setup.py", "README.md", "CHANGELOG.md", "LICENSE", "kernels/ops.py", "dq_runtime/__init__.py"} <= names
 
 
 def test_the_wheels_metadata(wheel):
@@ -275,7 +357,8 @@ def test_the_wheels_metadata(wheel):
 
 def test_the_oldest_versions_that_are_tested_are_the_oldest_that_install(wheel):
     metadata = wheel.read(f"dq_runtime-{dq_runtime.__version__}.dist-info/METADATA").decode()
-    admitted = dict(re.findall(r"^Requires-Dist: ([\w-]+)>=([\d.]+)$", metadata, re.MULTILINE))
+    required = re.sub(r'; sys_platform == "linux"$', "", metadata, flags=re.MULTILINE)
+    admitted = dict(re.findall(r"^Requires-Dist: ([\w-]+)>=([\d.]+)$", required, re.MULTILINE))
     pins = (REPOSITORY / "constraints-oldest.txt").read_text()
     tested = dict(re.findall(r"^([\w-]+)==([\d.]+)$", pins, re.MULTILINE))
 
