@@ -1,7 +1,10 @@
 """``generate``, ``compare`` and ``bench`` on a tiny random pipeline."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -97,6 +100,37 @@ def test_the_page_needs_nothing_else(comparison):
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 2 * 2 + 2  # pairs of images, and two plots
     assert "a dog" in page
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<script>
+const slider = document.querySelector("input[type=range]"), pair = document.querySelector(".pair");
+const cut = () => getComputedStyle(pair.lastElementChild).clipPath;
+const found = {middle: cut()};
+slider.value = 10;
+slider.dispatchEvent(new Event("input"));
+found.left = cut();
+found.images = [...document.images].map(image => image.complete && image.naturalWidth > 0 && image.width > 0);
+found.requests = performance.getEntriesByType("resource").filter(entry => !entry.name.startsWith("data:")).length;
+found.overflow = document.documentElement.scrollWidth > innerWidth;
+document.title = JSON.stringify(found);
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_the_page_works_in_a_browser(comparison, tmp_path):
+    (tmp_path / "page.html").write_text(comparison[1] + PROBE)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    run = subprocess.run(
+        [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = json.loads(html.unescape(run.stdout.split("<title>")[1].split("</title>")[0]))
+
+    assert (found["middle"], found["left"]) == ("inset(0px 0px 0px 50%)", "inset(0px 0px 0px 10%)")
+    assert found["images"]
+    assert all(found["images"])
+    assert found["requests"] == 0
+    assert not found["overflow"]
 
 
 def test_the_bench_has_both_forms(run_json, packed_folder, pipeline_folder):
