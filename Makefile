@@ -30,8 +30,8 @@ docs: $(INSTALLED)  ## the documents as a site: out/site/
 train: $(INSTALLED)  ## train the small models again
 	$(BIN)/python -m examples.small_unets.train
 
-gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/results/gpu_<device>.json
-	$(GPU_PYTHON) -m benchmarks.speed.gpu_suite
+gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks in three stages of 5 to 7 minutes (STAGE=check|profile|improve): benchmarks/results/gpu_<device>/
+	$(GPU_PYTHON) -m benchmarks.gpu.suite $(if $(STAGE),--stage $(STAGE))
 
 kills: $(INSTALLED)  ## kill 200 saves at random moments: each folder holds the old or the new checkpoint
 	PYTHONPATH=tests/support $(BIN)/python tests/robustness/kills.py

@@ -38,6 +38,12 @@ def describe() -> dict[str, Any]:
     }
 
 
+def sm_clock_mhz() -> float | None:
+    """The GPU's present clock in MHz; None if its driver does not tell."""
+    clock = _nvidia_smi().get("sm_clock_mhz")
+    return clock if isinstance(clock, float) else None
+
+
 def slug(device: str) -> str:
     """The name of a device in a form for file names, such as "nvidia_h100_80gb_hbm3"."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")

@@ -14,8 +14,6 @@ from dq_kernels import ops, reference
 from dq_kernels.cpu import compiled
 from dq_kernels.packing import pack_int4
 from dq_kernels.records import Norm, PackedWeight, Quantizer
-from dq_kernels.triton import tuning
-from dq_kernels.triton.launch import current_target
 
 BATCH, ROWS, CHANNELS, OUT_CHANNELS, GROUPS, HEADS = 3, 8, 64, 32, 4, 2
 # Of the relative root mean square error of floats: their rounding.
@@ -42,6 +40,9 @@ def check_operators(device: torch.device) -> list[Check]:
 def kernels_in_use(device: torch.device) -> dict[str, str]:
     """What runs the operators on a device: backend, launch configurations, instruction set."""
     if device.type == "cuda":
+        from dq_kernels.triton import tuning  # without Triton, the CPU's kernels can be checked
+        from dq_kernels.triton.launch import current_target
+
         target, file = current_target(), tuning.architecture()
         origin = tuning.read_tuning(tuning.FOLDER / f"{file}.json")[0]
         how = "measured on " + origin["source"]["device"] if origin.get("measured") else "chosen from compiler reports"

@@ -299,7 +299,7 @@ sys.meta_path.insert(0, Missing())
 import torch
 from diffusers import UNet2DModel
 import dq_runtime
-from dq_kernels import triton
+from dq_kernels import self_check, triton
 unet = UNet2DModel(
     sample_size=8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     layers_per_block=1,
@@ -317,6 +317,8 @@ try:
     triton.quantize(sample)
 except ImportError as error:
     print(error)
+assert all(check.passed for check in self_check.check_operators(torch.device("cpu")))
+print(self_check.kernels_in_use(torch.device("cpu"))["backend"])
 """
 
 

@@ -53,6 +53,7 @@ class Result:
     launches: int | None
     seconds_to_first: float
     in_turn_ms: float | None = None
+    sm_clock_mhz: float | None = None  # under load
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
@@ -116,6 +117,17 @@ def kernel_launches(call: Callable[[], Any], device: str) -> int | None:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) or None
 
 
+def clock_under_load(call: Callable[[], Any], device: str) -> float | None:
+    """The GPU's clock in MHz while calls wait for it."""
+    if device == "cpu":
+        return None
+    for _ in range(2 * BACK_TO_BACK):
+        call()
+    clock = environment.sm_clock_mhz()
+    torch.cuda.synchronize()
+    return clock
+
+
 @torch.no_grad()
 def measure_row(row: Row, name: str, device: str, batch: int, rounds: int) -> tuple[Callable[[], Any], Result]:
     """Builds a row's UNet, calls it, which compiles and captures, and times it.
@@ -149,7 +161,7 @@ def measure_row(row: Row, name: str, device: str, batch: int, rounds: int) -> tu
     together = seconds(lambda: [call() for _ in range(many)], device) / many
     result = Result(
         name, batch, row.name, 1e3 * statistics.median(times), 1e3 * min(times), 1e3 * together, weights, peak or None,
-        kernel_launches(call, device), to_first,
+        kernel_launches(call, device), to_first, sm_clock_mhz=clock_under_load(call, device),
     )  # fmt: skip
     return call, result
 

@@ -38,6 +38,13 @@ class Launch:
         return 2 * self.rows * self.out_channels * self.reduction * (2 if self.op == "linear_geglu" else 1)
 
 
+TINY = (  # one of each operator, for runs in Triton's interpreter
+    Launch("linear", 24, 32, 32, (2, 12, 32), (32, 16)),
+    Launch("linear_geglu", 24, 32, 32, (2, 12, 32), (64, 16)),
+    Launch("conv2d", 32, 32, 288, (2, 6, 6, 32), (32, 3, 3, 16)),
+)
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

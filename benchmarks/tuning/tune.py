@@ -1,6 +1,6 @@
 """Searches launch configurations for the GEMMs of SD1.5 and SDXL, and writes the tuning file that the package ships.
 
-    python -m benchmarks.tuning.tune [--unet sd15]... [--batch 2]... [--minutes 8] [--output FILE]
+    python -m benchmarks.tuning.tune [--unet sd15]... [--batch 2]... [--minutes 8] [--worst 10] [--output FILE]
 
 For each launch of a fused UNet (``speed/launches.py``), the search times every tile that fits, then split-K and the
 order of the tiles for the best ones. Times are medians over CUDA graphs with rotated weights. Candidates that spill
@@ -9,7 +9,8 @@ search.
 
 The tuning file is written after each shape, as soon as every operator has a shape. Its earlier entries stay until
 their shapes are tuned again. ``benchmarks/results/tuning_<architecture>.json`` has the time of the best configuration
-for each launch. ``--dry-run`` runs tiny shapes in Triton's interpreter, without timing them.
+for each launch. ``--worst`` tunes only the launches that lose the most time against the best rate in that file.
+``--dry-run`` runs tiny shapes in Triton's interpreter, without timing them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from benchmarks import environment
 from benchmarks.command_line import new_parser
 from benchmarks.result_files import RESULTS, ROOT, write_whole
-from benchmarks.speed.launches import Launch, launches
+from benchmarks.speed.launches import TINY, Launch, launches
 from benchmarks.speed.problem import Problem
 from benchmarks.speed.timing import graph_microseconds
 from dq_kernels.triton.tuning import LaunchConfig, architecture, read_tuning
@@ -68,11 +69,6 @@ OPERATORS = {"linear", "linear_geglu", "conv2d"}
 SPLITS = (2, 4, 8)
 GROUPS = (4, 16)
 REFINED = 3  # the number of tiles in the second round
-TINY = (
-    Launch("linear", 24, 32, 32, (2, 12, 32), (32, 16)),
-    Launch("linear_geglu", 24, 32, 32, (2, 12, 32), (64, 16)),
-    Launch("conv2d", 32, 32, 288, (2, 6, 6, 32), (32, 3, 3, 16)),
-)
 DRY_TILES = ((16, 16, 16, 4, 2), (32, 16, 16, 4, 2))
 
 
@@ -210,6 +206,22 @@ def by_cost(counted: Mapping[Launch, int]) -> list[Launch]:
     return sorted(dearest, key=lambda launch: launch not in firsts.values())
 
 
+def worst(counted: Mapping[Launch, int], timings: Path, number: int) -> list[Launch]:
+    """The launches that lose the most time in a forward pass, against the highest rate of any launch in the timings.
+
+    Launches without a time come first.
+    """
+    rows = json.loads(timings.read_text(encoding="utf-8"))["rows"] if timings.exists() else []
+    times = {tuple(row[:4]): row[COLUMNS.index("us")] for row in rows}
+    best = max((row[COLUMNS.index("tops")] for row in rows), default=1.0)
+
+    def lost(launch: Launch) -> float:
+        time = times.get((launch.op, launch.rows, launch.out_channels, launch.reduction), float("inf"))
+        return counted[launch] * (time - launch.operations / best / 1e6)
+
+    return sorted(counted, key=lost, reverse=True)[:number]
+
+
 def dry_run() -> None:
     """Runs every operator once in the interpreter, on tiny shapes."""
     for launch in TINY:
@@ -226,6 +238,7 @@ def main() -> None:
     parser.add_argument("--unet", action="append", help="may be repeated (default: sd15 and sdxl)")
     parser.add_argument("--batch", action="append", type=int, help="may be repeated (default: 2)")
     parser.add_argument("--minutes", type=float, default=8, help="time budget (default: %(default)s)")
+    parser.add_argument("--worst", type=int, help="tune only so many launches, the worst (default: all)")
     parser.add_argument("--output", type=Path, help="the tuning file (default: the package's, for this device)")
     parser.add_argument("--timings", type=Path, help="the file of the times (default: in benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true")
@@ -245,7 +258,9 @@ def main() -> None:
     for name in arguments.unet or ("sd15", "sdxl"):
         for batch in arguments.batch or (2,):
             counted |= launches(name, batch)
-    todo = [launch for launch in by_cost(counted) if key(launch) not in progress["shapes"]]
+    timings = arguments.timings or RESULTS / f"tuning_{output.stem}.json"
+    wanted = by_cost(counted) if arguments.worst is None else worst(counted, timings, arguments.worst)
+    todo = [launch for launch in wanted if key(launch) not in progress["shapes"]]
     print(f"{len(todo)} shapes to tune, {len(counted) - len(todo)} done before", flush=True)
     compile_all(todo, min(deadline, time.monotonic() + 0.5 * 60 * arguments.minutes))
     print(f"compiled; {deadline - time.monotonic():.0f} s left", flush=True)
@@ -257,7 +272,7 @@ def main() -> None:
         progress["shapes"][key(launch)] = results[:8]
         write_whole(progress_file, json.dumps(progress, indent=1) + "\n")
         write_tuning(output, progress)
-        write_timings(arguments.timings or RESULTS / f"tuning_{output.stem}.json", progress)
+        write_timings(timings if arguments.worst is None else timings.with_stem(f"{timings.stem}_worst"), progress)
         if results:
             microseconds, config = results[0]
             print(

@@ -17,7 +17,7 @@ and multiplying. Here the products of two steps are in flight:
 
 The sums are integers and equal ``gemm``'s; the epilogue has its formula and order: zero point and scales, bias,
 residual, the next layer's quantizer. Everything else is left to ``gemm``: convolutions, GEGLU, the time embedding,
-statistics of a group norm, fewer rows than a tile, split-K. It never ran on a device: ``bench_hopper_gemm`` decides.
+statistics of a group norm, fewer rows than a tile, split-K. It never ran on a device: ``benchmarks/gpu`` decides.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ PROBE = """
 import importlib, os, random, signal, sys, threading, warnings
 import diffusers, matplotlib.figure, numpy, pytest, sklearn.datasets, triton
 import torch, torch.nn.functional as F, torch.utils.cpp_extension
-import dq_runtime
+import dq_runtime.calibration.calibrate, dq_runtime.fused
 
 def state():
     return {

@@ -1,6 +1,6 @@
 """Decides whether the Hopper GEMM may take the place of Triton's: are its integers equal, and is it faster?
 
-    python -m benchmarks.speed.bench_hopper_gemm [--rows FILE] [--shapes 6]
+    python -m benchmarks.gpu.hopper_gemm [--rows FILE] [--shapes 6]
 
 For the linear layers of SD1.5 and SDXL at batch 2 with the most operations, and each tile of ``hopper_gemm``: whether
 the sums equal those of ``gemm`` bit for bit, whether the fp16 results do, and the times of both, with the weights out
@@ -11,7 +11,6 @@ run, the only row says why.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.command_line import new_parser
+from benchmarks.gpu.row_file import Row, append
 from benchmarks.speed.launches import Launch, launches
 from benchmarks.speed.problem import Problem
 from benchmarks.speed.timing import graph_microseconds
@@ -29,7 +29,6 @@ from dq_kernels.triton.launch import current_target
 from dq_kernels.triton.tuning import LaunchConfig, architecture, missing_for_hopper_gemm, tuned_config
 
 UNETS = ("sd15", "sdxl")
-Row = dict[str, Any]
 
 
 def served(unet: str) -> list[tuple[Launch, int]]:
@@ -124,13 +123,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="file that gets each row at once, one line of JSON each")
     arguments = parser.parse_args()
 
-    def record(row: Row) -> None:
-        line = json.dumps(row)
-        print(line, flush=True)
-        if arguments.rows is not None:
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
+    record = partial(append, arguments.rows)
     missing = missing_for_hopper_gemm(current_target())
     if missing is not None:
         record({"decision": "not run", "reason": missing})
