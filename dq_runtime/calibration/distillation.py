@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ from dq_runtime import __version__
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.collect import CalibrationSet
+from dq_runtime.calibration.deferred import deferred, on_meta
 from dq_runtime.calibration.error_feedback import SecondMoments
 from dq_runtime.calibration.finished_blocks import ACTIVATIONS, FinishedBlocks, fingerprint, work_folder
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
-    cached_outputs,
     inputs_of,
+    last_readers,
     outputs_of,
+    sources_of,
     squared_error,
 )
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
@@ -49,7 +52,7 @@ ERROR_SAMPLES = 512  # samples that measure each timestep's error
 LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam is invariant to it
 FEW_SAMPLES = 4  # of one timestep
 LEARNING_RATES = 1e-12, 1e9  # the smallest and the largest
-STORED_BYTES = 2**32  # on disk, for targets and for finished blocks' outputs each; the rest is recomputed per block
+STORED_BYTES = 2**32  # of targets, on disk; the rest is recomputed
 
 SampleLosses = Callable[[int], torch.Tensor]
 
@@ -166,19 +169,21 @@ def distil(
         store = TensorStore(folder / ACTIVATIONS, prefix)
         trainer = _Trainer(unet, simulated_layers, batches, store, grid, settings)
         blocks = blocks_in_order(unet, simulated_layers.values(), batches[0])
+        trainer.last_readers = last_readers(sources_of(unet, blocks, batches[0]))
         report, count = settings.progress or (lambda name, number, count: None), len(blocks)
         report("", 0, count)
         try:
             for done, (name, block) in enumerate(list(blocks.items()), start=1):
                 inside = set(block.modules())
                 block_layers = {n: layer for n, layer in simulated_layers.items() if layer in inside}
+                trainer.store_inputs(block)
                 if not finished.restore(name, block_layers):
                     trainer.distil(name, blocks, block_layers)
                     finished.save(name, block_layers)
                 for layer in block_layers.values():
                     layer.quantized = True
                     trainer.free_quantizers.discard(layer.input_quantizer)
-                trainer.finished[name] = blocks.pop(name)
+                trainer.store_outputs(name, blocks.pop(name))
                 report(name, done, count)
         finally:
             trainer.store.clear()
@@ -213,7 +218,9 @@ class _Trainer:
         self.training, self.validation = batches.training, batches.validation
         count = -(-ERROR_SAMPLES // settings.batch_size)
         self.error_batches = range(max(0, len(batches) - count), len(batches))
-        self.finished: dict[str, nn.Module] = {}  # blocks by name
+        self.finished: dict[str, nn.Module] = {}  # blocks by name, whose outputs are read by later ones
+        self.last_readers: Mapping[str, str] = {}  # block -> the last one that reads its output
+        self.outputs: dict[str, Any] = {}  # by key in the store, on the meta device
         # An input quantizer that is shared with an earlier block is fixed.
         self.free_quantizers = {layer.input_quantizer for layer in simulated_layers.values()}
 
@@ -225,7 +232,6 @@ class _Trainer:
 
         if _target(name, 0) not in self.store:
             self._store_targets(blocks)
-        self._store_inputs(blocks[name])
         start = self._feedback(blocks[name], layers) if self.settings.error_feedback else {}
         for layer in layers.values():
             layer.quantized = True
@@ -235,15 +241,38 @@ class _Trainer:
             name, lambda i: error(i) * weights[i], layers, start, self.settings.iterations, self.settings.learning_rate
         )
         for i in range(len(self.batches)):
-            del self.store[f"inputs_{i}"], self.store[_target(name, i)]
+            del self.store[_target(name, i)]
 
-    def _store_inputs(self, block: nn.Module) -> None:
+    def store_inputs(self, block: nn.Module) -> None:
         """Stores the inputs that a block gets from the finished blocks before it."""
-        # A GPU recomputes their outputs faster than most disks read them.
-        finished = self.finished if self.device.type == "cpu" else {}
         for i, batch in enumerate(self.batches):
-            with cached_outputs(finished, self.store, i, STORED_BYTES):
-                self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch)
+            outputs = {finished: partial(self._output, name, i) for name, finished in self.finished.items()}
+            self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch, outputs)
+
+    def _output(self, name: str, i: int) -> Any:
+        """A finished block's output in batch ``i``, which is read from the store if something depends on it."""
+        key = f"output_{name}_{i}"
+
+        def read() -> Any:
+            if key not in self.store:
+                raise RuntimeError(f"{name}: batch {i} takes another path through the model than the first one")
+            return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), self.store[key])
+
+        return deferred(name, self.outputs[key], self.device, read)
+
+    @torch.no_grad()
+    def store_outputs(self, name: str, block: nn.Module) -> None:
+        """Stores a finished block's outputs, if a later block reads them, and deletes what no later one reads."""
+        self.finished[name] = block
+        for i in range(len(self.batches)):
+            key = f"output_{name}_{i}"
+            output = self._call_block(block, i)
+            self.outputs[key] = on_meta(output)
+            if name in self.last_readers:
+                self.store[key] = output
+            del self.store[f"inputs_{i}"]
+            for read in [other for other, last in self.last_readers.items() if last == name]:
+                del self.store[f"output_{read}_{i}"]
 
     def _store_targets(self, blocks: Mapping[str, nn.Module]) -> None:
         """Stores the outputs of the first blocks in the floating-point UNet, up to ``STORED_BYTES``."""
@@ -388,9 +417,12 @@ class _Trainer:
             return {}
 
     def _run_block(self, block: nn.Module, i: int) -> torch.Tensor:
+        return self.result(self._call_block(block, i))
+
+    def _call_block(self, block: nn.Module, i: int) -> Any:
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), self.store[f"inputs_{i}"])
         self.grid.index = self.indices[i]
-        return self.result(block(*args, **kwargs))
+        return block(*args, **kwargs)
 
     @contextmanager
     def _in_floating_point(self) -> Iterator[None]:

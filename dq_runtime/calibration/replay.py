@@ -1,4 +1,7 @@
-"""Replays recorded calls up to a given block, and stores the inputs and outputs of blocks on disk."""
+"""Replays recorded calls up to a given block, and stores the inputs and outputs of blocks on disk.
+
+Finished blocks are not run again: their outputs are on disk, and a replay reads those that the given block depends on.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,12 +19,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.calibration.collect import RecordedCall
+from dq_runtime.calibration.deferred import computed, deferred, on_meta, sources
 from dq_runtime.calibration.tree_files import flat
 from dq_runtime.files import new_file, write_tensors
 
 
 class _StopReplay(Exception):
     """Raised by a hook to stop a replay. Its argument is the result."""
+
+
+class _ValueNeeded(Exception):
+    """Raised where the path of a call depends on the values of its blocks' outputs."""
 
 
 def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: RecordedCall) -> dict[str, nn.Module]:
@@ -57,13 +66,76 @@ def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: Recorde
 
 
 @torch.no_grad()
-def inputs_of(model: nn.Module, block: nn.Module, call: RecordedCall) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The args and kwargs of a block's first call within a call of the model. The replay stops there."""
+def inputs_of(
+    model: nn.Module,
+    block: nn.Module,
+    call: RecordedCall,
+    finished: Mapping[nn.Module, Callable[[], Any]] = MappingProxyType({}),
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The args and kwargs of a block's first call within a call of the model. The replay stops there.
 
+    Args:
+        finished: blocks that do not run, each with a function that returns the output of its first call in this call of
+            the model, a tree of ``deferred`` tensors.
+    """
+    try:
+        return computed(_deferred_inputs_of(model, block, call, finished))
+    except NotImplementedError:  # the model's code changes an output in place
+        real = {other: partial(_computed_result, output) for other, output in finished.items()}
+        return _deferred_inputs_of(model, block, call, real)
+
+
+def _computed_result(output: Callable[[], Any]) -> Any:
+    return computed(output())
+
+
+def _deferred_inputs_of(
+    model: nn.Module, block: nn.Module, call: RecordedCall, finished: Mapping[nn.Module, Callable[[], Any]]
+) -> Any:
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _StopReplay((args, kwargs))
 
-    return _run_until(model, call, block.register_forward_pre_hook(stop, with_kwargs=True))
+    with _replaced(finished):
+        return _run_until(model, call, block.register_forward_pre_hook(stop, with_kwargs=True))
+
+
+@torch.no_grad()
+def sources_of(model: nn.Module, blocks: Mapping[str, nn.Module], call: RecordedCall) -> dict[str, set[str]]:
+    """The blocks whose outputs each block reads, directly or through what the model computes between them."""
+    outputs: dict[nn.Module, Callable[[], Any]] = {}
+    read: dict[str, set[str]] = {}
+    metas: dict[str, Any] = {}
+
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        metas.setdefault(name, on_meta(output))
+
+    handles = [block.register_forward_hook(partial(note, name)) for name, block in blocks.items()]
+    try:
+        call.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    device = next(model.parameters()).device
+    for name, block in blocks.items():
+        try:
+            read[name] = set(sources(_deferred_inputs_of(model, block, call, outputs)))
+        except (NotImplementedError, _ValueNeeded):
+            read[name] = {*read}  # it may be any
+        outputs[block] = partial(deferred, name, metas[name], device, _no_value)
+    return read
+
+
+def last_readers(sources: Mapping[str, set[str]]) -> dict[str, str]:
+    """The last block that reads each block's output. Blocks whose output none reads are left out.
+
+    Args:
+        sources: of ``sources_of``, in the order of the blocks.
+    """
+    return {source: reader for reader, read in sources.items() for source in read}
+
+
+def _no_value() -> Any:
+    raise _ValueNeeded
 
 
 @torch.no_grad()
@@ -88,35 +160,25 @@ def outputs_of(
 
 
 @contextmanager
-def cached_outputs(blocks: Mapping[str, nn.Module], store: TensorStore, call: int, most_bytes: int) -> Iterator[None]:
-    """Caches the result of each block's first call within a call of the model, in a store.
+def _replaced(finished: Mapping[nn.Module, Callable[[], Any]]) -> Iterator[None]:
+    """Replaces the first call of each block's forward."""
+    replaced = {block: vars(block).get("forward") for block in finished}
 
-    Args:
-        blocks: they must not change while the store has their results.
-        call: number of the model's call, which is part of the store's keys.
-        most_bytes: the store gets no new results once it holds this many bytes.
-    """
-    replaced = {block: vars(block).get("forward") for block in blocks.values()}
-
-    def from_store(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def first_call_replaced(compute: Callable[..., Any], output: Callable[[], Any]) -> Callable[..., Any]:
         reached = False
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal reached
             if reached:
+                args, kwargs = computed((args, kwargs))
                 return compute(*args, **kwargs)
             reached = True
-            if name not in store:
-                output = compute(*args, **kwargs)
-                if store.nbytes >= most_bytes:
-                    return output
-                store[name] = output
-            return store[name]
+            return output()
 
         return forward
 
-    for name, block in blocks.items():
-        block.forward = from_store(f"output_{name}_{call}", block.forward)
+    for block, output in finished.items():
+        block.forward = first_call_replaced(block.forward, output)
     try:
         yield
     finally:

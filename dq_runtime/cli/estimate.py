@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.distillation import STORED_BYTES, Distillation
-from dq_runtime.calibration.replay import blocks_in_order
+from dq_runtime.calibration.replay import blocks_in_order, last_readers, sources_of
 from dq_runtime.cli.console import duration, say
 from dq_runtime.cli.drawing import repeated
 
 TRAINING_STEP = 5.0  # forward passes: a forward and a backward pass with simulated quantizers
-PASSES = 8.0  # over all training samples: inputs, targets, second moments, errors and validations
+PASSES = 8.0  # over all training samples: targets, second moments, errors, validations and outputs
 STATE_BYTES = 20  # a trained weight: it, its gradient, Adam's two moments and the original, in fp32
 # A call is timed with its own samples and, unless that takes long, with so many times as many.
 LARGER, SLOW = 4, 2.0  # times; seconds
@@ -41,6 +42,8 @@ class Probe:
         weights: bytes of the model.
         parameters, activations: of the whole model: number of weights, and of values in all layers' outputs for one
             sample.
+        stored: bytes of finished blocks' outputs that are kept for later blocks, at most, and of a block's inputs, for
+            one sample.
         block_parameters, block_activations: the largest over the blocks.
     """
 
@@ -50,6 +53,7 @@ class Probe:
     weights: int
     parameters: int
     activations: int
+    stored: int
     block_parameters: int
     block_activations: int
 
@@ -84,6 +88,7 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
     overhead, seconds = _time_of_calls(model, call)
     rows = call.sample.shape[0]
     values: dict[nn.Module, int] = {}
+    returned = dict.fromkeys(blocks, 0)  # bytes for one sample
     spent, started = dict.fromkeys(blocks, 0.0), dict.fromkeys(blocks, 0.0)
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -94,7 +99,11 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
         return lambda *_: started.__setitem__(name, _now(model.device))
 
     def stop(name: str) -> Callable[..., None]:
-        return lambda *_: spent.__setitem__(name, spent[name] + _now(model.device) - started[name])
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            spent[name] += _now(model.device) - started[name]
+            returned[name] = sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)) // rows
+
+        return note
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -112,8 +121,20 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
         weights=sum(tensor.nbytes for tensor in tensors),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         activations=sum(values.values()),
+        stored=_stored(returned, sources_of(model, blocks, call)),
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks.values()),
         block_activations=max(sum(values.get(m, 0) for m in block.modules()) for block in blocks.values()),
+    )
+
+
+def _stored(returned: Mapping[str, int], sources: Mapping[str, set[str]]) -> int:
+    """The most bytes at any block: of the outputs that it or a later block reads, and of its inputs."""
+    order = {name: number for number, name in enumerate(returned)}
+    last = {source: order[reader] for source, reader in last_readers(sources).items()}
+    return max(
+        sum(returned[source] for source, reader in last.items() if order[source] < order[name] <= reader)
+        + sum(returned[source] for source in sources[name])
+        for name in returned
     )
 
 
@@ -152,8 +173,9 @@ def estimate(
         kept = measured.activations / max(1, len(measured.blocks)) + measured.block_activations
         whole = measured.weights + STATE_BYTES * measured.parameters + 4 * KEPT_COPIES * batch * kept
         training = max(training, whole)
-    stored = min(2 * STORED_BYTES, 2 * 4 * samples * measured.activations)
-    return Estimate(collecting, blocks, polish, max(training, measured.weights + others), rows * row_bytes + stored)
+    targets = min(STORED_BYTES, 4 * samples * measured.activations)
+    disk = rows * row_bytes + targets + samples * measured.stored
+    return Estimate(collecting, blocks, polish, max(training, measured.weights + others), disk)
 
 
 class Remaining:

@@ -372,18 +372,47 @@ def results(monkeypatch):
     return names
 
 
-def test_finished_blocks_compute_their_results_once(plain, results):
+def test_each_block_reads_what_it_depends_on_alone(plain, results):
     plain.distil(**UNTRAINED)
     batches = len({name.rpartition("_")[2] for name in results["stored"]})
-    assert len(set(results["stored"])) == len(results["stored"]) == 5 * batches  # the sixth block is the last
-    assert len(results["read"]) == (1 + 2 + 3 + 4 + 5) * batches
+    assert len(set(results["stored"])) == len(results["stored"]) == 5 * batches  # none reads the sixth block's
+    # The blocks: two linears of the time embedding, then conv1, conv2 and the shortcut of a resnet, conv_out.
+    assert len(results["read"]) == 6 * batches
 
 
-@pytest.mark.parametrize(("most", "stored"), [(1, range(1)), (200_000, range(1, 20))])
-def test_what_does_not_fit_on_the_disk_is_computed_again(plain, monkeypatch, results, tmp_path, most, stored):
+def test_blocks_run_once_for_each_batch_before_their_training_and_once_after(plain, monkeypatch):
+    """However many blocks come after them."""
+    calls, original = [], distillation._Trainer._call_block
+
+    def call_block(self, block, i):
+        calls.append(block)
+        return original(self, block, i)
+
+    monkeypatch.setattr(distillation._Trainer, "_call_block", call_block)
+    plain.distil(**UNTRAINED | {"error_feedback": False})
+    numbers = {block: calls.count(block) for block in calls}
+    assert len(numbers) == 6
+    assert len(set(numbers.values())) == 1
+
+
+def test_what_no_later_block_reads_is_deleted(plain, monkeypatch):
+    """At the end of the last block nothing is left."""
+    left = []
+    original = distillation._Trainer.store_outputs
+
+    def store_outputs(self, name, block):
+        original(self, name, block)
+        left.append(sorted({key.rpartition("_")[0] for key in self.store._trees if key.startswith("output_")}))
+
+    monkeypatch.setattr(distillation._Trainer, "store_outputs", store_outputs)
+    plain.distil(**UNTRAINED)
+    assert [len(names) for names in left] == [1, 1, 2, 2, 1, 0] or left[-1] == []
+
+
+@pytest.mark.parametrize("most", [1, 200_000])
+def test_targets_that_do_not_fit_on_the_disk_are_computed_again(plain, monkeypatch, tmp_path, most):
     monkeypatch.setattr(distillation, "STORED_BYTES", most)
     assert_same_state(plain.distil(), plain.distilled)
-    assert len(results["stored"]) in stored  # of 20
 
     with monkeypatch.context() as patch:
         interrupt(patch, distillation._Trainer, "distil", 3)

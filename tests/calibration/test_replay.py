@@ -10,12 +10,13 @@ from torch import nn
 from dq_runtime import DilateQuantConfig
 from dq_runtime.architectures.architecture import result_tensor
 from dq_runtime.calibration.collect import RecordedCall
+from dq_runtime.calibration.deferred import deferred, on_meta
 from dq_runtime.calibration.replay import (
     TensorStore,
     blocks_in_order,
-    cached_outputs,
     inputs_of,
     outputs_of,
+    sources_of,
 )
 from dq_runtime.convert import plan_conversion
 
@@ -218,62 +219,98 @@ def counted(blocks, called):
         block.forward = count(name, block.forward)
 
 
-def test_what_blocks_return_to_a_call_is_computed_once(unet, layers, tmp_path):
-    calls, called = some_calls(unet)[:2], []
-    blocks = blocks_in_order(unet, layers.values(), calls[0])
-    names = list(blocks)
-    expected = {name: [inputs_of(unet, blocks[name], call) for call in calls] for name in names[-4:]}
-    earlier = {name: blocks[name] for name in names[:-4]}
-    counted(earlier, called)
-    store = TensorStore(tmp_path)
-
-    for computed, (name, calls_inputs) in zip((list(earlier), [], [], []), expected.items(), strict=True):
-        for i, call in enumerate(calls):
-            with cached_outputs(earlier, store, i, 2**30):
-                assert_same_tree(inputs_of(unet, blocks[name], call), calls_inputs[i])
-            assert called == computed
-            called.clear()
-    inputs_of(unet, blocks[names[-1]], calls[0])
-    assert called == list(earlier)  # outside, they compute
+def outputs_in(unet, blocks, call):
+    """What each block returns to a call."""
+    outputs = {}
+    handles = [
+        block.register_forward_hook(lambda _, args, output, name=name: outputs.setdefault(name, output))
+        for name, block in blocks.items()
+    ]
+    call.run(unet)
+    for handle in handles:
+        handle.remove()
+    return outputs
 
 
-def test_a_full_store_remembers_no_more(unet, layers, tmp_path):
-    call, called = some_calls(unet)[0], []
+def finished_with(blocks, outputs, read):
+    """The argument ``finished`` of ``inputs_of``, which notes the outputs that are read."""
+
+    def output(name):
+        def value():
+            read.append(name)
+            return outputs[name]
+
+        return lambda: deferred(name, on_meta(outputs[name]), torch.device("cpu"), value)
+
+    return {block: output(name) for name, block in blocks.items()}
+
+
+def test_inputs_depend_on_few_blocks_which_do_not_run_again(unet, layers):
+    call, called = some_calls(unet)[1], []
     blocks = blocks_in_order(unet, layers.values(), call)
-    *earlier, last = blocks.items()
-    counted(dict(earlier), called)
-    names = [name for name, _ in earlier]
-    store = TensorStore(tmp_path)
+    outputs = outputs_in(unet, blocks, call)
+    expected = {name: inputs_of(unet, block, call) for name, block in blocks.items()}
+    sources = sources_of(unet, blocks, call)
+    counted(blocks, called)
 
-    for computed in (names, names[1:]):  # the first one's result fills it
-        with cached_outputs(dict(earlier), store, 0, 1):
-            inputs_of(unet, last[1], call)
-        assert called == computed
-        called.clear()
+    earlier = {}
+    for name, block in blocks.items():
+        read = []
+        assert_same_tree(inputs_of(unet, block, call, finished_with(earlier, outputs, read)), expected[name])
+        assert len(read) == len(set(read))
+        assert set(read) == sources[name]
+        earlier[name] = block
+    assert called == []
+    assert max(map(len, sources.values())) <= 4  # the sample, its skip, the embeddings of time and text
+    assert {"up_blocks.1.resnets.0", "conv_in", "time_embedding.linear_2"} <= sources["up_blocks.1.resnets.1"]
 
 
-def test_a_block_that_is_called_again_computes_again(tmp_path):
-    block, store = nn.Linear(2, 2), TensorStore(tmp_path)
-    first, second = torch.ones(1, 2), torch.zeros(1, 2)
-    expected = [block(first), block(second)]
+def test_models_that_change_an_output_in_place_are_replayed_with_values(unet, layers, monkeypatch):
+    call = some_calls(unet)[0]
+    blocks = blocks_in_order(unet, layers.values(), call)
+    original = type(unet).forward
 
-    for _ in range(2):
-        with cached_outputs({"block": block}, store, 0, 2**30):
-            assert_same_tree([block(first), block(second)], expected)
+    def forward(self, *args, **kwargs):
+        handle = self.conv_in.register_forward_hook(lambda _, args, output: output.mul_(2))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(type(unet), "forward", forward)
+    outputs = outputs_in(unet, blocks, call)
+    last = blocks.pop("conv_out")
+    expected = inputs_of(unet, last, call)
+    plain = outputs | {"conv_in": outputs["conv_in"] / 2}
+
+    assert_same_tree(inputs_of(unet, last, call, finished_with(blocks, plain, [])), expected)
+    assert sources_of(unet, blocks, call)["mid_block.resnets.0"] >= {"conv_in"}
+
+
+def test_a_block_that_is_called_again_computes_again(unet, monkeypatch):
+    block, second = unet.conv_in, unet.mid_block.resnets[0]
+    original = type(second).forward
+    monkeypatch.setattr(unet.mid_block, "forward", lambda x, *args, **kwargs: second(x + block(SAMPLE).sum(), args[0]))
+    call = some_calls(unet)[0]
+    SAMPLE = torch.ones(1, unet.config.in_channels, 4, 4)
+    expected = inputs_of(unet, second, call)
+    outputs = outputs_in(unet, {"conv_in": block}, call)
+
+    assert original is type(second).forward
+    assert_same_tree(inputs_of(unet, second, call, finished_with({"conv_in": block}, outputs, [])), expected)
     assert "forward" not in vars(block)
 
 
-def test_replaced_forwards_come_back_after_an_error_too(tmp_path):
-    stock, replaced = nn.Linear(2, 2), nn.Linear(2, 2)
+def test_replaced_forwards_come_back_after_an_error_too(unet):
+    call = some_calls(unet)[0]
+    block, replaced = unet.mid_block.resnets[0], unet.conv_in
     replacement = replaced.forward = lambda x: x + 1
+    finished = finished_with({"conv_in": replaced, "time": unet.time_embedding.linear_1}, {"time": torch.ones(1)}, [])
 
-    blocks, store = {"replaced": replaced, "stock": stock}, TensorStore(tmp_path)
-    with cached_outputs(blocks, store, 0, 2**30):
-        assert torch.equal(replaced(torch.ones(3)), torch.full((3,), 2.0))
-    with pytest.raises(RuntimeError, match="shapes"), cached_outputs(blocks, store, 1, 2**30):
-        stock(torch.ones(1, 3))
+    with pytest.raises(RuntimeError, match="reduction dim"):  # ones have another shape than the embedding
+        inputs_of(unet, block, call, finished)
     assert replaced.forward is replacement
-    assert "forward" not in vars(stock)
+    assert "forward" not in vars(unet.time_embedding.linear_1)
 
 
 def test_a_blocks_result_is_found_in_whatever_it_returns():

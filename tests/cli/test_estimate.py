@@ -10,7 +10,7 @@ from dq_runtime.cli.drawing import repeated
 
 PROBE = estimate.Probe(
     overhead=1.0, seconds=0.5, blocks={"a": 1.0, "b": 3.0}, weights=1000, parameters=250, activations=40,
-    block_parameters=100, block_activations=20,
+    stored=30, block_parameters=100, block_activations=20,
 )  # fmt: skip
 
 
@@ -33,6 +33,14 @@ def test_training_takes_time_in_proportion_to_its_iterations_and_polish_is_apart
     assert (few.polish, polished.blocks) == (0, few.blocks)
     assert polished.polish > 50 * forward
     assert polished.memory > few.memory
+
+
+def test_the_disk_holds_recorded_samples_targets_and_what_later_blocks_read():
+    expected = estimate.estimate(PROBE, 100, 2, 64, 0, Distillation(samples=64))
+
+    assert expected.disk == 200 * 64 + 64 * (4 * 40 + 30)
+    returned, sources = {"a": 1, "b": 10, "c": 100, "d": 5}, {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"a", "c"}}
+    assert estimate._stored(returned, sources) == 1 + 100 + (1 + 100)  # at d; a's output waits for it
 
 
 def test_time_of_a_call_is_its_overhead_and_that_of_its_samples(monkeypatch):
