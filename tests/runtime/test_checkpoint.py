@@ -504,22 +504,6 @@ if any(name.startswith("dq_runtime.calibration") for name in sys.modules):
     assert torch.equal(torch.load(tmp_path / "output.pt"), expected)
 
 
-def test_checkpoint_of_an_older_version_is_loaded(unet2d, tmp_path, assert_same_tensors):
-    """It has packed weights under the name ``weight``, and no digest."""
-    unet2d.quantized.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    old = {n.replace("packed_weight", "weight"): t for n, t in tensors.items() if "digest" not in n}
-    save_file(old, tmp_path / WEIGHTS)
-
-    with pytest.warns(UserWarning, match="older version"):
-        unet = UNet2DModel.from_pretrained(tmp_path)
-
-    assert_same_tensors(unet.state_dict(), unet2d.quantized.state_dict())
-    loaded = unet2d.copy()
-    loaded.load_state_dict({n.replace("packed_weight", "weight"): t for n, t in unet.state_dict().items()})
-    assert_same_tensors(loaded.state_dict(), unet.state_dict())
-
-
 def test_adapters_are_left_out_of_a_checkpoint(unet2d_condition, tmp_path, assert_same_tensors):
     unet = unet2d_condition.copy()
     unet.add_adapter(LoraConfig(target_modules=["to_q", "conv1", "conv_in"]))

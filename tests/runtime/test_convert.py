@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D, FirDownsample2D
 from peft import LoraConfig, inject_adapter_in_model
@@ -203,6 +204,22 @@ def test_only_what_the_user_asked_for_is_no_warning(new_unet, quantize, caplog):
     (line,) = caplog.records
     assert line.levelno == logging.INFO
     assert line.getMessage() == "Kept in floating point: conv_in, conv_out (in modules_to_not_convert)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modules_that_diffusers_keeps_in_fp32_stay_in_fp32(new_unet, calibration_call, tmp_path, dtype):
+    UNet = type("UNet", (UNet2DModel,), {"_keep_in_fp32_modules": ["time_embedding", "norm1"]})
+    stock = UNet.from_config(new_unet().config)
+    stock.save_pretrained(tmp_path / "stock")
+    dq_runtime.calibrate(stock, calibration_call(stock)).save_pretrained(tmp_path / "packed")
+    packed = UNet.from_pretrained(tmp_path / "packed", torch_dtype=dtype)
+    config = DilateQuantConfig()
+
+    for unet in (packed, UNet.from_pretrained(tmp_path / "stock", torch_dtype=dtype, quantization_config=config)):
+        assert not any(name.startswith("time_embedding") for name in quantized_layers(unet))
+        kept = (unet.time_embedding.linear_1.weight, unet.mid_block.resnets[0].norm1.weight)
+        assert [tensor.dtype for tensor in kept] == [torch.float32] * 2
+        assert unet.mid_block.resnets[0].norm2.weight.dtype == dtype
 
 
 def test_the_default_bits_of_shortcuts_are_no_warning_where_none_is_quantized(new_unet):
