@@ -76,7 +76,7 @@ def install() -> None:
 
 @contextmanager
 def _saved_tensors(model: Any) -> Iterator[None]:
-    """Makes ``state_dict()`` the tensors to save, for diffusers before 0.39, which does not ask a quantizer for them."""
+    """Makes ``state_dict()`` the tensors to save, for diffusers before 0.39, which does not ask the quantizer."""
     if hasattr(DiffusersQuantizer, "get_state_dict_and_metadata"):
         yield
         return

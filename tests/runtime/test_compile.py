@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -124,6 +125,40 @@ def test_repeated_blocks_are_compiled(relative_rms, backend, compiled_graphs):
 
     assert relative_rms(sample(unet), sample(small())) < FLIPS
     assert 1 <= len(compiled_graphs) <= len(modules_of(unet, BasicTransformerBlock))
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_call_of_compiled_blocks_is_not_disturbed_by_another_thread(backend, is_compiled):
+    unet = small()
+    if is_compiled:
+        unet.compile_repeated_blocks(backend=backend)
+    first, second = (
+        functools.partial(call, unet, timestep, encoder_hidden_states=PROMPT) for timestep in TIMESTEPS[:2]
+    )
+    expected, others = first(), second()
+    errors, results = [], []
+
+    def call_in_between():
+        try:
+            with torch.no_grad():
+                results.append(second())
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def start_other_thread(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=call_in_between)
+            thread.start()
+            thread.join()
+
+    unet.conv_in.register_forward_hook(start_other_thread)
+
+    assert torch.equal(first(), expected)
+    if is_compiled:
+        assert not results
+        assert "called while it runs in another thread. Call it in turns" in errors[0]
+    else:
+        assert torch.equal(results[0], others)
 
 
 def test_fused_unet_is_exported(relative_rms):

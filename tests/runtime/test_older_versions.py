@@ -1,4 +1,4 @@
-"""Checkpoints of older versions of dq_runtime, and older versions of diffusers, whose hooks for quantizers are fewer."""
+"""Checkpoints of older versions of dq_runtime, and older versions of diffusers with fewer hooks for quantizers."""
 
 import pytest
 from diffusers import UNet2DModel
