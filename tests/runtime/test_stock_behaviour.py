@@ -280,6 +280,39 @@ def test_lora_is_trained_on_the_packed_weights(unet2d_condition, checkpointing):
     assert torch.cosine_similarity(*gradients, dim=0) > 0.9
 
 
+def losses_of_training(unet, subject, steps=8):
+    """Trains a LoRA, at two timesteps, towards other images than the stock UNet's: the loss before each step."""
+    torch.manual_seed(0)
+    unet.requires_grad_(False).add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "to_out.0", "conv1"]))
+    unet.train()
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    timesteps = (0, 100)
+    targets = [0.5 * subject.call(subject.stock, timestep) for timestep in timesteps]
+    losses = []
+    for step in range(steps):
+        at = step % len(timesteps)
+        with torch.enable_grad():
+            loss = F.mse_loss(subject.call(unet, timesteps[at]), targets[at])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def test_lora_learns_on_the_packed_weights_what_it_learns_on_the_stock_ones(unet2d_condition):
+    """The packed UNet also with gradient checkpointing."""
+    subject = unet2d_condition
+    expected = losses_of_training(copy.deepcopy(subject.stock), subject)
+    unet = subject.copy()
+    unet.enable_gradient_checkpointing()
+    losses = losses_of_training(unet, subject)
+
+    assert expected[-1] < 0.4 * expected[0]
+    assert losses[-1] < 1.1 * expected[-1]
+
+
 def test_gradient_checkpointing_changes_no_gradient(unet2d_condition):
     subject, gradients = unet2d_condition, []
     for checkpointing in (False, True):
