@@ -347,6 +347,11 @@ def test_weights_that_are_not_finite_are_named_and_leave_the_unet_unchanged(tens
     assert_unchanged(unet, before)
 
 
+@pytest.mark.supports(
+    "Offloading",
+    "calibration of an offloaded or float8 model",
+    "refused: load in 16 or 32 bits, calibrate, then offload or cast",
+)
 @pytest.mark.parametrize(
     ("store", "message"),
     [

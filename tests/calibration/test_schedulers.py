@@ -38,6 +38,11 @@ def collect(unet, scheduler):
     return dq_runtime.collect_from_scheduler(unet, scheduler, torch.randn(2, 3, 8, 8), STEPS)
 
 
+@pytest.mark.supports(
+    "Schedulers",
+    "all that sample with a UNet, epsilon or flow",
+    "timesteps are recorded, fractions and repeats included, and have rows of their own",
+)
 @pytest.mark.parametrize(
     ("name", "options"),
     [(name, {}) for name in SCHEDULERS]
@@ -61,6 +66,11 @@ def test_each_timestep_that_a_scheduler_gives_has_its_own_row(unet, name, option
     assert min(importance) > 0
 
 
+@pytest.mark.supports(
+    "Schedulers",
+    "steps that need more than prediction, timestep and sample",
+    "`collect_from_scheduler` refuses them: run their pipeline inside `record()`",
+)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

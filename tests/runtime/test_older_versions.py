@@ -21,6 +21,12 @@ def old_checkpoint(unet2d, tmp_path):
     return tmp_path
 
 
+@pytest.mark.supports(
+    "Saving and loading",
+    "checkpoints of older versions of dq_runtime",
+    "load with a warning",
+    "with diffusers 0.39 or newer",
+)
 @pytest.mark.skipif(not diffusers_quantizer.RENAMES, reason="diffusers before 0.39 cannot rename tensors")
 @pytest.mark.parametrize("arguments", [{}, {"device_map": "cpu"}])
 def test_checkpoint_of_an_older_version_is_loaded(old_checkpoint, unet2d, assert_same_tensors, arguments):
@@ -41,6 +47,7 @@ def test_older_diffusers_names_the_version_that_loads_older_checkpoints(old_chec
         UNet2DModel.from_pretrained(old_checkpoint)
 
 
+@pytest.mark.supports("Saving and loading", "diffusers 0.36 to 0.38", "saves the same checkpoints")
 def test_older_diffusers_saves_the_same_checkpoint(unet2d, tmp_path, monkeypatch, assert_same_tensors):
     """Before 0.39 it does not ask the quantizer for the tensors."""
     unet2d.quantized.save_pretrained(tmp_path / "new")

@@ -34,6 +34,12 @@ def error(subject, unet, timestep=500):
     return float((subject.call(unet, timestep) - expected).norm() / expected.norm())
 
 
+@pytest.mark.supports(
+    "Saving and loading",
+    "`quantization_config=DilateQuantConfig()`",
+    "packs a floating-point checkpoint while it is loaded",
+    "scales at run time until `calibrate`",
+)
 def test_floating_point_checkpoint_is_packed_on_loading(unet2d_condition, folder):
     unet = load(folder)
 
@@ -177,6 +183,12 @@ def pipeline_folder(tmp_path_factory):
 BACKEND = {"quant_backend": "dilatequant", "quant_kwargs": {"activation_bits": 8}}
 
 
+@pytest.mark.supports(
+    "Pipelines",
+    "`PipelineQuantizationConfig`",
+    'by `quant_mapping` and by `quant_backend="dilatequant"`',
+    "models of transformers are refused: name the others in `components_to_quantize`",
+)
 @pytest.mark.parametrize(
     "arguments", [{"quant_mapping": {"unet": DilateQuantConfig()}}, {**BACKEND, "components_to_quantize": ["unet"]}]
 )
@@ -196,6 +208,7 @@ def test_a_text_encoder_is_refused_with_the_remedy(pipeline_folder):
         StableDiffusionPipeline.from_pretrained(pipeline_folder, quantization_config=config)
 
 
+@pytest.mark.supports("Saving and loading", "`from_single_file`", "packs a floating-point file while it is loaded")
 def test_single_file_is_quantized_and_saved_as_packed(unet2d_condition, folder, tmp_path):
     unet = UNet2DConditionModel.from_single_file(
         str(folder / WEIGHTS), config=str(folder), quantization_config=DilateQuantConfig()
@@ -207,6 +220,7 @@ def test_single_file_is_quantized_and_saved_as_packed(unet2d_condition, folder, 
     assert torch.equal(unet2d_condition.call(UNet2DConditionModel.from_pretrained(tmp_path)), expected)
 
 
+@pytest.mark.supports("Saving and loading", "`from_single_file` of packed weights", "refused: load the folder")
 @pytest.mark.parametrize("arguments", [{}, {"quantization_config": DilateQuantConfig()}])
 def test_single_file_of_packed_weights_is_refused_with_the_remedy(folder, tmp_path, arguments):
     load(folder).save_pretrained(tmp_path)
@@ -215,6 +229,7 @@ def test_single_file_of_packed_weights_is_refused_with_the_remedy(folder, tmp_pa
         UNet2DConditionModel.from_single_file(str(tmp_path / WEIGHTS), config=str(folder), **arguments)
 
 
+@pytest.mark.supports("Saving and loading", "floating-point checkpoints in float8", "packed on loading")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_checkpoint_in_float8_is_quantized(unet2d_condition, folder, tmp_path, dtype):
     """diffusers casts no tensor of float8 for a quantizer."""

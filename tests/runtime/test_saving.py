@@ -43,6 +43,12 @@ def found_in(old, new):
     return found_in
 
 
+@pytest.mark.supports(
+    "Saving and loading",
+    "killed saves",
+    "leave the old or the new checkpoint",
+    "a mount point or the current folder may be left without `config.json`",
+)
 @ARGUMENTS
 def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(old, new, tmp_path, found_in, arguments):
     folder, found = tmp_path / "unet", []

@@ -94,6 +94,7 @@ def test_change_of_the_shape_is_refused_with_its_name(conv, name):
         setattr(conv, name, 2)
 
 
+@pytest.mark.supports("Adapters and attention", "LoHa, LoKr, DoRA", "change the UNet as its rounded stock form")
 @pytest.mark.parametrize(
     "config",
     [
@@ -205,6 +206,7 @@ def tile(unet):
     return unet
 
 
+@pytest.mark.supports("Pipelines", "seamless tiling", "`padding_mode` is heeded before and after quantization")
 @pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
 def test_seamless_tiling_of_a_unet(unet2d_condition, fuse):
     subject, unet = unet2d_condition, unet2d_condition.copy()
@@ -233,6 +235,9 @@ def test_tiled_unet_is_calibrated_tiled(new_unet, calibration_call):
 # Threads.
 
 
+@pytest.mark.supports(
+    "Compiling, exporting, graphs", "threads", "may share a model", "one at a time if it has compiled code"
+)
 @pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
 def test_threads_share_a_unet(subject, fuse):
     unet = subject.copy()
@@ -301,6 +306,12 @@ def losses_of_training(unet, subject, steps=8):
     return losses
 
 
+@pytest.mark.supports(
+    "Training and gradients",
+    "LoRA training",
+    "loss within 1.1 of that on stock weights, with gradient checkpointing",
+    "packed weights and tables are not trained",
+)
 def test_lora_learns_on_the_packed_weights_what_it_learns_on_the_stock_ones(unet2d_condition):
     """The packed UNet also with gradient checkpointing."""
     subject = unet2d_condition
@@ -326,6 +337,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet2d_condition):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.supports("Casting", "`torch.set_default_dtype`", "changes no table")
 def test_default_dtype_changes_no_table(new_unet, calibration_call):
     unet, other = new_unet(), new_unet()
     calls = calibration_call(unet)
