@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
@@ -310,7 +311,6 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING[name] = DilateQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[name] = DilateQuantConfig
     if is_transformers_available():
-        from transformers.quantizers import auto
-
+        auto = import_module("transformers.quantizers.auto")  # by its name: it is no requirement
         auto.AUTO_QUANTIZER_MAPPING[name] = _refuse_in_transformers
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = DilateQuantConfig
