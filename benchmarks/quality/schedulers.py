@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.schedulers [--task digits/cross_attention] [--seeds 3] [--output FILE]
 
-For each sampler a UNet is calibrated on that sampler's calls, with weights rounded to nearest and no training. It draws
+For each sampler a UNet is calibrated on that sampler's calls, without dilation or training. It draws
 from the same noise as fp32 with the same sampler; stochastic samplers add the same noise to both. The figures are the
 root mean squared error of the images, and its ratio to DDIM's.
 """
@@ -16,11 +16,12 @@ from typing import Any
 import diffusers
 
 import dq_runtime
-from benchmarks.quality.study import BATCH, CALIBRATION_SAMPLES, FIRST_IMAGE_SEED, slug, task_parser, write_report
+from benchmarks.quality.study import BATCH, FIRST_IMAGE_SEED, slug, task_parser, write_report
 from examples.small_unets.task import Task
 from examples.small_unets.tasks import TASKS
 
-IMAGES, STEPS = 200, 20
+IMAGES, SAMPLES, STEPS = 100, 50, 20
+CONFIG = dq_runtime.DilateQuantConfig(dilation="none")
 DDIM = "DDIMScheduler"
 SAMPLERS = (
     DDIM,
@@ -39,15 +40,15 @@ def new_scheduler(task: Task, name: str) -> Any:
     return getattr(diffusers, name).from_config(task.noise_scheduler().config, **options)
 
 
-def error_of(task: Task, unet: Any, name: str, seed: int, images: int = IMAGES, steps: int = STEPS) -> float:
+def error_of(task: Task, unet: Any, name: str, seed: int) -> float:
     """The root mean squared error of the images of a UNet that was calibrated on the sampler's own trajectories."""
-    samples = min(images, CALIBRATION_SAMPLES)
+    condition = task.condition(task.labels(SAMPLES))
     calibration_set = dq_runtime.collect_from_scheduler(
-        unet, new_scheduler(task, name), task.noise(samples, seed), steps, task.condition(task.labels(samples)), BATCH
+        unet, new_scheduler(task, name), task.noise(SAMPLES, seed), STEPS, condition, BATCH
     )
-    quantized = dq_runtime.calibrate(deepcopy(unet), calibration_set)
+    quantized = dq_runtime.calibrate(deepcopy(unet), calibration_set, CONFIG)
     drawn, expected = (
-        task.sample(model, task.labels(images), FIRST_IMAGE_SEED + seed, steps, new_scheduler(task, name))
+        task.sample(model, task.labels(IMAGES), FIRST_IMAGE_SEED + seed, STEPS, new_scheduler(task, name))
         for model in (quantized, unet)
     )
     return float((drawn - expected).square().mean().sqrt())
