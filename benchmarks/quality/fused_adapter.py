@@ -3,7 +3,8 @@
     python -m benchmarks.quality.fused_adapter [--task TASK] [--strength 0.2] [--seeds 3] [--output FILE]
 
 A random LoRA of rank 8 on all attentions and the resnets' first convolutions changes each weight by ``strength`` of its
-norm. The reference is the floating-point UNet with this adapter. Compared with it are, at W4A8, without dilation or training,
+norm. The reference is the floating-point UNet with this adapter. Compared with it are, at W4A8
+without dilation or training,
 
 - beside: packed weights, rounded with error feedback, and the adapter beside them, as PEFT runs it;
 - fused to nearest: the packed weights plus the adapter's product, rounded to nearest again;
