@@ -66,6 +66,11 @@ class DilateQuantizer(DiffusersQuantizer):
         """Empty: ``device_map="auto"`` reads the sizes from the tensors themselves, including packed ones."""
         return {}
 
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """False for a floating-point checkpoint: q, k and v wait for one another, whichever shard holds them."""
+        return self.pre_quantized
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         tensors = kwargs.get("state_dict")
         if tensors is not None:  # from_single_file does not tell what the file holds

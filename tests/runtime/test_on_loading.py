@@ -2,16 +2,19 @@
 
 import copy
 import shutil
+import threading
 
 import pytest
 import tiny_pipeline
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models import modeling_utils
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 
 import dq_runtime
 from dq_runtime import DilateQuantConfig
+from dq_runtime.diffusers_quantizer import DilateQuantizer
 from dq_runtime.layers import quantized_layers
 from dq_runtime.on_loading import WeightsOnLoading
 
@@ -96,6 +99,28 @@ def test_weights_wait_for_their_group_alone(unet2d_condition, monkeypatch, folde
     assert len(waiting) == len(quantized_layers(unet2d_condition.quantized))
     assert max(waiting) == 2
     assert waiting[-1] == 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_shards_are_read_one_by_one_unless_they_are_packed(unet2d_condition, folder, tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
+    threads = []
+    create = DilateQuantizer.create_quantized_param
+
+    def counted(self, *arguments, **kwargs):
+        threads.append(threading.current_thread())
+        return create(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(DilateQuantizer, "create_quantized_param", counted)
+    (load(folder) if packed else copy.deepcopy(unet2d_condition.stock)).save_pretrained(
+        tmp_path, max_shard_size="100KB"
+    )
+    threads.clear()
+
+    unet = UNet2DConditionModel.from_pretrained(tmp_path) if packed else load(tmp_path)
+
+    assert (set(threads) == {threading.main_thread()}) is not packed
+    assert torch.equal(unet2d_condition.call(unet), unet2d_condition.call(load(folder)))
 
 
 def test_saved_again_it_is_a_packed_checkpoint(unet2d_condition, folder, tmp_path):
