@@ -309,6 +309,7 @@ def register() -> None:
     """
     for model_class, method in ((ControlNetModel, "from_unet"), (UNetMotionModel, "from_unet2d")):
         setattr(model_class, method, _with_stock_unet(getattr(model_class, method)))
+    module: Any
     for module in (single_file, single_file_model):
         module.load_single_file_checkpoint = _with_packed_refused(module.load_single_file_checkpoint)
     install()
