@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from dq_runtime.validation import choice, integer, names, number, shown
@@ -166,4 +166,6 @@ class DilateQuantConfig(QuantizationConfigMixin):
         return {name: value for name, value in self.to_dict().items() if value != default[name]}
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig
+for _mappings in ("diffusers.quantizers.auto", "transformers.quantizers.auto"):
+    if _mappings in sys.modules:
+        sys.modules[_mappings].AUTO_QUANTIZATION_CONFIG_MAPPING[DilateQuantMethod.DILATEQUANT.value] = DilateQuantConfig

@@ -48,7 +48,7 @@ class ConversionPlan:
         for entry in self.unmatched:
             logger.warning("%s matches nothing in this UNet", entry)
         if self.kept:
-            level = logging.WARNING if set(self.kept.values()) - {REQUESTED} else logging.INFO
+            level = logging.WARNING if set(self.kept.values()) - {REQUESTED, IN_FP32} else logging.INFO
             logger.log(level, "Kept in floating point: %s", _by_reason(self.kept))
         if self.kept_attentions:
             logger.warning("Attention stays in floating point: %s", _by_reason(self.kept_attentions))
@@ -62,6 +62,7 @@ def _by_reason(kept: Mapping[str, str]) -> str:
 
 
 REQUESTED = "in modules_to_not_convert"
+IN_FP32 = "in the model's _keep_in_fp32_modules"
 
 
 def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPlan:
@@ -88,6 +89,8 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
         )
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     kept: dict[str, str] = {}
+    in_fp32: Any = getattr(unet, "_keep_in_fp32_modules", None) or ()
+    in_fp32 = (in_fp32,) if isinstance(in_fp32, str) else in_fp32
     fir_prefixes = tuple(
         f"{name}." for name, module in unet.named_modules() if isinstance(module, (FirDownsample2D, FirUpsample2D))
     )
@@ -96,6 +99,8 @@ def plan_conversion(unet: nn.Module, config: DilateQuantConfig) -> ConversionPla
             continue
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Conv1d, nn.Conv3d)):
             reason = _reason_to_keep(name, module, config, fir_prefixes)
+            if reason is None and any(is_part(entry, name) for entry in in_fp32):
+                reason = IN_FP32
             if reason is not None:
                 kept[name] = reason
             elif isinstance(module, (nn.Linear, nn.Conv2d)):

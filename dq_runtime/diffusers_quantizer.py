@@ -24,6 +24,8 @@ from dq_runtime.on_loading import WeightsOnLoading
 from dq_runtime.saving import install
 from dq_runtime.validation import finite
 
+RENAMES = hasattr(DiffusersQuantizer, "maybe_update_loaded_keys")  # since diffusers 0.39
+
 
 class DilateQuantizer(DiffusersQuantizer):
     """Loads and saves models quantized by ``dq_runtime.calibrate``."""
@@ -31,6 +33,7 @@ class DilateQuantizer(DiffusersQuantizer):
     quantization_config: DilateQuantConfig
     is_serializable = True
     is_trainable = False
+    use_keep_in_fp32_modules = True  # in every dtype
 
     def __init__(self, quantization_config: DilateQuantConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True) and quantization_config.timesteps is not None:
@@ -59,7 +62,16 @@ class DilateQuantizer(DiffusersQuantizer):
         """Empty: ``device_map="auto"`` reads the sizes from the tensors themselves, including packed ones."""
         return {}
 
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """False for a floating-point checkpoint: q, k and v wait for one another, whichever shard holds them."""
+        return self.pre_quantized
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        tensors = kwargs.get("state_dict")
+        if tensors is not None:  # from_single_file does not tell what the file holds
+            refuse_packed(tensors)
+            self.pre_quantized = False
         if self.pre_quantized:
             insert_empty_layers(model, self.quantization_config)
             digest.expect(model)
@@ -74,7 +86,7 @@ class DilateQuantizer(DiffusersQuantizer):
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The tensors of a file under their present names. All are checksummed, also those that go to disk unread."""
-        if self._on_loading is not None:
+        if not self._empty_layers:
             return state_dict  # it is in floating point, without a digest
         tensors = dict(zip(present_names(state_dict), state_dict.values(), strict=True))
         for name, tensor in tensors.items():
@@ -97,9 +109,14 @@ class DilateQuantizer(DiffusersQuantizer):
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Raises ValueError for missing tensors; diffusers would only warn, and leave the layer empty."""
         others = [key for key in missing_keys if not key.endswith(f".{digest.NAME}")]
+        if others and not RENAMES and all(key.endswith(".packed_weight") for key in others):
+            raise ValueError(
+                "The checkpoint holds no packed_weight. If an older version of dq_runtime wrote it, diffusers 0.39 or "
+                "newer loads it: update diffusers, load it and save it again"
+            )
         self._refuse("missing", others)
         if len(others) < len(missing_keys):
-            digest.warn_without_digest()
+            digest.expect_none(model)
         return others
 
     def _refuse(self, what: str, keys: list[str]) -> None:
@@ -120,7 +137,8 @@ class DilateQuantizer(DiffusersQuantizer):
         module_name, _, tensor_name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
         if self._on_loading is not None:
-            return self._on_loading.takes(module, tensor_name)
+            # diffusers casts other tensors, but not those of float8.
+            return self._on_loading.takes(module, tensor_name) or param_value.dtype == torch.float8_e4m3fn
         if param_name in state_dict:
             self._add_checksum(param_name, state_dict[param_name])
         return isinstance(module, QuantizedLayer) and tensor_name != "bias"
@@ -154,7 +172,12 @@ class DilateQuantizer(DiffusersQuantizer):
         module_name, _, tensor_name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
         if self._on_loading is not None:
-            self._on_loading.add(module, state_dict[param_name].to(target_device))
+            value = state_dict[param_name].to(target_device)
+            if self._on_loading.takes(module, tensor_name):
+                self._on_loading.add(module, value)
+            else:
+                dtype = kwargs.get("dtype") or getattr(module, tensor_name).dtype
+                module._parameters[tensor_name] = nn.Parameter(value.to(dtype), requires_grad=False)
             return
         self._refuse("unexpected", unexpected_keys or [])
         stored, empty = state_dict[param_name], getattr(module, tensor_name)
@@ -188,6 +211,7 @@ class DilateQuantizer(DiffusersQuantizer):
         if self._on_loading is not None:
             self._on_loading.finish()
             self._on_loading = None
+            model.register_to_config(quantization_config=self.quantization_config)  # from_single_file does not
         if not self._may_offload:
             empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
             self._refuse("missing", [name for name in empty if not name.endswith(f".{digest.NAME}")])
@@ -224,6 +248,15 @@ def without_adapters(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     inside = tuple(f"{name}." for name in wrapped)
     kept = (name for name in tensors if base in name or not name.startswith(inside))
     return {name.replace(base, "."): tensors[name] for name in kept}
+
+
+def refuse_packed(names: Iterable[str]) -> None:
+    """Raises ValueError if a single file holds the tensors of a packed model, whose config is in another file."""
+    if any(name.endswith(".weight_dilation") for name in names):
+        raise ValueError(
+            "The file holds packed INT4 weights, and from_single_file does not read their quantization_config: load "
+            "the folder that save_pretrained wrote, with from_pretrained"
+        )
 
 
 def attach_quantizer(unet: Any, config: DilateQuantConfig) -> None:

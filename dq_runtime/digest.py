@@ -89,8 +89,11 @@ def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantCo
         )
 
 
-def warn_without_digest() -> None:
-    """Warns that damage in a checkpoint may go unnoticed."""
+def expect_none(model: nn.Module) -> None:
+    """Takes back ``expect`` for a checkpoint without a digest, and warns that damage may go unnoticed."""
+    holder = _holder(model)
+    if holder is not None:
+        holder._buffers.pop(NAME, None)
     warnings.warn(
         "This checkpoint was written by an older version and has no digest, so damage can go unnoticed. Call "
         "save_pretrained to add one",

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.quantizers.base import DiffusersQuantizer
 
 from dq_runtime.files import CAN_LOCK, left_behind, lock, opened, sync_folder, temporary_name
 from dq_runtime.layers import is_quantized
@@ -62,18 +63,32 @@ def save_pretrained(
     folder = Path(os.path.realpath(path("save_directory", save_directory)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _staging(folder) as staging:
-        save(staging)
+        with _saved_tensors(model):
+            save(staging)
         if is_main_process and not (folder / CARD).exists():
             (staging / CARD).write_text(model_card(model, model.hf_quantizer.quantization_config), encoding="utf-8")
         _replace(folder, staging, _names_of_weights(variant) if is_main_process else None)
     if push_to_hub:
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory() as temporary, _saved_tensors(model):
             save(temporary, push_to_hub=True, repo_id=kwargs.get("repo_id", folder.name))
 
 
 def install() -> None:
     """Gives all models of diffusers this ``save_pretrained``: diffusers lets a quantizer change the tensors alone."""
     ModelMixin.save_pretrained = save_pretrained  # type: ignore[method-assign, assignment]
+
+
+@contextmanager
+def _saved_tensors(model: Any) -> Iterator[None]:
+    """Makes ``state_dict()`` the tensors to save, for diffusers before 0.39, which does not ask the quantizer."""
+    if hasattr(DiffusersQuantizer, "get_state_dict_and_metadata"):
+        yield
+        return
+    model.state_dict = lambda: model.hf_quantizer.get_state_dict_and_metadata(type(model).state_dict(model))[0]
+    try:
+        yield
+    finally:
+        del model.state_dict
 
 
 def _names_of_weights(variant: str | None) -> re.Pattern[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -46,6 +47,7 @@ class _Rows:
     def __init__(self) -> None:
         self.index = NO_INDEX
         self.uniform = False
+        self.thread = 0  # that the call runs in
         self.copies: dict[tuple[int, torch.device], torch.Tensor] = {}  # of index, in this call
 
 
@@ -161,6 +163,8 @@ class TimestepGrid(nn.Module):
         timestep = NO_TIMESTEP if self.timestep is None else arguments[self.timestep]
         if self.boundaries.device != sample.device and not sample.is_meta:
             self.boundaries = self.boundaries.to(sample.device)  # weights were loaded there without a move
+        if not torch.compiler.is_compiling():
+            self._take_turn(module)
         index = self.nearest(timestep, sample.shape[0], sample.device)
         uniform = not isinstance(timestep, torch.Tensor) or timestep.numel() == 1
         for rows in self.calls.all_of_call():
@@ -183,7 +187,27 @@ class TimestepGrid(nn.Module):
         """The forward hook: clears ``index``, or a bare ``forward(...)``, which runs no hooks, would use an old one."""
         # Not a new tensor: torch.compile would compile this hook as a graph of its own.
         for rows in self.calls.all_of_call():
-            rows.index = NO_INDEX
+            if torch.compiler.is_compiling() or rows.thread == threading.get_ident():
+                rows.index = NO_INDEX
+
+    def _take_turn(self, model: nn.Module) -> None:
+        """Marks the rows of this call with its thread.
+
+        Raises:
+            RuntimeError: if a call runs in another thread, and compiled blocks would read this call's rows in it.
+        """
+        thread, compiled = threading.get_ident(), self.calls.of_compiled_code
+        if (
+            compiled.index.numel()
+            and compiled.thread != thread
+            and any(other.ident == compiled.thread for other in threading.enumerate())
+            and any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules())
+        ):
+            raise RuntimeError(
+                "A model with compiled blocks was called while it runs in another thread. Call it in turns, with a "
+                "lock, or give each thread a copy of it"
+            )
+        self.calls.now().thread = compiled.thread = thread
 
     def _keep_timesteps_of_checkpoints(self, model: nn.Module) -> None:
         """Makes gradient checkpointing run its blocks again, in the backward pass, with the timesteps of this call."""

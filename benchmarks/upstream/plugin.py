@@ -2,7 +2,8 @@
 
     pytest -p benchmarks.upstream.plugin --unets stock|quantized|fused --outcomes FILE tests/...
 
-The library is the installed diffusers. Models come from no hub: ``hub_models`` stands in for the tiny CLIP models.
+The library is the installed diffusers: it is imported here, before the checkout's ``conftest.py`` puts its own source
+first on the path. Models come from no hub: ``hub_models`` stands in for the tiny CLIP models.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers  # noqa: F401
 import pytest
 
 MODES = ("stock", "quantized", "fused")

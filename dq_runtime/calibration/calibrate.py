@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dq_kernels import ops
 from dq_runtime.architectures.supported import architecture_of, without_compilation
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation
@@ -71,10 +72,7 @@ def calibrate(
     config = replace(config, timesteps=grouped(calibration_set.timesteps, config.timestep_groups))
     assert config.timesteps is not None
     layers = plan_conversion(model, config).layers
-    for name, layer in layers.items():
-        for tensor, parameter in layer.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise ValueError(f"{name}.{tensor} holds NaN or infinity; load the original weights again")
+    _check_weights(layers)
     samples = sample_inputs(model, layers, calibration_set)
     unreached = [name for name in layers if name not in samples]
     if unreached:
@@ -109,6 +107,24 @@ def _facts(calibration_set: CalibrationSet, distillation: Distillation | None) -
         "scheduler": None if calibration_set.scheduler is None else type(calibration_set.scheduler).__name__,
         "method": "rounded to nearest" if distillation is None else distillation.described(),
     }
+
+
+def _check_weights(layers: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for parameters that are not finite, or not there in a dtype to quantize from."""
+    for name, layer in layers.items():
+        for tensor, parameter in layer.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{name}.{tensor} is offloaded: calibrate before enable_sequential_cpu_offload() or a device_map, "
+                    "or load the model again"
+                )
+            if parameter.dtype not in ops.COMPUTE_DTYPES:
+                raise ValueError(
+                    f"{name}.{tensor} is stored in {parameter.dtype}: load the original weights in float16, bfloat16 "
+                    "or float32, calibrate, and enable layerwise casting after that"
+                )
+            if not bool(parameter.isfinite().all()):
+                raise ValueError(f"{name}.{tensor} holds NaN or infinity; load the original weights again")
 
 
 def _make_scales_static(

@@ -288,6 +288,18 @@ def _component(pipeline: Any, name: str | None) -> nn.Module:
     )
 
 
+def _check_step(scheduler: Any) -> None:
+    """Raises TypeError if a step needs more than the prediction, the timestep and the sample."""
+    known, parameters = 3, list(inspect.signature(getattr(scheduler, "step", lambda: None)).parameters.values())
+    more = [p.name for p in parameters[known:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(parameters) < known or more:
+        raise TypeError(
+            f"{type(scheduler).__name__} has no step from a prediction, a timestep and a sample"
+            + (f" alone: it needs {', '.join(more)}" if more else "")
+            + ". Run its pipeline inside record()"
+        )
+
+
 @torch.no_grad()
 def collect_from_scheduler(
     model: Any,
@@ -319,6 +331,7 @@ def collect_from_scheduler(
             "pass it to collect_from_pipeline as `component`"
         )
     check_scheduler("scheduler", scheduler)
+    _check_step(scheduler)
     integer("num_inference_steps", num_inference_steps, 1)
     integer("batch_size", batch_size, 1)
     instance("noise", noise, torch.Tensor)

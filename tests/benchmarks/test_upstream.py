@@ -9,6 +9,12 @@ from benchmarks.upstream import run
 from benchmarks.upstream.differences import VERDICTS, counts, differences, is_clean, needs_hub, page, read_verdicts
 
 MODULE = "tests/test_unets.py"
+CONFTEST = """
+import sys
+from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).parents[1] / "src"))  # as diffusers' does
+"""
 TESTS = """
 import pytest
 import torch
@@ -101,9 +107,10 @@ def test_that_fails():
 def outcomes(tmp_path_factory):
     """Of one run with fused UNets: test -> what the plugin wrote."""
     checkout = tmp_path_factory.mktemp("checkout")
-    for name, text in {"pyproject.toml": "", "tests/__init__.py": "", MODULE: TESTS}.items():
+    files = {"pyproject.toml": "", "tests/__init__.py": "", "tests/conftest.py": CONFTEST, MODULE: TESTS}
+    for name, text in {**files, "src/diffusers/__init__.py": "raise ImportError('not the installed one')"}.items():
         file = checkout / name
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(exist_ok=True, parents=True)
         file.write_text(text)
     run.run_tests(checkout, MODULE, "fused", checkout / "outcomes.json")
     tests = json.loads((checkout / "outcomes.json").read_text())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from diffusers import UNet2DConditionModel
 from tiny_unets import unet2d, unet2d_condition
 from torch import nn
@@ -344,6 +345,27 @@ def test_weights_that_are_not_finite_are_named_and_leave_the_unet_unchanged(tens
     with pytest.raises(ValueError, match=rf"^{tensor}\b.*NaN or infinity"):
         calibrate(unet, calibration_set)
     assert_unchanged(unet, before)
+
+
+@pytest.mark.supports(
+    "Offloading",
+    "calibration of an offloaded or float8 model",
+    "refused: load in 16 or 32 bits, calibrate, then offload or cast",
+)
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        (lambda unet, _: unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32), "is stored in .*float8"),
+        (lambda unet, folder: disk_offload(unet, folder), "is offloaded: calibrate before"),
+    ],
+)
+def test_weights_that_are_not_there_in_full_are_refused_with_the_remedy(store, message, tmp_path):
+    unet = unet2d()
+    calibration_set = recorded(unet)
+    store(unet, tmp_path)
+
+    with pytest.raises(ValueError, match=rf"^\S+\.weight {message}"):
+        calibrate(unet, calibration_set)
 
 
 def test_activations_that_are_not_finite_name_the_layer_and_leave_the_unet_unchanged():

@@ -515,6 +515,7 @@ TEST_FUSED_STATE = ("tests/runtime/test_fused_state.py",)
 TEST_LORA = ("tests/runtime/test_lora.py",)
 TEST_GRAPHS = ("tests/runtime/test_graphs.py", "tests/runtime/test_captured_state.py")
 TEST_PROCESSOR = ("tests/runtime/test_attention.py",)
+TEST_ON_LOADING = ("tests/runtime/test_on_loading.py",)
 TEST_CHECKPOINT = ("tests/runtime/test_checkpoint.py",)
 
 RUNTIME = [
@@ -827,6 +828,36 @@ RUNTIME = [
         "layer.check_tensors()",
         "layer.eval()",
         TEST_CHECKPOINT, "test_corrupt_values_are_refused_by_the_layer_s_name and act_zero_point",
+    ),
+    Mutant(
+        "quantizer_config_of_a_single_file_is_lost", QUANTIZER,
+        "model.register_to_config(quantization_config=self.quantization_config)",
+        "model.register_to_config()",
+        TEST_ON_LOADING, "test_single_file_is_quantized_and_saved_as_packed",
+    ),
+    Mutant(
+        "quantizer_shards_in_parallel", QUANTIZER,
+        "return self.pre_quantized",
+        "return True",
+        TEST_ON_LOADING, "test_shards_are_read_one_by_one_unless_they_are_packed",
+    ),
+    Mutant(
+        "saving_without_the_quantizer", "dq_runtime/saving.py",
+        'if hasattr(DiffusersQuantizer, "get_state_dict_and_metadata"):',
+        "if model is not None:",
+        ("tests/runtime/test_older_versions.py",), "test_older_diffusers_saves_the_same_checkpoint",
+    ),
+    Mutant(
+        "convert_quantizes_what_stays_in_fp32", CONVERT,
+        "any(is_part(entry, name) for entry in in_fp32)",
+        "any(entry == name for entry in in_fp32)",
+        TEST_CONVERT, "test_modules_that_diffusers_keeps_in_fp32_stay_in_fp32",
+    ),
+    Mutant(
+        "timesteps_of_two_threads_in_compiled_blocks", TIMESTEPS,
+        "and compiled.thread != thread",
+        "and compiled.thread == thread",
+        ("tests/runtime/test_compile.py",), "test_a_call_of_compiled_blocks_is_not_disturbed_by_another_thread",
     ),
 ]  # fmt: skip
 

@@ -90,6 +90,12 @@ def subject(request):
     return subject_of(request.param)
 
 
+@pytest.mark.supports(
+    "Models",
+    "`UNet2DModel`, `UNet2DConditionModel`, `ControlNetModel`, `AutoencoderKL`, `FluxTransformer2DModel`",
+    "quantized, near the original",
+    "of an autoencoder the decoder; Flux has no fused blocks",
+)
 def test_a_quantized_model_stays_near_the_original(subject):
     # Four bits of random weights cost 0.02 here at most. Broken wiring would cost 1.
     assert 0 < subject.error(subject.quantized) < 0.05
@@ -132,6 +138,7 @@ def test_the_way_back_leaves_nothing_behind(subject):
     assert 0 < subject.error(model) < 0.05
 
 
+@pytest.mark.supports("Models", "fused blocks", "in UNets, ControlNets and the decoder of an autoencoder")
 @pytest.mark.parametrize("kind", ["controlnet", "decoder"])
 def test_blocks_of_unets_are_fused_wherever_they_are(kind, monkeypatch):
     subject = subject_of(kind)
@@ -305,6 +312,7 @@ def test_a_pickled_record_is_refused(tmp_path):
         CalibrationSet.load(tmp_path / "calls.pt")
 
 
+@pytest.mark.supports("Pipelines", "ControlNet", "runs with a quantized UNet, ControlNet and decoder")
 def test_a_controlnet_pipeline_of_quantized_components(relative_rms):
     stock = tiny_models.controlnet_pipeline(
         distilling.unet2d_condition(), subject_of("controlnet").stock, subject_of("decoder").stock
@@ -336,6 +344,7 @@ def test_a_controlnet_pipeline_of_quantized_components(relative_rms):
     assert relative_rms(quantized(**runs[0]).images, images) < 0.05
 
 
+@pytest.mark.supports("Pipelines", "Flux", "runs with a quantized transformer")
 def test_a_flux_pipeline_of_a_quantized_transformer(relative_rms):
     stock = tiny_models.flux_pipeline(tiny_models.flux())
     run = tiny_models.flux_run()
@@ -417,6 +426,7 @@ def use_record(model):
         pass
 
 
+@pytest.mark.supports("Models", "other classes", "refused, with the classes that are known")
 @pytest.mark.parametrize(
     "use", [use_calibrate, use_record, dq_runtime.enable_cuda_graphs], ids=["calibrate", "record", "graphs"]
 )

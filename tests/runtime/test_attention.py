@@ -174,6 +174,9 @@ def with_reference(monkeypatch):
 TOKENS, IMAGE, CONTEXT = (2, 70, 32), (2, 32, 5, 14), (2, 5, 24)
 
 
+@pytest.mark.supports(
+    "Adapters and attention", "`Int8AttnProcessor`", "on any stock attention", "heads of at most 128 channels"
+)
 @pytest.mark.parametrize(
     ("options", "shape", "context_shape"),
     [

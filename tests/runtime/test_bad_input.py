@@ -239,6 +239,7 @@ def subject(unet2d):
     )
 
 
+@pytest.mark.supports("Errors", "bad arguments", "refused by the parameter's name")
 @pytest.mark.parametrize("group", [CONFIG, DISTILLATION, CALIBRATION_SET, COLLECTION, MODELS, EVALUATION, OPERATORS])
 def test_bad_values_are_refused_by_the_parameter_s_name(subject, group):
     accepted, unclear = [], []
@@ -261,5 +262,6 @@ def test_there_are_enough_cases():
     assert len(CASES) >= 343
 
 
+@pytest.mark.supports("Errors", "failed calibration", "leaves the model as it was")
 def test_a_bad_model_is_left_as_it_was(subject):
     assert not subject.pipeline.unet._forward_pre_hooks

@@ -132,6 +132,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.supports("Compiling, exporting, graphs", "CUDA graphs of a changed model", "are captured again")
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_captured_again(unet, fake_graphs, change, position):
@@ -255,6 +256,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.supports("Compiling, exporting, graphs", "hooks", "run at each call")
 @pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
 def test_hooks_run_at_each_call_and_the_graph_serves_again_without_them(unet, fake_graphs, register):
     with_graphs(unet)
@@ -368,6 +370,7 @@ def test_no_graph_is_launched_that_reads_freed_memory(unet, monkeypatch, fake_gr
     assert torch.equal(result, copy.deepcopy(unet)(X, 7)[0])
 
 
+@pytest.mark.supports("Offloading", "CUDA graphs", "are freed, and calls run eagerly")
 def test_graphs_of_an_offloaded_model_are_freed(unet, fake_graphs):
     """An offloader replaces forwards, and moves the weights."""
     with_graphs(unet)
@@ -443,6 +446,7 @@ def test_other_processors_are_captured(replayed, fake_graphs):
     assert fake_graphs.made == 2
 
 
+@pytest.mark.supports("Compiling, exporting, graphs", "scales of IP-Adapters", "are heeded by CUDA graphs")
 def test_the_scale_of_an_ip_adapter_is_part_of_the_key(unet, fake_graphs):
     """diffusers changes it inside of a list."""
     for block in unet.blocks:

@@ -87,6 +87,7 @@ def test_quantized_weights_take_a_quarter_of_fp16(unet2d, tmp_path):
     assert 0.25 * fp16 < packed <= 0.27 * fp16
 
 
+@pytest.mark.supports("Saving and loading", "`save_pretrained`, `from_pretrained`", "every bit is kept")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -128,6 +129,7 @@ def test_saving_a_loaded_unet_writes_the_same_file(saved, tmp_path):
     assert configs[0] == {name: value for name, value in configs[1].items() if name != "_name_or_path"}
 
 
+@pytest.mark.supports("Saving and loading", "shards", "load as one")
 def test_shards_load_as_one(unet2d_condition, tmp_path, assert_same_tensors):
     unet2d_condition.quantized.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -138,6 +140,7 @@ def test_shards_load_as_one(unet2d_condition, tmp_path, assert_same_tensors):
     assert torch.equal(unet2d_condition.call(unet), unet2d_condition.call(unet2d_condition.quantized))
 
 
+@pytest.mark.supports("Saving and loading", "variants", "are loaded")
 def test_variants_are_loaded(unet2d_condition, tmp_path, assert_same_tensors):
     unet2d_condition.quantized.save_pretrained(tmp_path, variant="int4")
 
@@ -146,6 +149,7 @@ def test_variants_are_loaded(unet2d_condition, tmp_path, assert_same_tensors):
     assert_same_tensors(unet.state_dict(), unet2d_condition.quantized.state_dict())
 
 
+@pytest.mark.supports("Casting", "`torch_dtype`", "float16, bfloat16, float32", "others are refused")
 @pytest.mark.parametrize("arguments", [{}, {"device_map": "auto", "max_memory": {"cpu": "1GB"}}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_torch_dtype_casts_all_but_the_tables(
@@ -198,6 +202,7 @@ def test_loaded_unet_can_be_dequantized(saved, unet2d_condition, assert_same_ten
     assert_same_tensors(unet.state_dict(), unet2d_condition.copy().dequantize().state_dict())
 
 
+@pytest.mark.supports("Pipelines", "save and load", "draws the same image")
 def test_pipeline_saves_loads_and_draws_the_same_image(unet2d, tmp_path):
     def draw(pipeline):
         pipeline.set_progress_bar_config(disable=True)
@@ -360,6 +365,7 @@ def shift(name):
     return lambda tensors: tensors[name].view(-1)[3:4].add_(0.01)
 
 
+@pytest.mark.supports("Saving and loading", "damaged or exchanged tensors", "refused by name, by the digest")
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -512,22 +518,7 @@ if any(name.startswith("dq_runtime.calibration") for name in sys.modules):
     assert torch.equal(torch.load(tmp_path / "output.pt"), expected)
 
 
-def test_checkpoint_of_an_older_version_is_loaded(unet2d, tmp_path, assert_same_tensors):
-    """It has packed weights under the name ``weight``, and no digest."""
-    unet2d.quantized.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    old = {n.replace("packed_weight", "weight"): t for n, t in tensors.items() if "digest" not in n}
-    save_file(old, tmp_path / WEIGHTS)
-
-    with pytest.warns(UserWarning, match="older version"):
-        unet = UNet2DModel.from_pretrained(tmp_path)
-
-    assert_same_tensors(unet.state_dict(), unet2d.quantized.state_dict())
-    loaded = unet2d.copy()
-    loaded.load_state_dict({n.replace("packed_weight", "weight"): t for n, t in unet.state_dict().items()})
-    assert_same_tensors(loaded.state_dict(), unet.state_dict())
-
-
+@pytest.mark.supports("Saving and loading", "saves with an adapter", "leave the adapter out")
 def test_adapters_are_left_out_of_a_checkpoint(unet2d_condition, tmp_path, assert_same_tensors):
     unet = unet2d_condition.copy()
     unet.add_adapter(LoraConfig(target_modules=["to_q", "conv1", "conv_in"]))
@@ -538,6 +529,7 @@ def test_adapters_are_left_out_of_a_checkpoint(unet2d_condition, tmp_path, asser
     assert_same_tensors(loaded.state_dict(), unet2d_condition.quantized.state_dict())
 
 
+@pytest.mark.supports("Offloading", "`device_map` with disk", "same result")
 def test_unet_is_offloaded_to_the_disk(unet2d_condition, tmp_path):
     unet2d_condition.quantized.save_pretrained(tmp_path / "unet")
     unet = UNet2DConditionModel.from_pretrained(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 
 import pytest
 import torch
@@ -61,6 +62,12 @@ def sample(unet):
     return torch.stack([call(unet, timestep, encoder_hidden_states=PROMPT) for timestep in TIMESTEPS])
 
 
+@pytest.mark.supports(
+    "Compiling, exporting, graphs",
+    "`torch.compile(fullgraph=True)`",
+    "one compilation for all timesteps",
+    "timesteps as tensors; backend `aot_eager`",
+)
 def test_a_sampling_run_compiles_the_unet_once(relative_rms, backend, compiled_graphs):
     unet = small()
     unet.compile(fullgraph=True, backend=backend)
@@ -118,6 +125,7 @@ def test_hooks_run_in_compiled_blocks(relative_rms, backend):
     assert relative_rms(sample(unets[0]), sample(unets[1])) < FLIPS
 
 
+@pytest.mark.supports("Compiling, exporting, graphs", "`compile_repeated_blocks`", "blocks are compiled once")
 def test_repeated_blocks_are_compiled(relative_rms, backend, compiled_graphs):
     unet = small()
     unet.compile_repeated_blocks(fullgraph=True, backend=backend)
@@ -126,6 +134,47 @@ def test_repeated_blocks_are_compiled(relative_rms, backend, compiled_graphs):
     assert 1 <= len(compiled_graphs) <= len(modules_of(unet, BasicTransformerBlock))
 
 
+@pytest.mark.supports(
+    "Compiling, exporting, graphs",
+    "threads and compiled blocks",
+    "a call from a second thread is refused",
+    "not checked where the whole model is compiled",
+)
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_a_call_of_compiled_blocks_is_not_disturbed_by_another_thread(backend, is_compiled):
+    unet = small()
+    if is_compiled:
+        unet.compile_repeated_blocks(backend=backend)
+    first, second = (
+        functools.partial(call, unet, timestep, encoder_hidden_states=PROMPT) for timestep in TIMESTEPS[:2]
+    )
+    expected, others = first(), second()
+    errors, results = [], []
+
+    def call_in_between():
+        try:
+            with torch.no_grad():
+                results.append(second())
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def start_other_thread(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=call_in_between)
+            thread.start()
+            thread.join()
+
+    unet.conv_in.register_forward_hook(start_other_thread)
+
+    assert torch.equal(first(), expected)
+    if is_compiled:
+        assert not results
+        assert "called while it runs in another thread. Call it in turns" in errors[0]
+    else:
+        assert torch.equal(results[0], others)
+
+
+@pytest.mark.supports("Compiling, exporting, graphs", "`torch.export`", "fused UNets")
 def test_fused_unet_is_exported(relative_rms):
     unet = small()
     exported = torch.export.export(unet, (noise(unet), TIMESTEPS[0], PROMPT)).module()
@@ -151,6 +200,7 @@ LAYER_SKIPS = {
 }
 
 
+@pytest.mark.supports("Adapters and attention", "layer skip", "finds fused blocks by their classes")
 @pytest.mark.parametrize("int8_attention", [False, True])
 @pytest.mark.parametrize("skip", LAYER_SKIPS)
 def test_layers_of_a_fused_unet_are_skipped(relative_rms, skip, int8_attention):

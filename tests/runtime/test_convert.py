@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.downsampling import Downsample2D, FirDownsample2D
 from peft import LoraConfig, inject_adapter_in_model
@@ -157,6 +158,7 @@ def test_grouped_convolution_stays_and_one_warning_says_so(new_unet, quantize, c
     assert torch.isfinite(unet(torch.randn(1, 3, 8, 8), 500).sample).all()
 
 
+@pytest.mark.supports("Models", "layers without an INT4 kernel", "stay in floating point; one log line lists them")
 @pytest.mark.parametrize(
     "module",
     [
@@ -203,6 +205,23 @@ def test_only_what_the_user_asked_for_is_no_warning(new_unet, quantize, caplog):
     (line,) = caplog.records
     assert line.levelno == logging.INFO
     assert line.getMessage() == "Kept in floating point: conv_in, conv_out (in modules_to_not_convert)"
+
+
+@pytest.mark.supports("Casting", "`_keep_in_fp32_modules`", "stay in fp32, unquantized")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modules_that_diffusers_keeps_in_fp32_stay_in_fp32(new_unet, calibration_call, tmp_path, dtype):
+    UNet = type("UNet", (UNet2DModel,), {"_keep_in_fp32_modules": ["time_embedding", "norm1"]})
+    stock = UNet.from_config(new_unet().config)
+    stock.save_pretrained(tmp_path / "stock")
+    dq_runtime.calibrate(stock, calibration_call(stock)).save_pretrained(tmp_path / "packed")
+    packed = UNet.from_pretrained(tmp_path / "packed", torch_dtype=dtype)
+    config = DilateQuantConfig()
+
+    for unet in (packed, UNet.from_pretrained(tmp_path / "stock", torch_dtype=dtype, quantization_config=config)):
+        assert not any(name.startswith("time_embedding") for name in quantized_layers(unet))
+        kept = (unet.time_embedding.linear_1.weight, unet.mid_block.resnets[0].norm1.weight)
+        assert [tensor.dtype for tensor in kept] == [torch.float32] * 2
+        assert unet.mid_block.resnets[0].norm2.weight.dtype == dtype
 
 
 def test_the_default_bits_of_shortcuts_are_no_warning_where_none_is_quantized(new_unet):
@@ -284,6 +303,7 @@ def test_adapters_must_be_fused_before_calibration(unet2d_condition):
         dq_runtime.calibrate(unet, unet2d_condition.calibration_set)
 
 
+@pytest.mark.supports("Adapters and attention", "calibration with an IP-Adapter", "refused: load it after quantization")
 def test_layers_of_an_ip_adapter_are_refused(unet2d_condition):
     unet = copy.deepcopy(unet2d_condition.stock)
     attention = unet.mid_block.attentions[0].transformer_blocks[0].attn2
@@ -372,6 +392,12 @@ def test_half_precision_unet_is_quantized_with_fp32_tables(new_unet, quantize, t
     assert unet(torch.randn(1, 3, 8, 8).half(), 500).sample.dtype == torch.float16
 
 
+@pytest.mark.supports(
+    "Adapters and attention",
+    "`fuse_lora()`, `fuse_qkv_projections()`",
+    "refused with the remedy",
+    "merge before quantization; `dq_runtime.fuse` joins q, k and v",
+)
 @pytest.mark.parametrize("method", ["fuse_lora", "fuse_qkv_projections"])
 def test_what_would_write_into_the_weights_is_refused(unet2d_condition, method):
     unet = unet2d_condition.copy()
@@ -392,6 +418,7 @@ WAYS_BACK = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.supports("Saving and loading", "`dequantize()`", "a stock UNet with the rounded weights")
 @WAYS_BACK
 def test_dequantized_unet_is_stock_with_the_rounded_weights(subject, dequantize, assert_same_tensors, relative_rms):
     expected = copy.deepcopy(subject.stock)

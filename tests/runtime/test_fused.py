@@ -234,6 +234,7 @@ def test_no_statistics_are_given_of_part_of_a_run():
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 1]])
 
 
+@pytest.mark.supports("Adapters and attention", "masks of the prompt", "heeded, and the fused attention steps aside")
 def test_mask_of_the_prompt_is_heeded(assert_same_output, relative_rms):
     actual, expected = fused(), quantized()
 
@@ -241,6 +242,7 @@ def test_mask_of_the_prompt_is_heeded(assert_same_output, relative_rms):
     assert relative_rms(call(expected), call(expected, encoder_attention_mask=MASK)) > 0.001  # it changes something
 
 
+@pytest.mark.supports("Adapters and attention", "own attention processors", "run, and the fused attention steps aside")
 def test_other_attention_processors_are_called(assert_same_output):
     actual, expected = fused(), quantized()
 
@@ -328,6 +330,7 @@ def test_convolutions_may_be_dilated_after_fusing(assert_same_output, relative_r
     assert_same_output(actual, expected)
 
 
+@pytest.mark.supports("Offloading", "sequential CPU offload", "fused blocks step aside")
 @pytest.mark.parametrize("offloaded_first", [False, True])
 def test_weights_that_are_loaded_when_they_are_needed_are_loaded(assert_same_output, offloaded_first):
     """Sequential CPU offload leaves the weights of all modules on the meta device between their calls."""
@@ -339,6 +342,7 @@ def test_weights_that_are_loaded_when_they_are_needed_are_loaded(assert_same_out
     assert_same_output(actual, expected)
 
 
+@pytest.mark.supports("Offloading", "group offload, to disk, too", "block and leaf level")
 @pytest.mark.parametrize("make", [quantized, fused])
 @pytest.mark.parametrize(
     "level", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
@@ -351,6 +355,7 @@ def test_tensors_that_lie_on_disk_are_read_after_they_were_loaded(assert_same_ou
     assert_same_output(actual, expected)
 
 
+@pytest.mark.supports("Training and gradients", "fused UNets", "the gradient of the unfused one")
 @pytest.mark.parametrize("towards", ["sample", "prompt"])
 def test_a_gradient_passes_a_fused_unet_as_the_unfused_one(towards):
     gradients = []
@@ -372,6 +377,7 @@ def test_a_changed_batch_inside_of_an_attention_computes_as_unfused(assert_same_
     assert_same_output(actual, expected, timestep=500)
 
 
+@pytest.mark.supports("Adapters and attention", "FreeU", "heeded, and the fused block steps aside")
 def test_freeu_is_heeded(assert_same_output, relative_rms):
     actual, expected = fused(), quantized()
     without = call(expected)

@@ -37,6 +37,7 @@ def replayed(fake_graphs):
 X = torch.arange(6.0).reshape(3, 2)
 
 
+@pytest.mark.supports("Compiling, exporting, graphs", "CUDA graphs", "one graph for each shape serves all timesteps")
 def test_replay_computes_from_new_inputs_without_python(replayed, fake_graphs):
     first = replayed(X, 7).sample
     runs = replayed.runs
@@ -362,6 +363,7 @@ def test_every_result_of_a_quantized_unet_is_computed_within_the_graph(
         assert torch.equal(changed.call(unet, timestep), changed.call(eager, timestep))
 
 
+@pytest.mark.supports("Pipelines", "T2I-Adapter", "features are added, in CUDA graphs, too")
 def test_features_of_a_t2i_adapter_are_captured(unet2d_condition, fake_graphs, relative_rms):
     """The UNet takes them out of the list that it is given."""
     unet, eager = unet2d_condition.copy(), unet2d_condition.copy()

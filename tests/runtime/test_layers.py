@@ -147,6 +147,9 @@ CASTS = {
 }
 
 
+@pytest.mark.supports(
+    "Casting", "`half()`, `to(dtype)`, layerwise casting", "tables and packed weights stay as they are"
+)
 @pytest.mark.parametrize("cast", CASTS)
 def test_no_cast_touches_tables_and_packed_weights(subject, tables, assert_same_tensors, cast):
     unet = subject.copy()
@@ -340,6 +343,9 @@ def test_gradient_of_an_input_is_that_of_the_rounded_weights(new_layer, stock):
     assert torch.equal(y.detach(), layer(x.detach()))
 
 
+@pytest.mark.supports(
+    "Training and gradients", "guidance by gradients", "gradients reach the latents", "compiled code passes none"
+)
 def test_gradient_reaches_the_sample_of_a_unet(subject):
     """As through the stock UNet, up to the rounding: for sampling that is guided by gradients."""
     gradients = []

@@ -84,6 +84,12 @@ def assert_fused_alike(relative_rms):
     return assert_fused_alike
 
 
+@pytest.mark.supports(
+    "Adapters and attention",
+    "LoRA",
+    "runs inside fused blocks; several at once, scales, switches",
+    "with biases, active dropout, gradients or hooks: unfused",
+)
 @pytest.mark.parametrize("target_modules", TARGETS, ids=", ".join)
 def test_adapter_works_inside_of_fused_blocks(assert_fused_alike, relative_rms, pair, target_modules):
     without = call(pair[1])
@@ -246,6 +252,12 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.supports(
+    "Adapters and attention",
+    "LoRA",
+    "runs inside fused blocks; several at once, scales, switches",
+    "with biases, active dropout, gradients or hooks: unfused",
+)
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_of_adapters_are_seen(assert_fused_alike, relative_rms, pair, change):
     for unet in pair:
@@ -371,6 +383,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.supports("Adapters and attention", "LoRA with biases, dropout or hooks", "runs unfused")
 @pytest.mark.parametrize("unusual", UNUSUAL)
 def test_unusual_adapters_run_unfused(relative_rms, pair, unusual):
     for unet in pair:

@@ -26,6 +26,7 @@ def assert_only_one_sample_is_lost(result, expected):
     assert torch.equal(result[OTHERS], expected[OTHERS])
 
 
+@pytest.mark.supports("Errors", "NaN and infinity", "stay visible in their sample alone")
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize("where", ["latent", "prompt"])
 @pytest.mark.parametrize("model", MODELS)

@@ -1,18 +1,24 @@
 """Quantization of floating-point checkpoints while they are loaded."""
 
 import copy
+import shutil
+import threading
 
 import pytest
-import tiny_models
-import tiny_unets
+import tiny_pipeline
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models import modeling_utils
 from diffusers.quantizers import PipelineQuantizationConfig
+from safetensors.torch import load_file, save_file
 
 import dq_runtime
-from dq_runtime import DilateQuantConfig
+from dq_runtime import DilateQuantConfig, diffusers_quantizer
+from dq_runtime.diffusers_quantizer import DilateQuantizer
 from dq_runtime.layers import quantized_layers
 from dq_runtime.on_loading import WeightsOnLoading
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,12 @@ def error(subject, unet, timestep=500):
     return float((subject.call(unet, timestep) - expected).norm() / expected.norm())
 
 
+@pytest.mark.supports(
+    "Saving and loading",
+    "`quantization_config=DilateQuantConfig()`",
+    "packs a floating-point checkpoint while it is loaded",
+    "scales at run time until `calibrate`",
+)
 def test_floating_point_checkpoint_is_packed_on_loading(unet2d_condition, folder):
     unet = load(folder)
 
@@ -87,6 +99,29 @@ def test_weights_wait_for_their_group_alone(unet2d_condition, monkeypatch, folde
     assert len(waiting) == len(quantized_layers(unet2d_condition.quantized))
     assert max(waiting) == 2
     assert waiting[-1] == 0
+
+
+@pytest.mark.skipif(not diffusers_quantizer.RENAMES, reason="diffusers before 0.39 does not ask")
+@pytest.mark.parametrize("packed", [False, True])
+def test_shards_are_read_one_by_one_unless_they_are_packed(unet2d_condition, folder, tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
+    threads = []
+    create = DilateQuantizer.create_quantized_param
+
+    def counted(self, *arguments, **kwargs):
+        threads.append(threading.current_thread())
+        return create(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(DilateQuantizer, "create_quantized_param", counted)
+    (load(folder) if packed else copy.deepcopy(unet2d_condition.stock)).save_pretrained(
+        tmp_path, max_shard_size="100KB"
+    )
+    threads.clear()
+
+    unet = UNet2DConditionModel.from_pretrained(tmp_path) if packed else load(tmp_path)
+
+    assert (set(threads) == {threading.main_thread()}) is not packed
+    assert torch.equal(unet2d_condition.call(unet), unet2d_condition.call(load(folder)))
 
 
 def test_saved_again_it_is_a_packed_checkpoint(unet2d_condition, folder, tmp_path):
@@ -166,13 +201,72 @@ def test_calibration_changes_neither_weights_nor_config(unet2d_condition, folder
         dq_runtime.calibrate(load(folder), unet2d_condition.calibration_set, **arguments)
 
 
-def test_pipeline_quantizes_its_unet(tmp_path):
-    StableDiffusionPipeline(
-        tiny_models.autoencoder(), None, None, tiny_unets.unet2d_condition(), DDIMScheduler(), None, None, None, False
-    ).save_pretrained(tmp_path)
-    config = PipelineQuantizationConfig(quant_mapping={"unet": DilateQuantConfig()})
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    return tiny_pipeline.save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
-    absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path, quantization_config=config, **absent)
+
+BACKEND = {"quant_backend": "dilatequant", "quant_kwargs": {"activation_bits": 8}}
+
+
+@pytest.mark.supports(
+    "Pipelines",
+    "`PipelineQuantizationConfig`",
+    'by `quant_mapping` and by `quant_backend="dilatequant"`',
+    "models of transformers are refused: name the others in `components_to_quantize`",
+)
+@pytest.mark.parametrize(
+    "arguments", [{"quant_mapping": {"unet": DilateQuantConfig()}}, {**BACKEND, "components_to_quantize": ["unet"]}]
+)
+def test_pipeline_quantizes_its_unet(pipeline_folder, arguments):
+    config = PipelineQuantizationConfig(**arguments)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, quantization_config=config)
 
     assert len(quantized_layers(pipeline.unet)) > 20
+    assert not quantized_layers(pipeline.vae)
+
+
+def test_a_text_encoder_is_refused_with_the_remedy(pipeline_folder):
+    config = PipelineQuantizationConfig(**BACKEND)
+
+    with pytest.raises(ValueError, match=r"this one is of transformers: .*components_to_quantize=\['unet'\]"):
+        StableDiffusionPipeline.from_pretrained(pipeline_folder, quantization_config=config)
+
+
+@pytest.mark.supports("Saving and loading", "`from_single_file`", "packs a floating-point file while it is loaded")
+def test_single_file_is_quantized_and_saved_as_packed(unet2d_condition, folder, tmp_path):
+    unet = UNet2DConditionModel.from_single_file(
+        str(folder / WEIGHTS), config=str(folder), quantization_config=DilateQuantConfig()
+    )
+    unet.save_pretrained(tmp_path)
+
+    expected = unet2d_condition.call(load(folder))
+    assert torch.equal(unet2d_condition.call(unet), expected)
+    assert torch.equal(unet2d_condition.call(UNet2DConditionModel.from_pretrained(tmp_path)), expected)
+
+
+@pytest.mark.supports("Saving and loading", "`from_single_file` of packed weights", "refused: load the folder")
+@pytest.mark.parametrize("arguments", [{}, {"quantization_config": DilateQuantConfig()}])
+def test_single_file_of_packed_weights_is_refused_with_the_remedy(folder, tmp_path, arguments):
+    load(folder).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"packed INT4 weights.*with from_pretrained"):
+        UNet2DConditionModel.from_single_file(str(tmp_path / WEIGHTS), config=str(folder), **arguments)
+
+
+@pytest.mark.supports("Saving and loading", "floating-point checkpoints in float8", "packed on loading")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_checkpoint_in_float8_is_quantized(unet2d_condition, folder, tmp_path, dtype):
+    """diffusers casts no tensor of float8 for a quantizer."""
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    shutil.copy(folder / "config.json", tmp_path)
+
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=DilateQuantConfig(), torch_dtype=dtype)
+
+    assert {p.dtype for p in unet.parameters()} == {dtype, torch.uint8}
+    expected = copy.deepcopy(unet2d_condition.stock)
+    expected.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    result = unet2d_condition.call(unet, dtype=dtype)
+    assert (result - unet2d_condition.call(expected)).norm() < 0.2 * result.norm()

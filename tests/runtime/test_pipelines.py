@@ -120,6 +120,7 @@ def pndm():
 SCHEDULERS = pytest.mark.parametrize("new_scheduler", [ddim, euler, heun, pndm])
 
 
+@pytest.mark.supports("Schedulers", "DDIM, Euler, Heun, PNDM", "each layer of each call uses the row of its timestep")
 @SCHEDULERS
 def test_every_layer_of_every_call_uses_the_row_of_the_scheduler_s_timestep(subject, checked, new_scheduler):
     unet, checks = checked
@@ -147,6 +148,7 @@ def test_neighbouring_row_would_be_noticed(subject, fake_quantized, new_schedule
     assert relative_rms(wrong, draw(subject.quantized, new_scheduler(), subject)) > 2 * TOLERANCE
 
 
+@pytest.mark.supports("Pipelines", "image to image", "trajectories may start midway")
 def test_trajectory_may_start_midway(subject, oracle, checked, relative_rms):
     unet, checks = checked
     scheduler = ddim()
@@ -160,6 +162,7 @@ def test_trajectory_may_start_midway(subject, oracle, checked, relative_rms):
     assert len(checks) == len(quantized_layers(unet)) * (STEPS + len(start))
 
 
+@pytest.mark.supports("Schedulers", "one-step models", "any timestep: the nearest row")
 @pytest.mark.parametrize("timestep", [0, 1, 999])
 def test_one_step_models_may_use_any_timestep(subject, oracle, checked, timestep, relative_rms):
     assert relative_rms(subject.call(checked[0], timestep), subject.call(oracle, timestep)) < TOLERANCE
@@ -173,6 +176,7 @@ def test_order_of_the_calls_does_not_matter(subject):
         assert torch.equal(subject.call(subject.quantized, timestep), expected[timestep])
 
 
+@pytest.mark.supports("Pipelines", "guidance", "in one call or in two")
 def test_guidance_in_two_calls_is_guidance_in_one(subject, checked, relative_rms):
     unet, _ = checked
     negative = {name: -value for name, value in subject.arguments.items()}
@@ -186,6 +190,7 @@ def test_guidance_in_two_calls_is_guidance_in_one(subject, checked, relative_rms
         assert relative_rms(torch.cat(apart), together) < TOLERANCE
 
 
+@pytest.mark.supports("Schedulers", "batches of several timesteps", "each sample has its own row")
 def test_batch_of_timesteps_is_its_samples_one_by_one(subject, checked, relative_rms):
     unet, _ = checked
     timesteps = torch.tensor([999, 1, 260, 260, 490])

@@ -43,6 +43,12 @@ def found_in(old, new):
     return found_in
 
 
+@pytest.mark.supports(
+    "Saving and loading",
+    "killed saves",
+    "leave the old or the new checkpoint",
+    "a mount point or the current folder may be left without `config.json`",
+)
 @ARGUMENTS
 def test_a_killed_save_leaves_the_old_or_the_new_checkpoint(old, new, tmp_path, found_in, arguments):
     folder, found = tmp_path / "unet", []
@@ -212,7 +218,7 @@ def test_floating_point_models_are_saved_by_diffusers_alone(unet2d_condition, tm
     unet = unet2d_condition.copy().dequantize() if dequantized else unet2d_condition.stock
     unet.save_pretrained(tmp_path)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", WEIGHTS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
 
 
 def test_a_unet_that_nobody_else_holds_is_saved(old, tmp_path, found_in):

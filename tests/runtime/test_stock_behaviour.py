@@ -94,6 +94,7 @@ def test_change_of_the_shape_is_refused_with_its_name(conv, name):
         setattr(conv, name, 2)
 
 
+@pytest.mark.supports("Adapters and attention", "LoHa, LoKr, DoRA", "change the UNet as its rounded stock form")
 @pytest.mark.parametrize(
     "config",
     [
@@ -205,6 +206,7 @@ def tile(unet):
     return unet
 
 
+@pytest.mark.supports("Pipelines", "seamless tiling", "`padding_mode` is heeded before and after quantization")
 @pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
 def test_seamless_tiling_of_a_unet(unet2d_condition, fuse):
     subject, unet = unet2d_condition, unet2d_condition.copy()
@@ -233,6 +235,9 @@ def test_tiled_unet_is_calibrated_tiled(new_unet, calibration_call):
 # Threads.
 
 
+@pytest.mark.supports(
+    "Compiling, exporting, graphs", "threads", "may share a model", "one at a time if it has compiled code"
+)
 @pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused"])
 def test_threads_share_a_unet(subject, fuse):
     unet = subject.copy()
@@ -280,6 +285,45 @@ def test_lora_is_trained_on_the_packed_weights(unet2d_condition, checkpointing):
     assert torch.cosine_similarity(*gradients, dim=0) > 0.9
 
 
+def losses_of_training(unet, subject, steps=8):
+    """Trains a LoRA, at two timesteps, towards other images than the stock UNet's: the loss before each step."""
+    torch.manual_seed(0)
+    unet.requires_grad_(False).add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "to_out.0", "conv1"]))
+    unet.train()
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    timesteps = (0, 100)
+    targets = [0.5 * subject.call(subject.stock, timestep) for timestep in timesteps]
+    losses = []
+    for step in range(steps):
+        at = step % len(timesteps)
+        with torch.enable_grad():
+            loss = F.mse_loss(subject.call(unet, timesteps[at]), targets[at])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.supports(
+    "Training and gradients",
+    "LoRA training",
+    "loss within 1.1 of that on stock weights, with gradient checkpointing",
+    "packed weights and tables are not trained",
+)
+def test_lora_learns_on_the_packed_weights_what_it_learns_on_the_stock_ones(unet2d_condition):
+    """The packed UNet also with gradient checkpointing."""
+    subject = unet2d_condition
+    expected = losses_of_training(copy.deepcopy(subject.stock), subject)
+    unet = subject.copy()
+    unet.enable_gradient_checkpointing()
+    losses = losses_of_training(unet, subject)
+
+    assert expected[-1] < 0.4 * expected[0]
+    assert losses[-1] < 1.1 * expected[-1]
+
+
 def test_gradient_checkpointing_changes_no_gradient(unet2d_condition):
     subject, gradients = unet2d_condition, []
     for checkpointing in (False, True):
@@ -293,6 +337,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet2d_condition):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.supports("Casting", "`torch.set_default_dtype`", "changes no table")
 def test_default_dtype_changes_no_table(new_unet, calibration_call):
     unet, other = new_unet(), new_unet()
     calls = calibration_call(unet)
