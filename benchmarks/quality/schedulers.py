@@ -46,7 +46,7 @@ def error_of(task: Task, unet: Any, name: str, seed: int) -> float:
     calibration_set = dq_runtime.collect_from_scheduler(
         unet, new_scheduler(task, name), task.noise(SAMPLES, seed), STEPS, condition, BATCH
     )
-    quantized = dq_runtime.calibrate(deepcopy(unet), calibration_set, CONFIG)
+    quantized = dq_runtime.calibrate(deepcopy(unet), calibration_set, CONFIG, distillation=None)
     drawn, expected = (
         task.sample(model, task.labels(IMAGES), FIRST_IMAGE_SEED + seed, STEPS, new_scheduler(task, name))
         for model in (quantized, unet)

@@ -132,5 +132,5 @@ def _quantized_checkpoint(modules_to_not_convert: tuple[str, ...]) -> Path:
         unet(**_inputs())
     config = dq_runtime.DilateQuantConfig(dilation="none", modules_to_not_convert=list(modules_to_not_convert))
     folder = _folder() / "-".join(("quantized", *modules_to_not_convert))
-    dq_runtime.calibrate(unet, calibration_set, config).save_pretrained(folder)
+    dq_runtime.calibrate(unet, calibration_set, config, distillation=None).save_pretrained(folder)
     return folder

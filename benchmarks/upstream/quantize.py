@@ -103,7 +103,7 @@ class Quantization:
         with _undisturbed(unet), dq_runtime.record(unet) as calibration_set:
             for timestep in TIMESTEPS:
                 unet(timestep=timestep, **random_inputs(unet.config))
-        dq_runtime.calibrate(unet, calibration_set, CONFIG)
+        dq_runtime.calibrate(unet, calibration_set, CONFIG, distillation=None)
         states = {name: _clone(layer.state_dict()) for name, layer in quantized_layers(unet).items()}
         self._known[key] = unet.hf_quantizer.quantization_config, states
 

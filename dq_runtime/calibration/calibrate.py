@@ -15,7 +15,7 @@ from dq_kernels import ops
 from dq_runtime.architectures.supported import architecture_of, without_compilation
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation
-from dq_runtime.calibration.distillation import Distillation, distil
+from dq_runtime.calibration.distillation import ERROR_FEEDBACK, Distillation, distil
 from dq_runtime.calibration.importance import timestep_importance
 from dq_runtime.calibration.temporal import Samples, by_group, layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.whole_unet import prediction_errors, prediction_snr
@@ -36,7 +36,7 @@ def calibrate(
     model: Any,
     calibration_set: CalibrationSet,
     config: DilateQuantConfig | None = None,
-    distillation: Distillation | None = None,
+    distillation: Distillation | None = ERROR_FEEDBACK,
 ) -> Any:
     """Quantizes a model in place: Weight Dilation, one activation quantizer per layer and timestep, packed weights.
 
@@ -47,8 +47,9 @@ def calibrate(
         calibration_set: calls recorded over its real sampling trajectories (``record``, ``collect_from_pipeline``,
             ``collect_from_scheduler``). Its timesteps become the grid of the activation tables.
         config: W4A8 by default.
-        distillation: settings for training the quantized model, block by block, towards the floating-point one. None
-            rounds to nearest, which takes a few passes over the calibration set and a search in each layer.
+        distillation: settings for training the quantized model, block by block, towards the floating-point one. By
+            default weights are rounded with error feedback and not trained. None rounds to nearest, which costs quality
+            and takes a few passes over the calibration set and a search in each layer.
 
     Returns:
         the same model, quantized.
@@ -135,7 +136,9 @@ def _make_scales_static(
 ) -> None:
     """Gives a model with scales that are computed at run time one for each timestep instead."""
     own = model.hf_quantizer.quantization_config
-    if distillation is not None or (config is not None and replace(config, timestep_groups=None) != own):
+    if distillation not in (None, ERROR_FEEDBACK) or (
+        config is not None and replace(config, timestep_groups=None) != own
+    ):
         raise ValueError(
             "The model was quantized on loading, so its weights and config are fixed: call calibrate without config "
             "and distillation, or load the model in floating point"

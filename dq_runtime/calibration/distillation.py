@@ -122,6 +122,9 @@ class Distillation:
         return ", ".join(steps) or "rounded to nearest"
 
 
+ERROR_FEEDBACK = Distillation(iterations=0)
+
+
 def distil(
     unet: Any,
     layers: Mapping[str, nn.Linear | nn.Conv2d],

@@ -75,7 +75,9 @@ def _forms(pipeline: Any | None, model: Any, device: torch.device) -> tuple[Any,
     calls = record(_with(pipeline, model, stock), stock, COMPARISON_PROMPTS[:1], 1, STEPS, 0)
     if packed is None:
         with as_user_errors(ValueError, TypeError):
-            packed = dq_runtime.calibrate(copy.deepcopy(stock), calls, DilateQuantConfig(dilation="none"))
+            packed = dq_runtime.calibrate(
+                copy.deepcopy(stock), calls, DilateQuantConfig(dilation="none"), distillation=None
+            )
     models.make_fast(packed, device)
     graphs = " with CUDA graphs" if device.type == "cuda" else ""
     return calls.calls[-1], {f"{str(stock.dtype).removeprefix('torch.')}, eager": stock, f"INT4, fused{graphs}": packed}

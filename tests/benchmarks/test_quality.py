@@ -272,7 +272,7 @@ def test_end_to_end_training_comes_closer_than_rounding(unet, calibration_set, m
     for copy in (rounded, trained):
         copy.load_state_dict(unet.state_dict())
     config = dq_runtime.DilateQuantConfig(activation_bits=4, dilation="weight")
-    dq_runtime.calibrate(rounded, calibration_set, config)
+    dq_runtime.calibrate(rounded, calibration_set, config, distillation=None)
     with calibration_cost.training_by(
         lambda distil, *arguments: calibration_cost.train_end_to_end(*arguments[:-1], 1.0), record
     ):

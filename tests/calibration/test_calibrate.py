@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from diffusers import UNet2DConditionModel
+from distilling import FEW_BLOCKS
 from tiny_unets import unet2d, unet2d_condition
 from torch import nn
 
@@ -19,6 +20,7 @@ import dq_runtime
 from dq_kernels import reference
 from dq_runtime import CalibrationSet, DilateQuantConfig, QuantConv2d, QuantLinear, calibrate, record
 from dq_runtime.calibration.temporal import VALUES_PER_TIMESTEP
+from dq_runtime.layers import quantized_layers
 from examples.small_unets.digits import CLASS_CONDITIONAL
 
 KEPT = {"conv_in", "conv_out"}
@@ -75,7 +77,7 @@ def subject(request):
             unet(sample * sizes[[0, 2]], torch.tensor([10.5, 900.0]), **arguments)
             unet(sample * sizes[[2, 0]], torch.tensor([900.0, 10.5]), **arguments)
         config = DilateQuantConfig(dilation="weight")
-        returned = calibrate(unet, calibration_set, config)
+        returned = calibrate(unet, calibration_set, config, distillation=None)
         return Subject(stock, unet, returned, calibration_set, config, arguments)
 
 
@@ -227,7 +229,7 @@ def test_two_calibrations_agree_bit_by_bit():
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        states.append(calibrate(copy.deepcopy(unet), calibration_set).state_dict())
+        states.append(calibrate(copy.deepcopy(unet), calibration_set, distillation=None).state_dict())
 
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
@@ -236,14 +238,14 @@ def test_two_calibrations_agree_bit_by_bit():
 
 def test_without_dilation_all_factors_are_one():
     unet = unet2d()
-    calibrate(unet, recorded(unet), DilateQuantConfig(dilation="none"))
+    calibrate(unet, recorded(unet), DilateQuantConfig(dilation="none"), distillation=None)
 
     assert all(bool((layer.weight_dilation == 1).all()) for layer in quantized_layers(unet).values())
 
 
 def test_the_configs_cap_limits_the_dilation():
     unet = unet2d()
-    calibrate(unet, recorded(unet), DilateQuantConfig(dilation="weight", max_dilation=1.0625))
+    calibrate(unet, recorded(unet), DilateQuantConfig(dilation="weight", max_dilation=1.0625), distillation=None)
 
     dilation = torch.cat([layer.weight_dilation for layer in quantized_layers(unet).values()])
     assert dilation.max() == 1.0625
@@ -255,7 +257,9 @@ def test_the_configs_cap_limits_the_dilation():
 )
 def test_timesteps_share_scales_in_groups_of_neighbours(groups, timesteps):
     unet = unet2d()
-    calibrate(unet, recorded(unet, (3, 0, 400)), DilateQuantConfig(dilation="none", timestep_groups=groups))
+    calibrate(
+        unet, recorded(unet, (3, 0, 400)), DilateQuantConfig(dilation="none", timestep_groups=groups), distillation=None
+    )
 
     assert unet.config["quantization_config"].timesteps == timesteps
     assert all(len(layer.act_scale) == len(timesteps) for layer in quantized_layers(unet).values())
@@ -264,7 +268,9 @@ def test_timesteps_share_scales_in_groups_of_neighbours(groups, timesteps):
 @pytest.mark.parametrize("bits", [6, 4])
 def test_the_configs_activation_bits_reach_every_layer(bits):
     unet = unet2d()
-    calibrate(unet, recorded(unet), DilateQuantConfig(activation_bits=bits, layer_activation_bits={}))
+    calibrate(
+        unet, recorded(unet), DilateQuantConfig(activation_bits=bits, layer_activation_bits={}), distillation=None
+    )
 
     layers = quantized_layers(unet).values()
     limit = 2 ** (bits - 1)
@@ -294,14 +300,14 @@ def test_layers_that_see_one_tensor_need_the_same_bits():
     calibration_set, before = recorded(unet), snapshot(unet)
 
     with pytest.raises(ValueError, match=r"down_blocks\.1\.attentions\.0\.to_q.*Give them the same"):
-        calibrate(unet, calibration_set, DilateQuantConfig(layer_activation_bits={"to_q": 4}))
+        calibrate(unet, calibration_set, DilateQuantConfig(layer_activation_bits={"to_q": 4}), distillation=None)
     assert_unchanged(unet, before)
 
 
 def test_a_bf16_unet_gets_fp32_tables_and_stays_bf16():
     unet = unet2d().to(torch.bfloat16)
     stock = copy.deepcopy(unet)
-    calibrate(unet, recorded(unet))
+    calibrate(unet, recorded(unet), distillation=None)
 
     output = unet(sample_for(unet), 500).sample
     layers = quantized_layers(unet).values()
@@ -343,7 +349,7 @@ def test_weights_that_are_not_finite_are_named_and_leave_the_unet_unchanged(tens
     before = snapshot(unet)
 
     with pytest.raises(ValueError, match=rf"^{tensor}\b.*NaN or infinity"):
-        calibrate(unet, calibration_set)
+        calibrate(unet, calibration_set, distillation=None)
     assert_unchanged(unet, before)
 
 
@@ -365,7 +371,7 @@ def test_weights_that_are_not_there_in_full_are_refused_with_the_remedy(store, m
     store(unet, tmp_path)
 
     with pytest.raises(ValueError, match=rf"^\S+\.weight {message}"):
-        calibrate(unet, calibration_set)
+        calibrate(unet, calibration_set, distillation=None)
 
 
 def test_activations_that_are_not_finite_name_the_layer_and_leave_the_unet_unchanged():
@@ -376,7 +382,7 @@ def test_activations_that_are_not_finite_name_the_layer_and_leave_the_unet_uncha
     expected, before = unet(sample_for(unet), 3).sample, snapshot(unet)
 
     with pytest.raises(ValueError, match=r"^down_blocks\.0\.resnets\.0\.conv1: its input holds NaN or infinity"):
-        calibrate(unet, calibration_set)
+        calibrate(unet, calibration_set, distillation=None)
     assert_unchanged(unet, before)
     assert torch.equal(unet(sample_for(unet), 3).sample, expected)
 
@@ -389,7 +395,7 @@ def test_an_output_channel_of_subnormal_weights_is_no_reason_to_fail():
     weight[3, 0, 1, 1] = 2.0**-149
     expected = unet(sample_for(unet), 500).sample
 
-    calibrate(unet, calibration_set)
+    calibrate(unet, calibration_set, distillation=None)
     assert relative_rms(unet(sample_for(unet), 500).sample, expected) < 0.15
 
 
@@ -398,18 +404,18 @@ def test_an_empty_calibration_set_names_the_remedy_and_leaves_the_unet_unchanged
     before = snapshot(unet)
 
     with pytest.raises(ValueError, match=r"dq_runtime\.record"):
-        calibrate(unet, CalibrationSet())
+        calibrate(unet, CalibrationSet(), distillation=None)
     assert_unchanged(unet, before)
 
 
 def test_a_quantized_unet_is_refused():
     unet = unet2d()
     calibration_set = recorded(unet)
-    calibrate(unet, calibration_set)
+    calibrate(unet, calibration_set, distillation=None)
     state = copy.deepcopy(unet.state_dict())
 
     with pytest.raises(ValueError, match="quantized already"):
-        calibrate(unet, calibration_set)
+        calibrate(unet, calibration_set, distillation=None)
     assert all(torch.equal(tensor, state[name]) for name, tensor in unet.state_dict().items())
 
 
@@ -425,7 +431,7 @@ def test_an_unreached_layer_stays_as_it_is_in_one_line_of_the_log(unet_with_unre
     unet, tokens = unet_with_unreached_layer, torch.randn(2, 5, 32)
     original, config = unet.get_submodule(UNREACHED).weight.clone(), DilateQuantConfig(dilation="weight")
     with caplog.at_level(logging.WARNING, logger="dq_runtime"):
-        calibrate(unet, recorded(unet, encoder_hidden_states=tokens), config)
+        calibrate(unet, recorded(unet, encoder_hidden_states=tokens), config, distillation=None)
 
     assert type(unet.get_submodule(UNREACHED)) is nn.Linear
     assert torch.equal(unet.get_submodule(UNREACHED).weight, original)
@@ -452,7 +458,7 @@ def test_a_layer_reached_at_some_timesteps_only_is_named_and_the_unet_unchanged(
     before = snapshot(unet)
 
     with pytest.raises(ValueError, match=UNREACHED):
-        calibrate(unet, calibration_set)
+        calibrate(unet, calibration_set, distillation=None)
     assert_unchanged(unet, before)
 
 
@@ -466,7 +472,7 @@ def test_more_activation_bits_come_closer_to_a_trained_unet():
     errors = {}
     for bits in (8, 4):
         config = DilateQuantConfig(activation_bits=bits, dilation="weight")
-        quantized = calibrate(copy.deepcopy(unet), calibration_set, config)
+        quantized = calibrate(copy.deepcopy(unet), calibration_set, config, distillation=None)
         expected = unet(fresh, 500, **condition).sample
         errors[bits] = relative_rms(quantized(fresh, 500, **condition).sample, expected)
 
@@ -493,9 +499,26 @@ assert "dq_runtime.calibration.calibrate" in sys.modules
 
 def test_loading_and_running_a_checkpoint_imports_no_calibration(tmp_path):
     unet = unet2d()
-    calibrate(unet, recorded(unet)).save_pretrained(tmp_path)
+    calibrate(unet, recorded(unet), distillation=None).save_pretrained(tmp_path)
 
     run = subprocess.run(
         [sys.executable, "-c", INFERENCE, str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_by_default_weights_are_rounded_with_error_feedback():
+    unet = unet2d()
+    calls, config = recorded(unet, (3, 400)), DilateQuantConfig(**FEW_BLOCKS | {"dilation": "none"})
+    chosen, feedback, nearest = (
+        calibrate(copy.deepcopy(unet), calls, config, *settings)
+        for settings in ((), (dq_runtime.Distillation(iterations=0),), (None,))
+    )
+
+    def same(a, b):
+        pairs = zip(quantized_layers(a).values(), quantized_layers(b).values(), strict=True)
+        return all(torch.equal(one.packed_weight, other.packed_weight) for one, other in pairs)
+
+    assert same(chosen, feedback)
+    assert not same(chosen, nearest)
+    assert "error feedback" in chosen.hf_quantizer.quantization_config.calibration["method"]

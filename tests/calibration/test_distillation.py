@@ -49,7 +49,9 @@ def test_training_alone_brings_the_result_closer(plain, bits):
     settings = {"iterations": 20, "error_feedback": False, "learning_rate": 0.1, "scale_learning_rate": 3e-3}
 
     error = plain.error(plain.distil(config, **settings))
-    assert error < 0.9 * plain.error(calibrate(copy.deepcopy(plain.unet), plain.calibration_set, config))
+    assert error < 0.9 * plain.error(
+        calibrate(copy.deepcopy(plain.unet), plain.calibration_set, config, distillation=None)
+    )
 
 
 def test_each_timestep_comes_closer(subject):
@@ -162,7 +164,7 @@ def test_half_precision_unets_are_distilled(dtype):
     calibration_set = recorded(unet)
 
     result = distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), polish_iterations=1)
-    rounded = calibrate(copy.deepcopy(unet), calibration_set, DilateQuantConfig(**FEW_BLOCKS))
+    rounded = calibrate(copy.deepcopy(unet), calibration_set, DilateQuantConfig(**FEW_BLOCKS), distillation=None)
     assert result.dtype == dtype
     layers = quantized_layers(result).values()
     assert {layer.act_scale.dtype for layer in layers} == {torch.float32}
@@ -298,7 +300,7 @@ def test_polishing_helps_and_may_compute_activations_twice(make):
         distilled(unet, calibration_set, config, polish_iterations=6, gradient_checkpointing=twice, **settings)
         for twice in (False, True)
     ]
-    rounded = calibrate(copy.deepcopy(unet), calibration_set, config)
+    rounded = calibrate(copy.deepcopy(unet), calibration_set, config, distillation=None)
     # Every timestep counts the same.
     at_timesteps = [CalibrationSet([call]) for call in calibration_set.calls]
     before = torch.tensor([output_error(rounded, unet, part) for part in at_timesteps])

@@ -38,7 +38,7 @@ def calibrated(**config):
     with torch.no_grad(), record(unet) as calibration_set:
         for timestep in range(NUM_TIMESTEPS):
             unet(torch.randn(1, 3, 8, 8), timestep * 100)
-    return calibrate(unet, calibration_set, DilateQuantConfig(**{"dilation": "weight"} | config))
+    return calibrate(unet, calibration_set, DilateQuantConfig(**{"dilation": "weight"} | config), distillation=None)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def calls(unet, **arguments):
 
 def quantize(stock, **arguments):
     calibration_set = calls(stock, **arguments)
-    return Subject(stock, calibrate(copy.deepcopy(stock), calibration_set), calibration_set)
+    return Subject(stock, calibrate(copy.deepcopy(stock), calibration_set, distillation=None), calibration_set)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,9 @@ def test_only_one_calls_outputs_are_held_at_a_time(subject):
 
 def test_dropout_is_off_and_every_modules_mode_is_restored(subject):
     stock = new_unet(dropout=0.5)
-    dropout = Subject(stock, calibrate(copy.deepcopy(stock), subject.calibration_set), subject.calibration_set)
+    dropout = Subject(
+        stock, calibrate(copy.deepcopy(stock), subject.calibration_set, distillation=None), subject.calibration_set
+    )
     expected = layer_sqnr(dropout.quantized, dropout.stock, dropout.calibration_set)
     models = dropout.copies()
     for model in models:

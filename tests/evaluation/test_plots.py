@@ -67,7 +67,7 @@ def subject():
     with torch.no_grad(), record(stock) as calibration_set:
         for timestep in TIMESTEPS:
             stock(torch.randn(1, 3, 8, 8), timestep)
-    return Subject(stock, calibrate(copy.deepcopy(stock), calibration_set), calibration_set)
+    return Subject(stock, calibrate(copy.deepcopy(stock), calibration_set, distillation=None), calibration_set)
 
 
 def texts(figure):
@@ -228,7 +228,7 @@ def test_labels_of_curves_that_end_together_are_kept_apart_and_beside_the_plot(s
 
 def test_a_single_timestep_is_a_point(subject):
     unet = copy.deepcopy(subject.stock)
-    calibrate(unet, CalibrationSet(subject.calibration_set.calls[:1]))
+    calibrate(unet, CalibrationSet(subject.calibration_set.calls[:1]), distillation=None)
     figure = plot_activation_scales(unet)
 
     assert {line.get_marker() for line in figure.axes[0].lines} == {"o"}

@@ -260,7 +260,7 @@ def test_the_demo_writes_and_prints_its_report(monkeypatch, tmp_path, capsys):
     def quantize_middle(unet, calibration_set, bits, folder):
         kept = ["conv_in", "time_embedding", "down_blocks", "up_blocks", "conv_out"]
         config = dq_runtime.DilateQuantConfig(activation_bits=bits, dilation="none", modules_to_not_convert=kept)
-        return dq_runtime.calibrate(copy.deepcopy(unet), calibration_set, config), 1.0
+        return dq_runtime.calibrate(copy.deepcopy(unet), calibration_set, config, distillation=None), 1.0
 
     monkeypatch.setattr(demo, "bf16_slowdown", lambda: 30.0)
     monkeypatch.setattr(demo, "quantize", quantize_middle)

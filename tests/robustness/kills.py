@@ -28,7 +28,7 @@ def quantized(timesteps):
     with dq_runtime.record(unet) as calls, torch.no_grad():
         for timestep in timesteps:
             unet(torch.randn(2, 4, 8, 8), timestep, encoder_hidden_states=torch.randn(2, 5, 32))
-    return dq_runtime.calibrate(unet, calls, dq_runtime.DilateQuantConfig(dilation="none"))
+    return dq_runtime.calibrate(unet, calls, dq_runtime.DilateQuantConfig(dilation="none"), distillation=None)
 
 
 def main():

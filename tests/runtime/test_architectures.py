@@ -333,9 +333,9 @@ def test_a_controlnet_pipeline_of_quantized_components(relative_rms):
     assert [(call.sample.shape, call.timestep.tolist()) for call in by_itself.calls] == [((2, 4, 8, 8), [0.0])]
 
     quantized = tiny_models.controlnet_pipeline(
-        dq_runtime.calibrate(copy.deepcopy(stock.unet), unet_calls, config),
-        dq_runtime.calibrate(copy.deepcopy(stock.controlnet), by_name, config),
-        dq_runtime.calibrate(copy.deepcopy(stock.vae), by_itself, config),
+        dq_runtime.calibrate(copy.deepcopy(stock.unet), unet_calls, config, distillation=None),
+        dq_runtime.calibrate(copy.deepcopy(stock.controlnet), by_name, config, distillation=None),
+        dq_runtime.calibrate(copy.deepcopy(stock.vae), by_itself, config, distillation=None),
     )
     images = quantized(**runs[0]).images
     assert 0 < relative_rms(images, expected) < 0.1
@@ -355,7 +355,9 @@ def test_a_flux_pipeline_of_a_quantized_transformer(relative_rms):
     assert calibration_set.timesteps == pytest.approx(levels)
     assert calibration_set.timesteps[-1] == 1
 
-    quantized = tiny_models.flux_pipeline(dq_runtime.calibrate(copy.deepcopy(stock.transformer), calibration_set))
+    quantized = tiny_models.flux_pipeline(
+        dq_runtime.calibrate(copy.deepcopy(stock.transformer), calibration_set, distillation=None)
+    )
     assert 0 < relative_rms(quantized(**run).images, expected) < 0.2
 
 
@@ -418,7 +420,7 @@ class Own(nn.Module):
 
 
 def use_calibrate(model):
-    dq_runtime.calibrate(model, CalibrationSet())
+    dq_runtime.calibrate(model, CalibrationSet(), distillation=None)
 
 
 def use_record(model):

@@ -93,7 +93,7 @@ def test_entry_that_names_no_attention_is_one_warning(calibration_call, caplog):
     config = DilateQuantConfig(dilation="weight", int8_attention=["mid_block", "attn3", "to_q"])
 
     with caplog.at_level(logging.INFO, "dq_runtime"):
-        dq_runtime.calibrate(unet, calibration_call(unet), config)
+        dq_runtime.calibrate(unet, calibration_call(unet), config, distillation=None)
 
     warnings = [r for r in caplog.records if "int8_attention" in r.getMessage()]
     assert [r.levelno for r in warnings] == [logging.WARNING] * 2

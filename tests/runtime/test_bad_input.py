@@ -149,12 +149,12 @@ COLLECTION = [
 ]  # fmt: skip
 
 MODELS = [
-    *bad("model", lambda s, value: dq_runtime.calibrate(value, s.calibration_set), *NO_MODELS),
+    *bad("model", lambda s, value: dq_runtime.calibrate(value, s.calibration_set, distillation=None), *NO_MODELS),
     *bad(
         "calibration_set", lambda s, value: dq_runtime.calibrate(s.stock, value), None, 3, "calls.pt", [CALL], CALL
     ),
     *bad(
-        "config", lambda s, value: dq_runtime.calibrate(s.stock, s.calibration_set, value),
+        "config", lambda s, value: dq_runtime.calibrate(s.stock, s.calibration_set, value, distillation=None),
         3, "w4a8", {"activation_bits": 8}, DilateQuantConfig, Distillation(), False,
     ),
     *bad(

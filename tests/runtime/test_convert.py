@@ -40,7 +40,9 @@ def quantize(calibration_call):
     """Calibrates a UNet on one call."""
 
     def quantize(unet, **config):
-        return dq_runtime.calibrate(unet, calibration_call(unet), DilateQuantConfig(**{"dilation": "weight"} | config))
+        return dq_runtime.calibrate(
+            unet, calibration_call(unet), DilateQuantConfig(**{"dilation": "weight"} | config), distillation=None
+        )
 
     return quantize
 
@@ -213,7 +215,7 @@ def test_modules_that_diffusers_keeps_in_fp32_stay_in_fp32(new_unet, calibration
     UNet = type("UNet", (UNet2DModel,), {"_keep_in_fp32_modules": ["time_embedding", "norm1"]})
     stock = UNet.from_config(new_unet().config)
     stock.save_pretrained(tmp_path / "stock")
-    dq_runtime.calibrate(stock, calibration_call(stock)).save_pretrained(tmp_path / "packed")
+    dq_runtime.calibrate(stock, calibration_call(stock), distillation=None).save_pretrained(tmp_path / "packed")
     packed = UNet.from_pretrained(tmp_path / "packed", torch_dtype=dtype)
     config = DilateQuantConfig()
 
@@ -291,7 +293,7 @@ def test_layer_under_two_names_is_converted_once(new_unet, quantize):
 
 def test_quantized_unet_cannot_be_calibrated_again(unet2d):
     with pytest.raises(ValueError, match=r"quantized already.*dequantize\(\)"):
-        dq_runtime.calibrate(unet2d.quantized, unet2d.calibration_set)
+        dq_runtime.calibrate(unet2d.quantized, unet2d.calibration_set, distillation=None)
 
 
 def test_adapters_must_be_fused_before_calibration(unet2d_condition):
@@ -300,7 +302,7 @@ def test_adapters_must_be_fused_before_calibration(unet2d_condition):
     unet.add_adapter(LoraConfig(target_modules=["to_q"]))
 
     with pytest.raises(ValueError, match="adapter"):
-        dq_runtime.calibrate(unet, unet2d_condition.calibration_set)
+        dq_runtime.calibrate(unet, unet2d_condition.calibration_set, distillation=None)
 
 
 @pytest.mark.supports("Adapters and attention", "calibration with an IP-Adapter", "refused: load it after quantization")
@@ -310,7 +312,7 @@ def test_layers_of_an_ip_adapter_are_refused(unet2d_condition):
     attention.set_processor(IPAdapterAttnProcessor2_0(64, 32))
 
     with pytest.raises(ValueError, match=r"unload_ip_adapter\(\)"):
-        dq_runtime.calibrate(unet, unet2d_condition.calibration_set)
+        dq_runtime.calibrate(unet, unet2d_condition.calibration_set, distillation=None)
 
 
 def test_an_adapter_that_peft_put_in_by_itself_is_refused(unet2d_condition):
@@ -318,7 +320,7 @@ def test_an_adapter_that_peft_put_in_by_itself_is_refused(unet2d_condition):
     inject_adapter_in_model(LoraConfig(target_modules=["to_q"]), unet)
 
     with pytest.raises(ValueError, match="adapter"):
-        dq_runtime.calibrate(unet, unet2d_condition.calibration_set)
+        dq_runtime.calibrate(unet, unet2d_condition.calibration_set, distillation=None)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -329,7 +331,7 @@ def test_failed_calibration_leaves_the_unet_unchanged(unet2d, calibration_call, 
     before = {name: tensor.clone().nan_to_num(7) for name, tensor in unet.state_dict().items()}
 
     with pytest.raises(ValueError, match=r"up_blocks\.1\.resnets\.\d\..*NaN or infinity"):
-        dq_runtime.calibrate(unet, calibration_set)
+        dq_runtime.calibrate(unet, calibration_set, distillation=None)
 
     assert_same_tensors({n: t.nan_to_num(7) for n, t in unet.state_dict().items()}, before)
     assert not quantized_layers(unet)
@@ -338,7 +340,7 @@ def test_failed_calibration_leaves_the_unet_unchanged(unet2d, calibration_call, 
 
 def test_empty_calibration_set_is_refused(unet2d):
     with pytest.raises(ValueError, match=r"empty.*record"):
-        dq_runtime.calibrate(copy.deepcopy(unet2d.stock), dq_runtime.CalibrationSet())
+        dq_runtime.calibrate(copy.deepcopy(unet2d.stock), dq_runtime.CalibrationSet(), distillation=None)
 
 
 def test_layers_without_timesteps_have_no_tables_of_scales(new_unet):
@@ -354,7 +356,7 @@ def test_calibration_leaves_the_caller_s_config_alone(new_unet, calibration_call
     unet, config = new_unet(), DilateQuantConfig(activation_bits=6)
     unet.mid_block.spare = nn.Linear(8, 8)
 
-    dq_runtime.calibrate(unet, calibration_call(unet), config)
+    dq_runtime.calibrate(unet, calibration_call(unet), config, distillation=None)
 
     assert config == DilateQuantConfig(activation_bits=6)
     assert unet.config.quantization_config.activation_bits == 6
@@ -366,7 +368,7 @@ def test_quantized_unet_stays_near_the_original(new_unet, calibration_call, rela
     calibration_set = calibration_call(unet)
     expected = calibration_set.calls[0].run(unet).sample
 
-    dq_runtime.calibrate(unet, calibration_set)
+    dq_runtime.calibrate(unet, calibration_set, distillation=None)
 
     # Four bits of every random weight cost 0.14 here, and activations are quantized for this very sample. Broken
     # wiring would cost 1.

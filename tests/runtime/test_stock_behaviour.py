@@ -223,7 +223,9 @@ def test_seamless_tiling_of_a_unet(unet2d_condition, fuse):
 def test_tiled_unet_is_calibrated_tiled(new_unet, calibration_call):
     unet = tile(new_unet())
     stock = copy.deepcopy(unet)
-    dq_runtime.calibrate(unet, calibration_call(unet), dq_runtime.DilateQuantConfig(dilation="weight"))
+    dq_runtime.calibrate(
+        unet, calibration_call(unet), dq_runtime.DilateQuantConfig(dilation="weight"), distillation=None
+    )
     sample = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
     assert len(quantized_layers(unet)) > 20
@@ -342,10 +344,10 @@ def test_default_dtype_changes_no_table(new_unet, calibration_call):
     unet, other = new_unet(), new_unet()
     calls = calibration_call(unet)
     config = dq_runtime.DilateQuantConfig(dilation="none")
-    dq_runtime.calibrate(unet, calls, config)
+    dq_runtime.calibrate(unet, calls, config, distillation=None)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        dq_runtime.calibrate(other, calls, config)
+        dq_runtime.calibrate(other, calls, config, distillation=None)
     finally:
         torch.set_default_dtype(torch.float32)
     for (name, expected), tensor in zip(unet.state_dict().items(), other.state_dict().values(), strict=True):
@@ -360,7 +362,10 @@ def test_compiled_unet_is_recorded_calibrated_and_fused(new_unet):
     with dq_runtime.record(compiled) as calls:
         compiled(sample, 500)
 
-    assert dq_runtime.calibrate(compiled, calls, dq_runtime.DilateQuantConfig(dilation="weight")) is compiled
+    assert (
+        dq_runtime.calibrate(compiled, calls, dq_runtime.DilateQuantConfig(dilation="weight"), distillation=None)
+        is compiled
+    )
     dq_runtime.fuse(compiled)
 
     result = compiled(sample, 500).sample

@@ -219,7 +219,7 @@ def plain_unet(new_unet, calibration_call):
     calibration_set = calibration_call(unet)
     calibration_set.calls.append(copy.deepcopy(calibration_set.calls[0]))
     calibration_set.calls[1].timestep.fill_(20)
-    return dq_runtime.calibrate(unet, calibration_set)
+    return dq_runtime.calibrate(unet, calibration_set, distillation=None)
 
 
 def test_compiled_unet_has_no_graph_breaks_and_does_not_recompile_for_another_timestep(plain_unet):

@@ -87,7 +87,7 @@ class Subject:
     def __init__(self, unet, config):
         self.unet, self.config = unet, config
         self.calibration_set = recorded(unet)
-        self.rounded = calibrate(copy.deepcopy(unet), self.calibration_set, config)
+        self.rounded = calibrate(copy.deepcopy(unet), self.calibration_set, config, distillation=None)
         self.distilled = self.distil()
 
     def distil(self, config=None, **settings):

@@ -88,7 +88,9 @@ def calibrate(unet, **config):
     with dq_runtime.record(unet) as calibration_set:
         for timestep in TIMESTEPS:
             call(unet, timestep)
-    return dq_runtime.calibrate(unet, calibration_set, DilateQuantConfig(**{"dilation": "weight"} | config))
+    return dq_runtime.calibrate(
+        unet, calibration_set, DilateQuantConfig(**{"dilation": "weight"} | config), distillation=None
+    )
 
 
 @functools.cache
