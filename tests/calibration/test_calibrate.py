@@ -20,7 +20,6 @@ import dq_runtime
 from dq_kernels import reference
 from dq_runtime import CalibrationSet, DilateQuantConfig, QuantConv2d, QuantLinear, calibrate, record
 from dq_runtime.calibration.temporal import VALUES_PER_TIMESTEP
-from dq_runtime.layers import quantized_layers
 from examples.small_unets.digits import CLASS_CONDITIONAL
 
 KEPT = {"conv_in", "conv_out"}
