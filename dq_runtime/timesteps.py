@@ -184,6 +184,7 @@ class TimestepGrid(nn.Module):
         # Not a new tensor: torch.compile would compile this hook as a graph of its own.
         for rows in self.calls.all_of_call():
             rows.index = NO_INDEX
+            rows.copies.clear()
 
     def _keep_timesteps_of_checkpoints(self, model: nn.Module) -> None:
         """Makes gradient checkpointing run its blocks again, in the backward pass, with the timesteps of this call."""
