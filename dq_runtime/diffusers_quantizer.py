@@ -43,6 +43,7 @@ class DilateQuantizer(DiffusersQuantizer):
         self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
         self._on_loading: WeightsOnLoading | None = None  # for a checkpoint in floating point
         self._empty_layers: dict[str, QuantizedLayer] = {}
+        self.model_config: Mapping[str, Any] = {}  # of the model that is being saved
         self._may_offload = False  # True if the device map may leave tensors on the disk, unread
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
@@ -88,7 +89,9 @@ class DilateQuantizer(DiffusersQuantizer):
         layer_name, _, table = name.rpartition(".")
         layer = self._empty_layers.get(layer_name)
         empty = None if layer is None else layer._buffers.get(table)
-        if layer is not None and empty is not None and (empty.shape, empty.dtype) == (tensor.shape, tensor.dtype):
+        if layer is None or empty is None:
+            return
+        if table == digest.NAME or (empty.shape, empty.dtype) == (tensor.shape, tensor.dtype):
             layer._buffers[table] = tensor.clone()
 
     def _add_checksum(self, name: str, tensor: torch.Tensor) -> None:
@@ -183,7 +186,7 @@ class DilateQuantizer(DiffusersQuantizer):
                 "The UNet has an IP-Adapter, which a checkpoint of the UNet cannot store: call unload_ip_adapter(), "
                 "save, and load it again"
             )
-        return digest.with_digest(without_adapters(state_dict), self.quantization_config), {}
+        return digest.with_digest(without_adapters(state_dict), self.quantization_config, self.model_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._on_loading is not None:
