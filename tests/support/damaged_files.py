@@ -79,7 +79,7 @@ def damaged_calibration_file(file, copy, seed, calibration_set):
 
 
 def random_argument(seed):
-    """Makes a config, settings or a recorded call with a random value; returns what was done, the outcome, the error."""
+    """Makes a config, settings or a call with a random value; returns what was done, the outcome, the error."""
     draw = random.Random(seed)
     kind = draw.choice(list(FIELDS))
     name, value = draw.choice(FIELDS[kind]), draw.choice(VALUES)
