@@ -1,11 +1,11 @@
 """Calls, loads and threads in large numbers on a tiny UNet: wrong results, and growth of memory.
 
-    PYTHONPATH=tests/support python tests/robustness/soak.py [--forwards 10000] [--loads 100] [--threads 8] [--calls 200]
+    PYTHONPATH=tests/support python tests/robustness/soak.py [--forwards 10000] [--loads 100] [--threads 8]
 
 Forward passes of a fused UNet change shape, prompt, timesteps and LoRA adapters at random. Each result is compared with
 that of a copy which has made no other call, bit for bit, and so are those of threads that share a UNet and those of
-loaded ones. It exits with an error if a result differs, or if memory grows by more than 1 % over the forwards that follow
-a tenth of them.
+loaded ones. It exits with an error if a result differs, or if memory grows by more than 1 % over the forwards after the
+first tenth.
 """
 
 import argparse
@@ -147,11 +147,8 @@ def main():
     diffusers_logging.disable_progress_bar()
 
     def report(what, number, wrong, before, after, seconds):
-        grown = 100 * (after / before - 1)
-        print(
-            f"{number} {what}: {wrong} wrong; {before:.1f} -> {after:.1f} MB ({grown:+.2f} %); {seconds:.0f} s",
-            flush=True,
-        )
+        memory = f"{before:.1f} -> {after:.1f} MB ({100 * (after / before - 1):+.2f} %)"
+        print(f"{number} {what}: {wrong} wrong; {memory}; {seconds:.0f} s", flush=True)
 
     wrong, growth = soak_forwards(arguments.forwards, report)
     wrong += soak_loads(arguments.loads, report)
