@@ -195,12 +195,12 @@ class DilateQuantizer(DiffusersQuantizer):
         if not self._may_offload:
             empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
             self._refuse("missing", [name for name in empty if not name.endswith(f".{digest.NAME}")])
-        for layer in quantized_layers(model).values():
-            layer.check_tensors()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_meta:
-                finite(name, tensor)
-        digest.verify(model, self._checksums, self.quantization_config)
+        try:
+            is_verified = digest.verify(model, self._checksums, self.quantization_config)
+        except ValueError:
+            _check_values(model)  # tells more, if the values of a tensor are impossible
+            raise
+        _check_values(model, weights=not is_verified)
         self._checksums, self._empty_layers = {}, {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.
@@ -212,6 +212,15 @@ class DilateQuantizer(DiffusersQuantizer):
         from dq_runtime.dequantization import dequantize  # imported here: it loads much, and is rarely needed
 
         return dequantize(model)
+
+
+def _check_values(model: nn.Module, weights: bool = True) -> None:
+    """Raises ValueError for values that no model has; ``weights`` as for ``QuantizedLayer.check_tensors``."""
+    for layer in quantized_layers(model).values():
+        layer.check_tensors(weights)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_meta:
+            finite(name, tensor)
 
 
 def present_names(names: Iterable[str]) -> list[str]:

@@ -75,7 +75,7 @@ def expect(model: nn.Module) -> None:
         holder.register_buffer(NAME, torch.empty(0, dtype=torch.int64, device="meta"))
 
 
-def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantConfig) -> None:
+def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantConfig) -> bool:
     """Compares the loaded digest with the tensors that were read, and removes it from the model.
 
     Nothing is compared if the checkpoint has no digest, or the digest was offloaded to disk unread.
@@ -83,15 +83,18 @@ def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantCo
     Args:
         checksums: of the tensors as they are stored; tensors that were offloaded to disk unread may be missing.
 
+    Returns:
+        True if all tensors were compared.
+
     Raises:
         ValueError: if a tensor or the config is not that of the save which wrote the digest.
     """
     holder = _holder(model)
     if holder is None:
-        return
+        return False
     loaded = holder._buffers.pop(NAME, None)
     if loaded is None or loaded.is_meta:
-        return
+        return False
     names, fields = sorted(model.state_dict()), fields_to_check(model.config, loaded=True)
     if len(loaded) == len(names) + 1:  # of an older version
         warn_without_digest("has no digest of config.json")
@@ -117,6 +120,7 @@ def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantCo
                 f"The {name} in config.json is not the one that was saved with these tensors. It was edited, is from "
                 f"another save, or was given to from_pretrained. {REMEDY}"
             )
+    return checksums.keys() >= expected.keys()
 
 
 def warn_without_digest(lack: str = "has no digest") -> None:

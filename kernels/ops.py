@@ -32,7 +32,7 @@ from dq_kernels.checks import (
     names_wrong_types,
 )
 from dq_kernels.cpu import free_prepacked, prepacked_bytes
-from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, sum_int4, unpack_int4
 from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.registration import register
 from dq_kernels.shapes import (
@@ -71,6 +71,7 @@ __all__ = [
     "pack_int4",
     "prepacked_bytes",
     "quantize",
+    "sum_int4",
     "unpack_int4",
 ]
 

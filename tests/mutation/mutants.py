@@ -824,7 +824,7 @@ RUNTIME = [
     ),
     Mutant(
         "quantizer_corrupt_values", QUANTIZER,
-        "layer.check_tensors()",
+        "layer.check_tensors(weights)",
         "layer.eval()",
         TEST_CHECKPOINT, "test_corrupt_values_are_refused_by_the_layer_s_name and act_zero_point",
     ),
