@@ -823,6 +823,36 @@ RUNTIME = [
         TEST_CHECKPOINT, "test_unexpected_tensor_is_refused_by_name",
     ),
     Mutant(
+        "digest_of_no_field_of_the_config", "dq_runtime/digest.py",
+        "table = digest(checksums, config, fields_to_check(model_config))",
+        "table = digest(checksums, config, {})",
+        TEST_CHECKPOINT, "test_changed_field_of_the_model_s_config_is_refused",
+    ),
+    Mutant(
+        "rollback_of_nothing", "dq_runtime/rollback.py",
+        "module.restore()",
+        "module._class",
+        ("tests/runtime/test_rollback.py",), "test_an_error_takes_every_change_back",
+    ),
+    Mutant(
+        "rollback_that_ctrl_c_cuts_in_half", "dq_runtime/rollback.py",
+        "lambda *arguments: delayed.append(arguments)",
+        "signal.default_int_handler",
+        ("tests/runtime/test_rollback.py",), "test_a_second_ctrl_c_waits_until_the_model_is_restored",
+    ),
+    Mutant(
+        "checks_no_classes", CHECKS,
+        "for name, expected, value in _wrong_types(operator, args, kwargs):",
+        "for name, expected, value in ():",
+        ("tests/kernels/test_argument_types.py",), "test_an_argument_of_another_class_is_refused_by_name",
+    ),
+    Mutant(
+        "copies_of_the_index_outlive_the_call", TIMESTEPS,
+        "rows.copies.clear()",
+        "rows.copies = rows.copies",
+        TEST_TIMESTEPS, "test_copies_of_the_index_end_with_the_call",
+    ),
+    Mutant(
         "quantizer_corrupt_values", QUANTIZER,
         "layer.check_tensors(weights)",
         "layer.eval()",
