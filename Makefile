@@ -10,7 +10,7 @@ GPU_PYTHON ?= $(BIN)/python
 TEST_JOBS ?= 2
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
-.PHONY: kills demo test lint docs train gpu tune upstream clean
+.PHONY: kills fuzz interruptions soak demo test lint docs train gpu tune upstream clean
 
 demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
 	$(BIN)/python -m examples.small_unets.demo
@@ -33,8 +33,18 @@ train: $(INSTALLED)  ## train the small models again
 gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks in three stages of 5 to 7 minutes (STAGE=check|profile|improve): benchmarks/results/gpu_<device>/
 	$(GPU_PYTHON) -m benchmarks.gpu.suite $(if $(STAGE),--stage $(STAGE))
 
-kills: $(INSTALLED)  ## kill 200 saves at random moments: each folder holds the old or the new checkpoint
-	PYTHONPATH=tests/support $(BIN)/python tests/robustness/kills.py
+# ARGUMENTS are the scripts' own, such as ARGUMENTS="--minutes 60".
+kills: $(INSTALLED)  ## kill saves and calibrations at random moments: nothing is lost or mixed
+	PYTHONPATH=tests/support $(BIN)/python tests/robustness/kills.py $(ARGUMENTS)
+
+fuzz: $(INSTALLED)  ## damage checkpoints and calibration sets at random: nothing changes silently
+	PYTHONPATH=tests/support $(BIN)/python tests/robustness/fuzz.py $(ARGUMENTS)
+
+interruptions: $(INSTALLED)  ## fail calls at random lines: the model is as it was
+	PYTHONPATH=tests/support $(BIN)/python tests/robustness/interruptions.py $(ARGUMENTS)
+
+soak: $(INSTALLED)  ## many calls, loads and threads: no wrong result, no growth of memory
+	PYTHONPATH=tests/support $(BIN)/python tests/robustness/soak.py $(ARGUMENTS)
 
 tune: $(GPU_INSTALLED)  ## on a GPU: search launch configurations: kernels/triton/tuning/<architecture>.json
 	$(GPU_PYTHON) -m benchmarks.tuning.tune

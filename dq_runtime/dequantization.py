@@ -15,6 +15,7 @@ from dq_runtime.convert import GRID_NAME, replace_layers, restore_methods
 from dq_runtime.fused import unfuse
 from dq_runtime.graphs import disable_cuda_graphs
 from dq_runtime.layers import QuantizedLayer, constructor_arguments, is_quantized, quantized_layers
+from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.validation import instance
 
 
@@ -30,6 +31,12 @@ def dequantize(model: Any) -> Any:
     given, model = model, without_compilation(model)
     if not is_quantized(model):
         raise ValueError("The model is not quantized")
+    with unchanged_on_error(model):
+        _dequantize(model)
+    return given
+
+
+def _dequantize(model: Any) -> None:
     disable_cuda_graphs(model)
     unfuse(model)
     dtype = model.dtype
@@ -46,7 +53,6 @@ def dequantize(model: Any) -> Any:
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer
     model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})
-    return given
 
 
 def _dequantized_layer(layer: QuantizedLayer, dtype: torch.dtype) -> nn.Module:

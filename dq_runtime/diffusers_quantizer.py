@@ -45,6 +45,7 @@ class DilateQuantizer(DiffusersQuantizer):
         self._checksums: dict[str, int] = {}  # of the tensors that were loaded, as they are stored
         self._on_loading: WeightsOnLoading | None = None  # for a checkpoint in floating point
         self._empty_layers: dict[str, QuantizedLayer] = {}
+        self.model_config: Mapping[str, Any] = {}  # of the model that is being saved
         self._may_offload = False  # True if the device map may leave tensors on the disk, unread
         self.modules_to_not_convert = quantization_config.modules_to_not_convert
 
@@ -99,7 +100,9 @@ class DilateQuantizer(DiffusersQuantizer):
         layer_name, _, table = name.rpartition(".")
         layer = self._empty_layers.get(layer_name)
         empty = None if layer is None else layer._buffers.get(table)
-        if layer is not None and empty is not None and (empty.shape, empty.dtype) == (tensor.shape, tensor.dtype):
+        if layer is None or empty is None:
+            return
+        if table == digest.NAME or (empty.shape, empty.dtype) == (tensor.shape, tensor.dtype):
             layer._buffers[table] = tensor.clone()
 
     def _add_checksum(self, name: str, tensor: torch.Tensor) -> None:
@@ -205,7 +208,7 @@ class DilateQuantizer(DiffusersQuantizer):
                 "The UNet has an IP-Adapter, which a checkpoint of the UNet cannot store: call unload_ip_adapter(), "
                 "save, and load it again"
             )
-        return digest.with_digest(without_adapters(state_dict), self.quantization_config), {}
+        return digest.with_digest(without_adapters(state_dict), self.quantization_config, self.model_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._on_loading is not None:
@@ -215,12 +218,12 @@ class DilateQuantizer(DiffusersQuantizer):
         if not self._may_offload:
             empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
             self._refuse("missing", [name for name in empty if not name.endswith(f".{digest.NAME}")])
-        for layer in quantized_layers(model).values():
-            layer.check_tensors()
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_meta:
-                finite(name, tensor)
-        digest.verify(model, self._checksums, self.quantization_config)
+        try:
+            is_verified = digest.verify(model, self._checksums, self.quantization_config)
+        except ValueError:
+            _check_values(model)  # tells more, if the values of a tensor are impossible
+            raise
+        _check_values(model, weights=not is_verified)
         self._checksums, self._empty_layers = {}, {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.
@@ -232,6 +235,15 @@ class DilateQuantizer(DiffusersQuantizer):
         from dq_runtime.dequantization import dequantize  # imported here: it loads much, and is rarely needed
 
         return dequantize(model)
+
+
+def _check_values(model: nn.Module, weights: bool = True) -> None:
+    """Raises ValueError for values that no model has; ``weights`` as for ``QuantizedLayer.check_tensors``."""
+    for layer in quantized_layers(model).values():
+        layer.check_tensors(weights)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_meta:
+            finite(name, tensor)
 
 
 def present_names(names: Iterable[str]) -> list[str]:

@@ -33,6 +33,7 @@ from dq_runtime.fused_blocks import (
     FusedUpsample2D,
 )
 from dq_runtime.layers import is_quantized, quantized_layers
+from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.validation import instance
 
 # In this order: an up block can be fused only if its resnets are, and timesteps beside other blocks only.
@@ -76,6 +77,11 @@ def fuse(model: Any) -> dict[str, str]:
         raise ValueError("The model is not quantized: calibrate it, or load a quantized one, before fuse()")
     if is_fused(model):
         raise ValueError("The model is fused already")
+    with unchanged_on_error(model):
+        return _fuse(model)
+
+
+def _fuse(model: Any) -> dict[str, str]:
     architecture = architecture_of(model)
     places = {child: (parent, name) for parent in model.modules() for name, child in parent._modules.items()}
     state = ForwardState(
@@ -100,7 +106,7 @@ def fuse(model: Any) -> dict[str, str]:
                     module.waves = module.waves_on(model.device)
                 fused[name] = stock.__name__
     if not fused:
-        unfuse(model)
+        _unfuse(model)
         return fused
     entry = architecture.entry(model)
     groups = [*state.groups.values(), *(m.self_attention for m in model.modules() if hasattr(m, "self_attention"))]
@@ -128,6 +134,11 @@ def _modules_around(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Mo
 def unfuse(model: Any) -> None:
     """Restores diffusers' own forwards in all blocks of a model, in place."""
     instance("model", model, nn.Module)
+    with unchanged_on_error(model):
+        _unfuse(model)
+
+
+def _unfuse(model: Any) -> None:
     stock_class = {fast: stock for stock, fast in FUSED.items()}
     for module in model.modules():
         if type(module) in stock_class:

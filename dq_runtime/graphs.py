@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.captured_state import ModelState, runs_python
+from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.validation import integer
 
 WARM_UP_CALLS = 3
@@ -94,8 +95,9 @@ class CudaGraphRunner:
 
     def install(self) -> None:
         """Replaces the calls of the entry."""
-        self.entry._compiled_call_impl = self
-        self.clear()
+        with unchanged_on_error(self.entry):
+            self.entry._compiled_call_impl = self
+            self.clear()
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the entry, with its hooks."""

@@ -60,6 +60,7 @@ def save_pretrained(
     if not is_quantized(model) or not CAN_LOCK or os.path.isfile(save_directory):  # diffusers logs an error for a file
         save(save_directory, push_to_hub=push_to_hub)
         return
+    model.hf_quantizer.model_config = model.config  # for the digest: diffusers passes on the tensors alone
     folder = Path(os.path.realpath(path("save_directory", save_directory)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _staging(folder) as staging:

@@ -189,6 +189,7 @@ class TimestepGrid(nn.Module):
         for rows in self.calls.all_of_call():
             if torch.compiler.is_compiling() or rows.thread == threading.get_ident():
                 rows.index = NO_INDEX
+                rows.copies.clear()
 
     def _take_turn(self, model: nn.Module) -> None:
         """Marks the rows of this call with its thread.

@@ -5,8 +5,11 @@ Symbols are those of ``ops``.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +22,69 @@ MAX_ELEMENTS = 2**31 - 1  # the kernels count elements in int32
 MAX_SAMPLES = 2**16 - 1  # of a launch grid's third dimension
 _FLOATS = "float16, bfloat16 or float32"
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
+_KINDS: dict[Any, tuple[str, Any]] = {  # annotation -> how a message calls it, and the classes that it admits
+    Tensor: ("a tensor", Tensor),
+    int: ("an integer", (int, torch.SymInt)),
+    float: ("a number", (float, int)),
+    bool: ("True or False", bool),
+    torch.dtype: ("a torch.dtype", torch.dtype),
+    type(None): ("None", type(None)),
+}
+Operator = TypeVar("Operator", bound=Callable[..., Any])
+
+
+def names_wrong_types(operator: Operator) -> Operator:
+    """An operator whose error is a TypeError with the parameter's name if an argument is of another class.
+
+    Arguments are compared with their annotations once the operator has failed, so a call that succeeds costs nothing.
+    """
+
+    @functools.wraps(operator)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return operator(*args, **kwargs)
+        except Exception as error:
+            for name, expected, value in _wrong_types(operator, args, kwargs):
+                raise TypeError(
+                    f"{operator.__name__}: {name} must be {expected}, got {_with_article(type(value).__name__)}"
+                ) from error
+            raise
+
+    return named  # type: ignore[return-value]
+
+
+def _wrong_types(operator: Callable[..., Any], args: Any, kwargs: Any) -> Iterator[tuple[str, str, Any]]:
+    """The parameters of other classes than those annotated: name, what was expected, value."""
+    try:
+        arguments = inspect.signature(operator).bind(*args, **kwargs).arguments
+    except TypeError:  # a parameter too few or too many, which Python itself names
+        return
+    hints = get_type_hints(operator)
+    for name, value in arguments.items():
+        yield from _wrong_type(name, value, hints[name])
+
+
+def _wrong_type(name: str, value: Any, annotation: Any) -> Iterator[tuple[str, str, Any]]:
+    record = next((kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "_fields")), None)
+    if record is not None and isinstance(value, tuple) and len(value) == len(record._fields):
+        for field, hint, part in zip(record._fields, get_type_hints(record).values(), value, strict=True):
+            yield from _wrong_type(f"{name}.{field}", part, hint)
+    elif annotation == tuple[int, int]:
+        if not isinstance(value, tuple) or len(value) != 2 or not all(_is_a(size, int) for size in value):
+            yield name, "two integers", value
+    else:
+        kinds = get_args(annotation) or (annotation,)
+        if not any(_is_a(value, kind) for kind in kinds):
+            yield name, " or ".join(_KINDS[k][0] if k in _KINDS else f"a {k.__name__}" for k in kinds), value
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    is_bool = isinstance(value, bool) and kind is not bool  # Python's bools are integers
+    return kind in _KINDS and isinstance(value, _KINDS[kind][1]) and not is_bool
+
+
+def _with_article(name: str) -> str:
+    return name if name == "NoneType" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def check_tensor(

@@ -6,6 +6,8 @@ Each operator has a CPU implementation (``cpu``), a CUDA and HIP one (``triton``
 Symbols: B samples, K input channels (K' = K padded to even), N output channels, T timestep groups. All tables are fp32
 or int32, whatever the dtype of the activations.
 
+An argument of another class than annotated is a TypeError that names it.
+
 A NaN or an infinity of a sample passes through int8 in the quantizer's ``timestep_index`` (see ``reference``).
 """
 
@@ -27,9 +29,10 @@ from dq_kernels.checks import (
     check_samples,
     check_size,
     check_tensor,
+    names_wrong_types,
 )
 from dq_kernels.cpu import free_prepacked, prepacked_bytes
-from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, sum_int4, unpack_int4
 from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.registration import register
 from dq_kernels.shapes import (
@@ -68,6 +71,7 @@ __all__ = [
     "pack_int4",
     "prepacked_bytes",
     "quantize",
+    "sum_int4",
     "unpack_int4",
 ]
 
@@ -86,6 +90,7 @@ _int8_attention = register(*(backend.int8_attention for backend in _BACKENDS))
 _int8_attention_quantize = register(*(backend.int8_attention_quantize for backend in _BACKENDS), mutates=_INDEX)
 
 
+@names_wrong_types
 def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0)) -> Tensor:
     """Quantizes activations: clamp(floor(x (1 / s_k) (1 / act_scale_t) + 0.5) + zp_t) to ``quantizer.bits`` bits.
 
@@ -108,6 +113,7 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0))
     return _quantize(x, *quantizer, padding)
 
 
+@names_wrong_types
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     """Layer norm over the channels (torch.nn.LayerNorm) and ``quantize``, in one pass.
 
@@ -135,6 +141,7 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
     return _layer_norm_quantize(x.contiguous(), *norm, *quantizer)
 
 
+@names_wrong_types
 def group_norm_quantize(
     x: Tensor,
     num_groups: int,
@@ -200,6 +207,7 @@ def group_norm_quantize(
     )  # fmt: skip
 
 
+@names_wrong_types
 def int4_linear(
     x: Tensor,
     weight: PackedWeight,
@@ -241,6 +249,7 @@ def int4_linear(
     return _int4_linear(x, *weight, *quantizer, bias, residual, out_dtype, *(next_quantizer or NO_QUANTIZER))
 
 
+@names_wrong_types
 def int4_geglu_quantize(
     x: Tensor, weight: PackedWeight, quantizer: Quantizer, next_quantizer: Quantizer, bias: Tensor | None = None
 ) -> Tensor:
@@ -278,6 +287,7 @@ def _check_linear(op: str, x: Tensor, weight: PackedWeight, quantizer: Quantizer
     return out_channels
 
 
+@names_wrong_types
 def int4_conv2d(
     x: Tensor,
     weight: PackedWeight,
@@ -345,6 +355,7 @@ def int4_conv2d(
     )
 
 
+@names_wrong_types
 def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
     """softmax(q k^T / sqrt(D)) v in floating point, for few keys, and ``quantize``.
 
@@ -371,6 +382,7 @@ def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, qu
     return _attention_quantize(query, key, value, heads, *quantizer)
 
 
+@names_wrong_types
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with q, k, v and the probabilities in 8 bits, both products summed in int32.
 
@@ -392,6 +404,7 @@ def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
     return _int8_attention(query, key, value, heads)
 
 
+@names_wrong_types
 def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
     """``int8_attention`` and ``quantize``, without the float result between them.
 

@@ -23,6 +23,7 @@ from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, follow_timesteps, for_model, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.layers import quantized_layers
+from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.timesteps import TimestepGrid, grouped
 from dq_runtime.validation import instance
 from dq_runtime.weights import layer_tensors, quantize_weight, shared_weight_dilation
@@ -58,7 +59,7 @@ def calibrate(
         TypeError: if the model's class is not supported, its forward lacks the sample or the timestep, or an argument
             is of another class.
         ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
-            belongs to another calibration. After either error the model is unchanged.
+            belongs to another calibration. After any error, and after Ctrl-C, the model is unchanged.
     """
     given, model = model, without_compilation(model)
     architecture = architecture_of(model)
@@ -66,9 +67,21 @@ def calibrate(
     instance("config", config, DilateQuantConfig, type(None))
     instance("distillation", distillation, Distillation, type(None))
     architecture.signature(model)  # raises if the forward lacks the sample or the timestep
-    if any(layer.is_dynamic for layer in quantized_layers(model).values()):
-        _make_scales_static(model, calibration_set, config, distillation)
-        return given
+    with unchanged_on_error(model):
+        if any(layer.is_dynamic for layer in quantized_layers(model).values()):
+            _make_scales_static(model, calibration_set, config, distillation)
+        else:
+            _quantize(model, calibration_set, config, distillation)
+    return given
+
+
+def _quantize(
+    model: Any,
+    calibration_set: CalibrationSet,
+    config: DilateQuantConfig | None,
+    distillation: Distillation | None,
+) -> None:
+    """Quantizes a floating-point model."""
     config = for_model(config or DilateQuantConfig(), model)
     config = replace(config, timesteps=grouped(calibration_set.timesteps, config.timestep_groups))
     assert config.timesteps is not None
@@ -98,7 +111,6 @@ def calibrate(
     config = replace(config, calibration=_facts(calibration_set, distillation) | {"prediction_snr_db": round(snr, 1)})
     convert(model, config, tensors)
     attach_quantizer(model, config)
-    return given
 
 
 def _facts(calibration_set: CalibrationSet, distillation: Distillation | None) -> dict[str, str | int | float | None]:

@@ -224,11 +224,15 @@ def _recording(
             )
         )
 
-    handle = entry.register_forward_pre_hook(hook, with_kwargs=True)
+    handle: Any = None
     try:
+        handle = entry.register_forward_pre_hook(hook, with_kwargs=True)
         yield calibration_set
-    finally:
         handle.remove()
+    except BaseException:  # Ctrl-C may also come just before the removal
+        if handle is not None:
+            handle.remove()
+        raise
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -20,6 +20,7 @@ from distilling import (
     recorded,
     snapshot,
 )
+from killed_saves import killed_after
 
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from dq_runtime.calibration import distillation, error_feedback, finished_blocks
@@ -231,6 +232,14 @@ def test_a_full_disk_at_the_start_leaves_a_folder_that_can_be_used(plain, monkey
             plain.distil(folder=tmp_path)
     assert not list(tmp_path.glob("*calibration*"))
     assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
+
+
+def test_a_calibration_that_is_killed_twice_goes_on_to_the_same_result(plain, tmp_path):
+    for seconds in (0.3, 0.7):
+        killed_after(lambda: plain.distil(folder=tmp_path), seconds)
+
+    assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
+    assert not list((tmp_path / "activations").iterdir())
 
 
 def killed(folder):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dq_kernels.packing import pack_int4, unpack_int4
+from dq_kernels.packing import pack_int4, sum_int4, unpack_int4
 
 ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 
@@ -29,6 +29,23 @@ def test_every_byte_unpacks_to_its_two_signed_nibbles():
 
     assert unpacked.dtype == torch.int8
     assert unpacked.tolist() == expected
+
+
+@pytest.mark.parametrize("shape", [(256, 1), (2, 128), (4, 2, 2, 16)], ids=str)
+def test_sums_of_channels_are_those_of_the_unpacked_values(shape):
+    packed = ALL_BYTES.reshape(shape)
+
+    total = sum_int4(packed)
+    assert total.dtype == torch.int32
+    assert torch.equal(total, unpack_int4(packed).flatten(1).sum(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("byte", [0x77, 0x88])
+def test_sum_of_the_longest_channel_is_exact(byte):
+    channel = torch.full((1, 2**19), byte, dtype=torch.uint8)
+    channel[0, 0] = 0
+
+    assert sum_int4(channel).tolist() == [(2**19 - 1) * (14 if byte == 0x77 else -16)]
 
 
 @pytest.mark.parametrize("shape", [(256,), (1, 256), (16, 16), (256, 1), (4, 2, 2, 16)], ids=str)

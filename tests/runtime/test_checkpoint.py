@@ -70,7 +70,10 @@ def test_file_holds_what_the_unet_holds_and_no_more(saved, unet2d_condition, ass
     tensors = load_file(saved / WEIGHTS)
     digests = [name for name in tensors if name.endswith(digest.NAME)]
     assert len(digests) == 1
-    assert tensors.pop(digests[0]).shape == (len(tensors) + 1,)
+    config = json.loads((saved / "config.json").read_text())
+    fields = [name for name in config if not name.startswith("_")]  # the quantization config is one
+    assert len(fields) > 40
+    assert tensors.pop(digests[0]).shape == (len(tensors) + len(fields),)
     assert_same_tensors(tensors, unet2d_condition.quantized.state_dict())
 
 
@@ -383,7 +386,7 @@ def shift(name):
 def test_plausible_values_of_another_model_are_refused_by_name(damaged, change, named):
     path = damaged(change)
 
-    with pytest.raises(ValueError, match=rf"not those that were saved .*: .*{named}.* from another save: download"):
+    with pytest.raises(ValueError, match=rf"not those that were saved .*: .*{named}.* from another save. Download"):
         UNet2DConditionModel.from_pretrained(path)
 
 
@@ -394,6 +397,59 @@ def test_config_of_another_save_is_refused(damaged, field):
 
     with pytest.raises(ValueError, match=r"config.json is not the one that was saved with these tensors"):
         UNet2DConditionModel.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("norm_num_groups", 4), ("norm_eps", 1e-6), ("act_fn", "gelu"), ("flip_sin_to_cos", False), ("freq_shift", 1),
+     ("attention_head_dim", 8), ("attention_head_dim", [4, 4]), ("sample_size", 16), ("mine", 3)],
+)  # fmt: skip
+def test_changed_field_of_the_model_s_config_is_refused(saved, tmp_path, name, value):
+    """Most of these change the image, and no tensor's shape."""
+    shutil.copytree(saved, tmp_path / "unet")
+    config = json.loads((saved / "config.json").read_text())
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config | {name: value}))
+
+    refused = rf"The {name} in config.json is not the one|{len(config)} fields|fields of config.json, this one has"
+    with pytest.raises(ValueError, match=rf"({refused}).* Download or save all files again"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+
+
+def test_lost_field_of_the_model_s_config_is_refused(saved, tmp_path):
+    """diffusers takes its default."""
+    shutil.copytree(saved, tmp_path / "unet")
+    config = json.loads((saved / "config.json").read_text())
+    del config["norm_num_groups"]
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ValueError, match=r"config\.json"):
+        UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+
+
+def test_another_field_of_the_config_in_from_pretrained_is_refused(saved):
+    with pytest.raises(ValueError, match=r"norm_eps in config.json .* given to from_pretrained"):
+        UNet2DConditionModel.from_pretrained(saved, norm_eps=1e-3)
+
+
+def test_fields_that_a_newer_diffusers_adds_are_not_checked(saved, unet2d_condition):
+    config = dict(unet2d_condition.quantized.config)
+    newer = config | {"added_later": 3, "_use_default_values": ["added_later"]}
+
+    assert digest.fields_to_check(newer, loaded=True) == digest.fields_to_check(config)
+    assert "added_later" in digest.fields_to_check(newer)  # once it is saved, it is in the file
+
+
+def test_digest_without_the_fields_of_the_config_loads_with_a_warning(damaged, unet2d_condition, assert_same_tensors):
+    """As an older version wrote it."""
+
+    def shorten(tensors):
+        name = next(name for name in tensors if name.endswith(digest.NAME))
+        tensors[name] = tensors[name][: len(tensors)].clone()
+
+    with pytest.warns(UserWarning, match="older version and has no digest of config.json"):
+        unet = UNet2DConditionModel.from_pretrained(damaged(shorten))
+
+    assert_same_tensors(unet.state_dict(), unet2d_condition.quantized.state_dict())
 
 
 @pytest.fixture

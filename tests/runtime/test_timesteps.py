@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import tiny_unets
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,3 +304,13 @@ def test_the_boundaries_follow_the_sample_once():
 
     assert boundaries.is_cuda
     assert grid.boundaries is boundaries
+
+
+def test_copies_of_the_index_end_with_the_call(unet2d_condition):
+    unet, copies = unet2d_condition.copy(), []
+    tiny_unets.attend_twice(unet)
+    unet.conv_out.register_forward_hook(lambda *_: copies.append(len(unet.timestep_grid.calls.now().copies)))
+
+    unet2d_condition.call(unet)
+    assert copies == [1]
+    assert unet.timestep_grid.calls.now().copies == {}
