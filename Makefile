@@ -12,8 +12,8 @@ GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .PHONY: kills demo test lint train gpu tune upstream clean
 
-demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
-	$(BIN)/python -m examples.small_unets.demo
+demo: $(INSTALLED)  ## quantize a text-to-image pipeline to INT4 and draw beside fp32: out/demo/
+	$(BIN)/python -m examples.emoji.demo
 
 test: $(INSTALLED) lint  ## everything: style, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(TEST_JOBS) --dist=loadfile
@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p dq_kernels -p dq_runtime
 
-train: $(INSTALLED)  ## train the small models again
+train: $(INSTALLED)  ## train the small UNets again
 	$(BIN)/python -m examples.small_unets.train
 
 gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks, 9 minutes: benchmarks/results/gpu_<device>.json

@@ -27,6 +27,7 @@ PAIRS = (  # part, method without it, method with it
 COLUMNS = {
     "label_accuracy": ("accuracy", "{:.1%}"),
     "psnr_db": ("PSNR, dB", "{:.1f}"),
+    "guided_psnr_db": ("PSNR at guidance 5", "{:.1f}"),
     "pooled_psnr_db": ("pooled", "{:.1f}"),
     "ssim": ("SSIM", "{:.3f}"),
     "frechet": ("Fréchet", "{:.2f}"),
@@ -49,7 +50,7 @@ def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         first = next(iter(by_seed.values()))
         row |= {key: first[key] for key in ("library", "weight_bits", "activation_bits", "quantized_weight_share")}
         for column in COLUMNS:
-            values = [measured[column] for measured in by_seed.values() if measured[column] is not None]
+            values = [measured[column] for measured in by_seed.values() if measured.get(column) is not None]
             row[column] = statistics.mean(values) if values else None
             row[f"{column}_std"] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
@@ -95,11 +96,12 @@ def page(report: Mapping[str, Any], plot: str) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    titles = ["method", "seeds", "W/A", *(title for title, _ in COLUMNS.values())]
+    columns = {name: column for name, column in COLUMNS.items() if any(row[name] is not None for row in rows)}
+    titles = ["method", "seeds", "W/A", *(title for title, _ in columns.values())]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [row["name"], str(row["seeds"]), f"{row['weight_bits']}/{row['activation_bits']}"]
-        for column, (_, form) in COLUMNS.items():
+        for column, (_, form) in columns.items():
             spread = row[f"{column}_std"]
             cell = "-" if row[column] is None else form.format(row[column])
             if spread is not None and column not in ("unet_mb", "calibration_seconds", "calibration_peak_mb"):
