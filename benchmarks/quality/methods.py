@@ -1,9 +1,9 @@
 """Methods that quantize a whole UNet to W4A8 and W4A4, for ``compare.py``: DilateQuant's parts, and earlier methods.
 
 Every method quantizes the same layers: all except ``conv_in`` and ``conv_out``. One row quantizes no convolution, as
-some libraries do. All methods use the same packed format, with one weight scale per output channel, and the same
-kernels. They differ only in the values of weights, scales and zero points. In W4A4 the inputs of ``conv_shortcut`` have
-8 bits, the config's default; one row has 4 bits there, too.
+some libraries do, and one leaves the last block in floating point. All methods use the same packed format, with one
+weight scale per output channel, and the same kernels. They differ only in the values of weights, scales and zero
+points. In W4A4 the inputs of ``conv_shortcut`` have 8 bits, the config's default; one row has 4 bits there, too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ Quantize = Callable[[Any, CalibrationSet, int, int], Any]
 
 
 def dilatequant(
-    dilation: str, groups: int | None, distillation: Distillation | None, linears_alone: bool = False, **others: Any
+    dilation: str,
+    groups: int | None,
+    distillation: Distillation | None,
+    linears_alone: bool = False,
+    last_block_kept: bool = False,
+    **others: Any,
 ) -> Quantize:
     """Our own calibration. ``groups`` of timesteps: 1 is a static scale. ``others`` are more fields of the config."""
 
@@ -39,6 +44,9 @@ def dilatequant(
         if linears_alone:
             convs = [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
             config = replace(config, modules_to_not_convert=convs)
+        if last_block_kept:
+            last = f"up_blocks.{len(unet.up_blocks) - 1}"
+            config = replace(config, modules_to_not_convert=[*config.modules_to_not_convert, last])
         settings = None if distillation is None else replace(distillation, seed=seed)
         return calibrate(deepcopy(unet), calibration_set, config, settings)
 
@@ -99,6 +107,7 @@ METHODS: dict[str, Quantize] = {  # the table's rows, for each number of activat
     "WD + BKD": dilatequant("joint", 1, BLOCKWISE),
     "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),
     "WD + TPQ + BKD, polished": dilatequant("joint", None, POLISHED),
+    "WD + TPQ + BKD, polished, last block kept": dilatequant("joint", None, POLISHED, last_block_kept=True),
     "WD + TPQ + BKD, linears alone": dilatequant("joint", None, BLOCKWISE, linears_alone=True),
     "WD + TPQ + BKD, shortcuts alike": dilatequant("joint", None, BLOCKWISE, layer_activation_bits={}),
 }

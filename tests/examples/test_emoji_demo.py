@@ -7,11 +7,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import tiny_unets
+import tiny_emoji
 import torch
 from safetensors.torch import load_file
 
-from examples.emoji import data, demo, judges, models, task, train_judges
+from examples.emoji import data, demo, judges, task, train_judges
 
 LIMIT = 3_000_000  # bytes of a judge
 
@@ -23,14 +23,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory):
-    """An untrained pipeline in the form of the emoji pipeline, with a smaller UNet."""
-    torch.manual_seed(0)
-    tokenizer = models.trained_tokenizer(["panda", "picture"])
-    unet = tiny_unets.unet2d_condition(sample_size=16, cross_attention_dim=models.TEXT_CHANNELS)
-    denoiser = torch.nn.ModuleDict({"text_encoder": models.untrained_text_encoder(tokenizer), "unet": unet}).eval()
-    folder = tmp_path_factory.mktemp("emoji") / "pipeline"
-    models.save(models.pipeline(models.untrained_autoencoder().eval(), tokenizer, denoiser), folder)
-    return folder
+    return tiny_emoji.save_pipeline(tmp_path_factory.mktemp("emoji"))
 
 
 def test_the_judges_are_small_and_in_fp16():
