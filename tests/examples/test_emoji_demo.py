@@ -54,7 +54,7 @@ def test_the_classifier_knows_the_real_images(trained):
 def test_both_judges_recognize_what_the_shipped_pipeline_draws(trained):
     classifier, image_text = trained
     descriptions = data.descriptions()
-    wanted = list(range(3, len(descriptions), 10))
+    wanted = list(range(3, len(descriptions), 20))
     captions = [data.known_captions(each) for each in descriptions]
     others = judges.other_captions(wanted, captions, torch.Generator().manual_seed(0))
 
@@ -62,7 +62,7 @@ def test_both_judges_recognize_what_the_shipped_pipeline_draws(trained):
 
     names = judges.categories(descriptions)
     predicted = [names[i] for i in classifier(images).argmax(1)]
-    assert sum(guess == descriptions[i].category for guess, i in zip(predicted, wanted, strict=True)) >= 40
+    assert sum(guess == descriptions[i].category for guess, i in zip(predicted, wanted, strict=True)) >= 21
     assert judges.prompt_agreement(image_text, images, [captions[i][0] for i in wanted], others) >= 0.9
     mixed = [captions[i][0] for i in wanted[1:] + wanted[:1]]
     assert judges.prompt_agreement(image_text, images, mixed, others) < 0.2
@@ -103,14 +103,16 @@ def test_evaluation_and_calibration_have_prompts_of_different_emoji():
 
 def test_judges_learn_which_caption_belongs_to_which_image(tmp_path):
     torch.manual_seed(0)
-    descriptions = [data.Description(name, (), kind) for name, kind in (("red", "warm"), ("blue", "cold"))]
+    descriptions = [
+        data.Description(name, ("tint", "shade"), kind) for name, kind in (("red", "warm"), ("blue", "cold"))
+    ]
     images = torch.ones(2, 2, 3, 64, 64)
     images[0, :, 1:] = images[1, :, :2] = -1
     recipe = train_judges.Recipe(steps=30, batch_size=2, learning_rate=3e-3, ema_decay=0.5, warmup_steps=1)
 
     classifier, image_text = train_judges.train(images, descriptions, recipe, tmp_path / "judges.pt")
 
-    assert train_judges.accuracies(classifier, image_text, images[:, 0], descriptions)[:2] == (1.0, 1.0)
+    assert train_judges.accuracies(classifier, image_text, images[:, 0], descriptions) == (1.0, 1.0, 1.0)
     assert (tmp_path / "judges.pt").exists()
 
 
@@ -131,7 +133,7 @@ def test_the_demo_writes_and_prints_its_report(monkeypatch, tmp_path, tiny_folde
     monkeypatch.setattr(task, "load_pipeline", lambda folder=tiny_folder: load(folder))
     monkeypatch.setattr(task, "STEPS", 2)
     monkeypatch.setattr(demo, "SETTINGS", None)
-    monkeypatch.setattr(demo, "KEPT", ("conv_in", "conv_out", "down_blocks"))
+    monkeypatch.setattr(demo, "KEPT", ("conv_in", "conv_out", "down_blocks", "mid_block", "attentions"))
     monkeypatch.setattr(demo, "CALIBRATION_PROMPTS", 4)
     monkeypatch.setattr(demo, "SHOWN_PROMPTS", ("panda", "fox"))
     monkeypatch.setattr(demo, "TIMED_BATCHES", (1, 2))
