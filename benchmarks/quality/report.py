@@ -20,7 +20,7 @@ PAIRS = (  # part, method without it, method with it
     ("TPQ, untrained", "WD", "WD + TPQ"),
     ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
     ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
-    ("last block kept", "WD + TPQ + BKD, polished", "WD + TPQ + BKD, polished, last block kept"),
+    ("late layers kept", "WD + TPQ + BKD, polished", "WD + TPQ + BKD, polished, late layers kept"),
     ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
     ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
     ("8 bits for shortcuts", "WD + TPQ + BKD, shortcuts alike", "WD + TPQ + BKD"),
@@ -41,7 +41,7 @@ COLOURS = {8: "#0072b2", 4: "#d55e00"}  # W4A8 and W4A4
 WEIGHT_ONLY, EIGHT_BIT_WEIGHTS = "#009e73", "#999999"
 MARKERS = {"dq_runtime": "o", "sdnq": "D", "quanto": "s", "torchao": "^"}
 BEST, LINEARS_ALONE = "WD + TPQ + BKD, polished", "WD + TPQ + BKD, linears alone"
-LAST_BLOCK_KEPT = "WD + TPQ + BKD, polished, last block kept"
+LATE_LAYERS_KEPT = "WD + TPQ + BKD, polished, late layers kept"
 
 
 def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ def _plot_methods(axes: Axes, by_name: Mapping[str, Any]) -> None:
 
 
 def _plot_sizes(axes: Axes, by_name: Mapping[str, Any]) -> None:
-    shown = {f"{name}, W4A{bits}": "dq_runtime" for name in (BEST, LAST_BLOCK_KEPT, LINEARS_ALONE) for bits in COLOURS}
+    shown = {f"{name}, W4A{bits}": "dq_runtime" for name in (BEST, LATE_LAYERS_KEPT, LINEARS_ALONE) for bits in COLOURS}
     shown |= {name: name.split()[0] for name in PEERS}
     for name, library in shown.items():
         if name in by_name:

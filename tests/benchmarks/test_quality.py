@@ -20,6 +20,8 @@ from benchmarks.peers import unets
 from benchmarks.quality import calibration_cost, compare, methods, peak_memory, report, rows, subjects
 from benchmarks.result_files import ROOT
 from dq_runtime.layers import quantized_layers
+from examples.emoji import demo
+from examples.emoji import models as emoji_models
 from examples.emoji import task as emoji_task
 
 
@@ -111,13 +113,18 @@ def test_one_row_leaves_all_convolutions_alone(unet, calibration_set):
     assert len(linears) > 4
 
 
-def test_one_row_leaves_the_last_block_alone(unet, calibration_set):
-    quantized = methods.dilatequant("none", None, None, last_block_kept=True)(unet, calibration_set, 8, 0)
+def test_one_row_leaves_the_layers_close_to_the_output_alone(unet, calibration_set):
+    quantized = methods.dilatequant("none", None, None, late_layers_kept=True)(unet, calibration_set, 8, 0)
 
     stock = {name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
-    kept = {name for name in stock if name.startswith("up_blocks.1.")} | {"conv_in", "conv_out"}
-    assert len(kept) > 6
+    kept = {name for name in stock if name.startswith(("up_blocks.1.", "up_blocks.0.upsamplers"))}
+    kept |= {f"up_blocks.0.resnets.{i}.conv_shortcut" for i in range(2)} | {"conv_in", "conv_out"}
+    assert kept < stock
     assert set(quantized_layers(quantized)) == stock - kept
+
+
+def test_the_demo_keeps_the_late_layers_of_the_emoji_unet():
+    assert set(demo.KEPT) == {"conv_in", "conv_out", *methods.late_layers(emoji_models.untrained_unet())}
 
 
 def test_emoji_are_measured_at_both_guidance_scales(tmp_path, tiny_emoji_pipeline, monkeypatch):
