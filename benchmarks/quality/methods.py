@@ -119,7 +119,7 @@ METHODS: dict[str, Quantize] = {  # the table's rows, for each number of activat
     "WD + BKD": dilatequant("joint", 1, BLOCKWISE),
     "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),
     "WD + TPQ + BKD, polished": dilatequant("joint", None, POLISHED),
-    "WD + TPQ + BKD, polished, late layers kept": dilatequant("joint", None, POLISHED, late_layers_kept=True),
+    "WD + TPQ + BKD, late layers kept": dilatequant("joint", None, BLOCKWISE, late_layers_kept=True),
     "WD + TPQ + BKD, linears alone": dilatequant("joint", None, BLOCKWISE, linears_alone=True),
     "WD + TPQ + BKD, shortcuts alike": dilatequant("joint", None, BLOCKWISE, layer_activation_bits={}),
 }

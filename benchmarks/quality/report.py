@@ -20,7 +20,7 @@ PAIRS = (  # part, method without it, method with it
     ("TPQ, untrained", "WD", "WD + TPQ"),
     ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
     ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
-    ("late layers kept", "WD + TPQ + BKD, polished", "WD + TPQ + BKD, polished, late layers kept"),
+    ("late layers kept", "WD + TPQ + BKD", "WD + TPQ + BKD, late layers kept"),
     ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
     ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
     ("8 bits for shortcuts", "WD + TPQ + BKD, shortcuts alike", "WD + TPQ + BKD"),
@@ -41,7 +41,7 @@ COLOURS = {8: "#0072b2", 4: "#d55e00"}  # W4A8 and W4A4
 WEIGHT_ONLY, EIGHT_BIT_WEIGHTS = "#009e73", "#999999"
 MARKERS = {"dq_runtime": "o", "sdnq": "D", "quanto": "s", "torchao": "^"}
 BEST, LINEARS_ALONE = "WD + TPQ + BKD, polished", "WD + TPQ + BKD, linears alone"
-LATE_LAYERS_KEPT = "WD + TPQ + BKD, polished, late layers kept"
+LATE_LAYERS_KEPT = "WD + TPQ + BKD, late layers kept"
 
 
 def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Quantizes the trained emoji pipeline to packed INT4, and draws the same prompts from the same noise with both.
 
-    python -m examples.emoji.demo [--images 128] [--bits 8] [--output out/demo]
+    python -m examples.emoji.demo [--images 64] [--bits 8] [--output out/demo]
 
 Run it from the repository's root. It records the UNet while it draws, calibrates it, saves the packed pipeline and
 loads it with stock diffusers. It writes ``grid.png``, the original's images above those of INT4; ``report.json``, all
@@ -36,8 +36,8 @@ from examples.emoji import task
 
 CALIBRATION_PROMPTS = 64
 SETTINGS = Distillation()
-# Layers close to the output, with 5% of the weights, stay in floating point: rounded to nearest, they would cause 86% of
-# the prediction's error, summed over the layers.
+# Layers close to the output, with 5% of the weights, stay in floating point. Rounded to nearest, they would cause 86%
+# of the prediction's error, summed over the layers.
 KEPT = (
     "conv_in", "conv_out", "up_blocks.2", "up_blocks.1.attentions", "up_blocks.1.upsamplers",
     "up_blocks.1.resnets.0.conv_shortcut", "up_blocks.1.resnets.1.conv_shortcut",
@@ -128,7 +128,7 @@ def checkpoint_mb(unet: Any) -> float:
 
 def plot_prompts(images: Mapping[str, torch.Tensor], captions: Sequence[str]) -> Figure:
     """One row of images [B, 3, H, W] for each model, under the captions."""
-    figure = Figure(figsize=(len(captions), 1.08 * len(images) + 0.25), dpi=150, layout="constrained")
+    figure = Figure(figsize=(len(captions), 0.97 * len(images) + 0.2), dpi=120, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     plots = figure.subplots(len(images), len(captions), squeeze=False)
     for row, (name, drawn) in zip(plots, images.items(), strict=True):
@@ -172,7 +172,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=128, help="at each guidance scale (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=64, help="at each guidance scale (default: %(default)s)")
     parser.add_argument("--bits", type=int, choices=(8, 6, 4), default=8, help="of activations (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/demo"))
     arguments = parser.parse_args()
