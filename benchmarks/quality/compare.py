@@ -17,7 +17,8 @@ Columns:
   content determine the pooled value); emoji are drawn without guidance and at guidance 5, the other columns are of both
   sets of images together;
 - SSIM;
-- Fréchet distance to real images in the classifier's features, and its increase over fp32's;
+- Fréchet distance to real images in the classifier's features, for emoji to those asked for, and its increase over
+  fp32's;
 - MB (10^6 bytes) of the whole UNet;
 - seconds of calibration, and its peak allocated memory above the level before it.
 """

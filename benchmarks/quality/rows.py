@@ -68,7 +68,7 @@ def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> 
         torch.save(drawn, partial)
         partial.replace(reference_file)
     reference = torch.load(reference_file)
-    distances = [subject.frechet(batch) for batch in (drawn, reference)]
+    distances = [subject.frechet(batch, seed) for batch in (drawn, reference)]
     psnr_of_sets = [float(values.mean()) for values in np.split(psnr(drawn, reference), subject.sets)]
     peer = unets.PEERS.get(name)
     return {

@@ -46,7 +46,7 @@ class LabelledImages:
         return (self.task.classifier()(drawn).argmax(1) == self.task.labels(len(drawn))).float().mean().item()
 
     @torch.no_grad()
-    def frechet(self, drawn: torch.Tensor) -> float:
+    def frechet(self, drawn: torch.Tensor, seed: int) -> float:
         """The Fréchet distance to the real images."""
         features = self.task.classifier().features
         return frechet_distance(features(drawn), features(self.task.real_images()[0]))
@@ -75,12 +75,16 @@ class Emoji:
         return torch.cat(list(emoji.draw_all(pipe, asked.captions, study.FIRST_IMAGE_SEED + seed).values()))
 
     def accuracy(self, drawn: torch.Tensor, seed: int) -> float:
+        return emoji.Judge().agreement(*self._judged(drawn, seed))
+
+    def frechet(self, drawn: torch.Tensor, seed: int) -> float:
+        """The Fréchet distance to the real images of the same emoji."""
+        return emoji.Judge().frechet(*self._judged(drawn, seed))
+
+    def _judged(self, drawn: torch.Tensor, seed: int) -> tuple[dict[float, torch.Tensor], emoji.Prompts]:
         images = len(drawn) // self.sets
         asked, _ = emoji.prompts(images, self.calibration_samples, seed)
-        return emoji.Judge().agreement(dict(enumerate(drawn.split(images))), asked)
-
-    def frechet(self, drawn: torch.Tensor) -> float:
-        return emoji.Judge().frechet({0: drawn})
+        return dict(zip(emoji.GUIDANCE_SCALES, drawn.split(images), strict=True)), asked
 
 
 SUBJECTS: dict[str, LabelledImages | Emoji] = {name: LabelledImages(task) for name, task in TASKS.items()}

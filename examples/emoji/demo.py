@@ -102,7 +102,7 @@ def evaluate(
     reference, rows = next(iter(images.values())), []
     for name, drawn in images.items():
         sizes = footprint(unets[name])
-        row = {"model": name, "agreement": judge.agreement(drawn, asked), "frechet": judge.frechet(drawn)}
+        row = {"model": name, "agreement": judge.agreement(drawn, asked), "frechet": judge.frechet(drawn, asked)}
         for guidance, measures in task.closeness(drawn, reference).items():
             for measure, value in measures.items():
                 row[f"{measure}, guidance {guidance:g}"] = None if drawn is reference else value
@@ -200,9 +200,9 @@ def main() -> None:
         "environment": environment(),
         "models": rows,
         "notes": "agreement: images closest to their own prompt among 32; psnr_db and ssim: means, against fp32 at "
-        "equal noise; frechet: classifier features against real images; agreement and frechet are of both guidance "
-        "scales' images; ms: one call of the UNet, median; MB = 10^6 bytes; cpu_prepacked_mb: int8 copies that only "
-        "the CPU path keeps",
+        "equal noise; frechet: classifier features against real images of the same emoji; agreement and frechet are of "
+        "both guidance scales' images; ms: one call of the UNet, median; MB = 10^6 bytes; cpu_prepacked_mb: int8 copies "
+        "that only the CPU path keeps",
     }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print_table(rows)

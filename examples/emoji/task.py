@@ -32,10 +32,12 @@ class Prompts:
     """Known captions, one each of different emoji.
 
     Attributes:
+        emoji: their numbers, in the order of ``data.descriptions``.
         captions: what the pipeline is asked for.
         others: for each, captions of other emoji that it is compared with (see ``judges.prompt_agreement``).
     """
 
+    emoji: list[int]
     captions: list[str]
     others: list[list[str]]
 
@@ -59,7 +61,7 @@ def prompts(evaluated: int, calibrated: int, seed: int) -> tuple[Prompts, list[s
     draws = torch.rand(len(order), generator=generator).tolist()
     drawn = [captions[i][int(u * len(captions[i]))] for i, u in zip(order, draws, strict=True)]
     others = judges.other_captions(order[:evaluated], captions, generator)
-    return Prompts(drawn[:evaluated], others), drawn[evaluated:]
+    return Prompts(order[:evaluated], drawn[:evaluated], others), drawn[evaluated:]
 
 
 def load_pipeline(folder: str | Path = PIPELINE) -> StableDiffusionPipeline:
@@ -121,10 +123,10 @@ class Judge:
         return judges.prompt_agreement(self.image_text, every, asked.captions * times, asked.others * times)
 
     @torch.no_grad()
-    def frechet(self, images: Images) -> float:
-        """The Fréchet distance to the real images, in the classifier's features."""
+    def frechet(self, images: Images, asked: Prompts) -> float:
+        """The Fréchet distance to the real images of the same emoji, in the classifier's features."""
         features = self.classifier.features(torch.cat(list(images.values())))
-        return frechet_distance(features, self.classifier.real_features)
+        return frechet_distance(features, self.classifier.real_features[asked.emoji])
 
 
 def closeness(images: Images, reference: Images) -> dict[float, dict[str, float]]:

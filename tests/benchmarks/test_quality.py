@@ -146,6 +146,7 @@ def test_emoji_are_measured_at_both_guidance_scales(tmp_path, tiny_emoji_pipelin
     assert fp32["psnr_db"] is None
     assert fp32["guided_psnr_db"] is None
     assert 10 < rounded["guided_psnr_db"] < rounded["psnr_db"] < 100
+    assert rounded["quantized_weight_share"] > 0.9
     assert rounded["frechet"] - rounded["frechet_increase"] == pytest.approx(fp32["frechet"])
 
 

@@ -90,6 +90,17 @@ def test_other_captions_are_of_distinct_other_emoji():
     assert 7 not in emoji
 
 
+def test_the_frechet_distance_is_to_real_images_of_the_same_emoji(monkeypatch):
+    judge, (asked, _) = task.Judge(), task.prompts(64, 4, seed=1)
+    real = judge.classifier.real_features
+    monkeypatch.setattr(judge.classifier, "features", lambda images: real[images])
+
+    same, others = (judge.frechet({1.0: torch.tensor(emoji)}, asked) for emoji in (asked.emoji, list(range(64))))
+
+    assert same == pytest.approx(0, abs=1e-3)
+    assert others > 1
+
+
 def test_evaluation_and_calibration_have_prompts_of_different_emoji():
     asked, for_calibration = task.prompts(200, 64, seed=1)
     name = {caption: each.name for each in data.descriptions() for caption in data.known_captions(each)}
