@@ -201,8 +201,8 @@ def main() -> None:
         "models": rows,
         "notes": "agreement: images closest to their own prompt among 32; psnr_db and ssim: means, against fp32 at "
         "equal noise; frechet: classifier features against real images of the same emoji; agreement and frechet are of "
-        "both guidance scales' images; ms: one call of the UNet, median; MB = 10^6 bytes; cpu_prepacked_mb: int8 copies "
-        "that only the CPU path keeps",
+        "both guidance scales' images; ms: one call of the UNet, median; MB = 10^6 bytes; cpu_prepacked_mb: int8 "
+        "copies that only the CPU path keeps",
     }
     (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print_table(rows)
