@@ -12,8 +12,8 @@ GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(INSTALLED))
 
 .PHONY: kills fuzz interruptions soak demo test lint docs train gpu tune upstream clean
 
-demo: $(INSTALLED)  ## quantize a trained UNet to INT4 and sample beside fp32: out/demo/
-	$(BIN)/python -m examples.small_unets.demo
+demo: $(INSTALLED)  ## quantize a text-to-image pipeline to INT4 and draw beside fp32: out/demo/
+	$(BIN)/python -m examples.emoji.demo
 
 test: $(INSTALLED) lint  ## everything: style, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(TEST_JOBS) --dist=loadfile
@@ -27,7 +27,7 @@ docs: $(INSTALLED)  ## the documents as a site: out/site/
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation --config-settings editable_mode=strict -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-train: $(INSTALLED)  ## train the small models again
+train: $(INSTALLED)  ## train the small UNets again
 	$(BIN)/python -m examples.small_unets.train
 
 gpu: $(GPU_INSTALLED)  ## on a GPU: tests and benchmarks in three stages of 5 to 7 minutes (STAGE=check|profile|improve): benchmarks/results/gpu_<device>/

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils import cpp_extension
 
 from dq_runtime import CalibrationSet
+from dq_runtime.layers import QuantizedLayer
 
 KEPT = ("conv_in", "conv_out")
 GROUP_SIZE = 32  # torchao's 4-bit weights: its default for dynamic activations; divides all channels of small UNets
@@ -204,9 +205,14 @@ def missing(peer: Peer) -> str | None:
 def coverage(unet: nn.Module, stock: nn.Module) -> Coverage:
     """The linears and convolutions of the stock UNet whose weights are integers in the quantized UNet."""
     weights = {name: module.weight.numel() for name, module in stock.named_modules() if isinstance(module, LAYERS)}
-    kept = [name for name in weights if all(map(torch.is_floating_point, _stored(unet.get_submodule(name).weight)))]
+    kept = [name for name in weights if all(map(torch.is_floating_point, _stored_weight(unet.get_submodule(name))))]
     share = 1 - sum(weights[name] for name in kept) / sum(weights.values())
     return Coverage(len(weights) - len(kept), tuple(kept), share)
+
+
+def _stored_weight(layer: Any) -> Iterator[Tensor]:
+    """The plain tensors of a layer's weight. Our layers compute ``weight``, the rounded one, when it is read."""
+    return _stored(layer.packed_weight if isinstance(layer, QuantizedLayer) else layer.weight)
 
 
 def size_mb(unet: nn.Module) -> float:

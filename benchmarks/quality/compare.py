@@ -1,10 +1,10 @@
 """Image quality of quantized UNets: DilateQuant part by part, earlier methods, and other libraries.
 
-    python -m benchmarks.quality.compare [--task photos] [--quick] [--row NAME]... [--jobs 2] [--output FILE]
+    python -m benchmarks.quality.compare [--task photos|emoji] [--quick] [--row NAME]... [--jobs 2] [--output FILE]
 
-Trained small UNets (``examples/small_unets``) sample from the same noise in fp32 and quantized. Each row of each seed
-runs in a separate process, on one thread, with ``--jobs`` processes at a time. A seed sets the calibration data, the
-training and the noise of the images.
+Trained small UNets (``examples/small_unets``), or the emoji pipeline (``examples/emoji``), draw from the same noise in
+fp32 and quantized. Each row of each seed runs in a separate process, on one thread, with ``--jobs`` processes at a
+time. A seed sets the calibration data, the training and the noise of the images.
 
 ``benchmarks/results/quality_<task>.json`` has every number. A page beside it has the means and standard deviations
 (``.md``, also printed), and a plot is beside it, too (``.png``). Rows in the file, such as those of an interrupted run,
@@ -12,11 +12,13 @@ are not measured again; delete the file to measure all rows.
 
 Columns:
 
-- label accuracy;
+- accuracy: of labels; for emoji, the share of images that are closest to their own prompt among 32 captions;
 - PSNR in dB against fp32 at equal noise: the mean over images, and pooled over all pixels (a few images with another
-  content determine the pooled value);
+  content determine the pooled value); emoji are drawn without guidance and at guidance 5, the other columns are of both
+  sets of images together;
 - SSIM;
-- Fréchet distance to real images in the classifier's features, and its increase over fp32's;
+- Fréchet distance to real images in the classifier's features, for emoji to those asked for, and its increase over
+  fp32's;
 - MB (10^6 bytes) of the whole UNet;
 - seconds of calibration, and its peak allocated memory above the level before it.
 """
@@ -40,7 +42,8 @@ import torch
 from benchmarks import environment
 from benchmarks.quality.report import contributions, page, plot, summary
 from benchmarks.quality.rows import FP32, measure, row_names, rows_to_measure
-from benchmarks.quality.study import CALIBRATION_SAMPLES, STEPS, command, slug, task_parser
+from benchmarks.quality.study import STEPS, command, slug, task_parser
+from benchmarks.quality.subjects import SUBJECTS
 from benchmarks.result_files import RESULTS, ROOT, write_whole
 
 IMAGES, QUICK_IMAGES, SEEDS = 300, 100, 3
@@ -84,7 +87,7 @@ def run_rows(arguments: argparse.Namespace, folder: Path, results: dict[str, Any
 
 
 def main() -> None:
-    parser = task_parser(__doc__)
+    parser = task_parser(__doc__, SUBJECTS)
     parser.add_argument("--quick", action="store_true", help="one seed, 100 images, five methods, no other libraries")
     parser.add_argument("--images", type=int, default=IMAGES, help="images per row and seed (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -112,7 +115,7 @@ def main() -> None:
             "task": arguments.task,
             "steps": STEPS,
             "images": arguments.images,
-            "calibration_samples": CALIBRATION_SAMPLES,
+            "calibration_samples": SUBJECTS[arguments.task].calibration_samples,
             "summary": summary(ordered),
             "contributions": contributions(ordered),
             "results": ordered,

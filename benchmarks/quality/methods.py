@@ -1,9 +1,10 @@
 """Methods that quantize a whole UNet to W4A8 and W4A4, for ``compare.py``: DilateQuant's parts, and earlier methods.
 
 Every method quantizes the same layers: all except ``conv_in`` and ``conv_out``. One row quantizes no convolution, as
-some libraries do. All methods use the same packed format, with one weight scale per output channel, and the same
-kernels. They differ only in the values of weights, scales and zero points. In W4A4 the inputs of ``conv_shortcut`` have
-8 bits, the config's default; one row has 4 bits there, too.
+some libraries do, and one keeps the layers close to the output in floating point (``late_layers``). All methods use the
+same packed format, with one weight scale per output channel, and the same kernels. They differ only in the values of
+weights, scales and zero points. In W4A4 the inputs of ``conv_shortcut`` have 8 bits, the config's default; one row has
+4 bits there, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import nn
 
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, temporal_quantizer
+from dq_runtime.config import NOT_CONVERTED
 from dq_runtime.convert import convert, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.timesteps import grouped
@@ -30,7 +32,12 @@ Quantize = Callable[[Any, CalibrationSet, int, int], Any]
 
 
 def dilatequant(
-    dilation: str, groups: int | None, distillation: Distillation | None, linears_alone: bool = False, **others: Any
+    dilation: str,
+    groups: int | None,
+    distillation: Distillation | None,
+    linears_alone: bool = False,
+    late_layers_kept: bool = False,
+    **others: Any,
 ) -> Quantize:
     """Our own calibration. ``groups`` of timesteps: 1 is a static scale. ``others`` are more fields of the config."""
 
@@ -39,10 +46,23 @@ def dilatequant(
         if linears_alone:
             convs = [name for name, module in unet.named_modules() if isinstance(module, nn.Conv2d)]
             config = replace(config, modules_to_not_convert=convs)
+        if late_layers_kept:
+            config = replace(config, modules_to_not_convert=[*NOT_CONVERTED, *late_layers(unet)])
         settings = None if distillation is None else replace(distillation, seed=seed)
         return calibrate(deepcopy(unet), calibration_set, config, settings)
 
     return quantize
+
+
+def late_layers(unet: Any) -> list[str]:
+    """The last up block, and of the one before it the attentions, the upsampler and the shortcuts.
+
+    These have few of the weights, and their errors reach the prediction almost unchanged.
+    """
+    last = len(unet.up_blocks) - 1
+    before = f"up_blocks.{last - 1}"
+    shortcuts = [f"{before}.resnets.{i}.conv_shortcut" for i in range(len(unet.up_blocks[-2].resnets))]
+    return [f"up_blocks.{last}", f"{before}.attentions", f"{before}.upsamplers", *shortcuts]
 
 
 def min_max(smoothing: float | None) -> Quantize:
@@ -99,6 +119,7 @@ METHODS: dict[str, Quantize] = {  # the table's rows, for each number of activat
     "WD + BKD": dilatequant("joint", 1, BLOCKWISE),
     "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),
     "WD + TPQ + BKD, polished": dilatequant("joint", None, POLISHED),
+    "WD + TPQ + BKD, late layers kept": dilatequant("joint", None, BLOCKWISE, late_layers_kept=True),
     "WD + TPQ + BKD, linears alone": dilatequant("joint", None, BLOCKWISE, linears_alone=True),
     "WD + TPQ + BKD, shortcuts alike": dilatequant("joint", None, BLOCKWISE, layer_activation_bits={}),
 }

@@ -20,6 +20,7 @@ PAIRS = (  # part, method without it, method with it
     ("TPQ, untrained", "WD", "WD + TPQ"),
     ("BKD", "WD + TPQ", "WD + TPQ + BKD"),
     ("polish", "WD + TPQ + BKD", "WD + TPQ + BKD, polished"),
+    ("late layers kept", "WD + TPQ + BKD", "WD + TPQ + BKD, late layers kept"),
     ("WD", "TPQ + BKD", "WD + TPQ + BKD"),
     ("TPQ", "WD + BKD", "WD + TPQ + BKD"),
     ("8 bits for shortcuts", "WD + TPQ + BKD, shortcuts alike", "WD + TPQ + BKD"),
@@ -27,6 +28,7 @@ PAIRS = (  # part, method without it, method with it
 COLUMNS = {
     "label_accuracy": ("accuracy", "{:.1%}"),
     "psnr_db": ("PSNR, dB", "{:.1f}"),
+    "guided_psnr_db": ("PSNR at guidance 5", "{:.1f}"),
     "pooled_psnr_db": ("pooled", "{:.1f}"),
     "ssim": ("SSIM", "{:.3f}"),
     "frechet": ("Fréchet", "{:.2f}"),
@@ -39,6 +41,7 @@ COLOURS = {8: "#0072b2", 4: "#d55e00"}  # W4A8 and W4A4
 WEIGHT_ONLY, EIGHT_BIT_WEIGHTS = "#009e73", "#999999"
 MARKERS = {"dq_runtime": "o", "sdnq": "D", "quanto": "s", "torchao": "^"}
 BEST, LINEARS_ALONE = "WD + TPQ + BKD, polished", "WD + TPQ + BKD, linears alone"
+LATE_LAYERS_KEPT = "WD + TPQ + BKD, late layers kept"
 
 
 def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -49,7 +52,7 @@ def summary(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         first = next(iter(by_seed.values()))
         row |= {key: first[key] for key in ("library", "weight_bits", "activation_bits", "quantized_weight_share")}
         for column in COLUMNS:
-            values = [measured[column] for measured in by_seed.values() if measured[column] is not None]
+            values = [measured[column] for measured in by_seed.values() if measured.get(column) is not None]
             row[column] = statistics.mean(values) if values else None
             row[f"{column}_std"] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
@@ -95,11 +98,12 @@ def page(report: Mapping[str, Any], plot: str) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    titles = ["method", "seeds", "W/A", *(title for title, _ in COLUMNS.values())]
+    columns = {name: column for name, column in COLUMNS.items() if any(row[name] is not None for row in rows)}
+    titles = ["method", "seeds", "W/A", *(title for title, _ in columns.values())]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [row["name"], str(row["seeds"]), f"{row['weight_bits']}/{row['activation_bits']}"]
-        for column, (_, form) in COLUMNS.items():
+        for column, (_, form) in columns.items():
             spread = row[f"{column}_std"]
             cell = "-" if row[column] is None else form.format(row[column])
             if spread is not None and column not in ("unet_mb", "calibration_seconds", "calibration_peak_mb"):
@@ -142,7 +146,7 @@ def _plot_methods(axes: Axes, by_name: Mapping[str, Any]) -> None:
 
 
 def _plot_sizes(axes: Axes, by_name: Mapping[str, Any]) -> None:
-    shown = {f"{name}, W4A{bits}": "dq_runtime" for name in (BEST, LINEARS_ALONE) for bits in COLOURS}
+    shown = {f"{name}, W4A{bits}": "dq_runtime" for name in (BEST, LATE_LAYERS_KEPT, LINEARS_ALONE) for bits in COLOURS}
     shown |= {name: name.split()[0] for name in PEERS}
     for name, library in shown.items():
         if name in by_name:
@@ -151,7 +155,7 @@ def _plot_sizes(axes: Axes, by_name: Mapping[str, Any]) -> None:
             axes.errorbar(
                 row["unet_mb"], row["psnr_db"], row["psnr_db_std"] or 0, fmt=MARKERS[library], ms=7, lw=1.5,
                 zorder=3 if library == "dq_runtime" else 2,
-                color=colour, mfc=colour if row["quantized_weight_share"] > 0.99 else "white",
+                color=colour, mfc=colour if row["quantized_weight_share"] > 0.9 else "white",
             )  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_xlabel("UNet, MB")

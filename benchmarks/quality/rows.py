@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import dq_runtime
 from benchmarks.peers import unets
 from benchmarks.quality import peak_memory
 from benchmarks.quality.methods import ACTIVATION_BITS, METHODS, ONLY_AT, QUICK
-from benchmarks.quality.study import FIRST_IMAGE_SEED, STEPS, collect
-from dq_runtime.evaluation.metrics import frechet_distance, pooled_psnr, psnr, ssim
-from examples.small_unets.tasks import TASKS
+from benchmarks.quality.subjects import SUBJECTS
+from dq_runtime.evaluation.metrics import pooled_psnr, psnr, ssim
 
 FP32 = "fp32"
 
@@ -51,41 +51,39 @@ def quantized(name: str, unet: Any, calibration_set: Any, seed: int) -> tuple[An
 
 def measure(task_name: str, name: str, seed: int, images: int, folder: Path) -> dict[str, Any]:
     """Quantizes and samples. A seed's fp32 row has to be measured first: it makes the data of the other rows."""
-    task = TASKS[task_name]
-    unet = task.unet()
+    subject = SUBJECTS[task_name]
+    unet = subject.unet()
     calibration_file = folder / f"calibration_{seed}.pt"
     if name == FP32:
-        collect(task, unet, seed).save(calibration_file)
+        subject.collect(unet, images, seed).save(calibration_file)
     calibration_set = dq_runtime.CalibrationSet.load(calibration_file)
     start = time.perf_counter()
     with peak_memory.above_now() as peak:
         model, weight_bits, activation_bits = quantized(name, unet, calibration_set, seed)
     seconds = time.perf_counter() - start
-    labels, classifier = task.labels(images), task.classifier()
-    drawn = task.sample(model, labels, FIRST_IMAGE_SEED + seed, STEPS)
+    drawn = subject.draw(model, images, seed)
     reference_file = folder / f"fp32_{seed}.pt"
     if name == FP32:
         partial = reference_file.with_suffix(".partial")
         torch.save(drawn, partial)
         partial.replace(reference_file)
     reference = torch.load(reference_file)
-    with torch.no_grad():
-        real = classifier.features(task.real_images()[0])
-        distances = [frechet_distance(classifier.features(batch), real) for batch in (drawn, reference)]
-        accuracy = (classifier(drawn).argmax(1) == labels).float().mean().item()
+    distances = [subject.frechet(batch, seed) for batch in (drawn, reference)]
+    psnr_of_sets = [float(values.mean()) for values in np.split(psnr(drawn, reference), subject.sets)]
     peer = unets.PEERS.get(name)
     return {
         "library": None if peer is None else f"{peer.package} {importlib.metadata.version(peer.package)}",
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
-        "label_accuracy": accuracy,
-        "psnr_db": None if name == FP32 else float(psnr(drawn, reference).mean()),
+        "label_accuracy": subject.accuracy(drawn, seed),
+        "psnr_db": None if name == FP32 else psnr_of_sets[0],
+        "guided_psnr_db": None if name == FP32 or subject.sets == 1 else psnr_of_sets[1],
         "pooled_psnr_db": None if name == FP32 else pooled_psnr(drawn, reference),
         "ssim": None if name == FP32 else ssim(drawn, reference),
         "frechet": distances[0],
         "frechet_increase": distances[0] - distances[1],
         "unet_mb": unets.size_mb(model),
-        "quantized_weight_share": None if name == FP32 else unets.coverage(model, task.unet()).weight_share,
+        "quantized_weight_share": None if name == FP32 else unets.coverage(model, unet).weight_share,
         "calibration_seconds": None if name == FP32 else seconds,
         "calibration_peak_mb": None if name == FP32 else peak["allocated_mb"],
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ def collect(task: Task, unet: Any, seed: int) -> dq_runtime.CalibrationSet:
     )  # fmt: skip
 
 
-def task_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the shared options: the task and the report's file."""
+def task_parser(description: str | None, tasks: Iterable[str] = TASKS) -> argparse.ArgumentParser:
+    """A parser with the shared options: the task, one of these, and the report's file."""
     parser = new_parser(description)
-    parser.add_argument("--task", choices=TASKS, default="digits/cross_attention")
+    parser.add_argument("--task", choices=list(tasks), default="digits/cross_attention")
     parser.add_argument("--output", type=Path)
     return parser
 

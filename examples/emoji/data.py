@@ -1,7 +1,8 @@
 """Emoji images and captions, from two npm packages: which emoji, and how they are described.
 
 ``emoji-datasource-twitter`` has the images (Twemoji, CC-BY 4.0) and their categories, ``emojilib`` (MIT) has names and
-keywords. Both are downloaded by ``npm pack``; nothing of them is part of this repository.
+keywords. Both are downloaded by ``npm pack``. The images are no part of this repository; ``descriptions.json`` has the
+names, keywords and categories.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,6 +24,7 @@ from PIL import Image
 
 IMAGES, KEYWORDS = "emoji-datasource-twitter-16.0.0", "emojilib-4.0.2"  # name and version
 KEYWORDS_PER_EMOJI = 4
+DESCRIPTIONS = Path(__file__).parent / "descriptions.json"
 
 # Short names in the data source. The choice is small enough for hours of training on a CPU. It leaves out
 # near-duplicates, people of several skin tones, most flags, and what few people could name.
@@ -72,12 +75,32 @@ rainbow-flag pirate_flag fr it jp
 
 
 @dataclass(frozen=True)
-class Emoji:
-    """One emoji: ``image`` has the shape (3, 64, 64), in uint8."""
+class Description:
+    """An emoji's name, keywords and category, such as "Animals & Nature"."""
 
     name: str
     keywords: tuple[str, ...]
+    category: str
+
+
+@dataclass(frozen=True)
+class Emoji(Description):
+    """One emoji: ``image`` has the shape (3, 64, 64), in uint8."""
+
     image: torch.Tensor
+
+
+def descriptions() -> list[Description]:
+    """Those of the chosen emoji, in the order of ``load``. Nothing is downloaded."""
+    return [
+        Description(**entry | {"keywords": tuple(entry["keywords"])}) for entry in json.loads(DESCRIPTIONS.read_text())
+    ]
+
+
+def write_descriptions(emoji: Sequence[Emoji]) -> None:
+    """Write what ``descriptions`` reads, one emoji a line."""
+    lines = [json.dumps({"name": e.name, "keywords": e.keywords, "category": e.category}) for e in emoji]
+    DESCRIPTIONS.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def load(folder: Path) -> list[Emoji]:
@@ -94,7 +117,7 @@ def load(folder: Path) -> list[Emoji]:
     for file, entry in sorted(chosen.items(), key=lambda item: item[1]["sort_order"]):
         character = without_variation("".join(chr(int(code, 16)) for code in entry["unified"].split("-")))
         name, *keywords = map(plain, words.get(character, [entry["short_name"]]))
-        emoji.append(Emoji(name, informative(name, keywords), images[file]))
+        emoji.append(Emoji(name, informative(name, keywords), entry["category"], images[file]))
     return emoji
 
 
@@ -131,13 +154,13 @@ def on_white(file: IO[bytes]) -> torch.Tensor:
     return torch.from_numpy(np.array(Image.alpha_composite(white, image).convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
-def known_captions(emoji: Emoji) -> list[str]:
+def known_captions(emoji: Description) -> list[str]:
     """The captions that models are trained on: the name with none, one or two keywords."""
     name, keywords = emoji.name, emoji.keywords
     pairs = list(itertools.combinations(keywords, 2))[1:]
     return [name, f"{name} emoji", f"a picture of {name}"] + [", ".join((name, *w)) for w in (*zip(keywords), *pairs)]
 
 
-def held_out_caption(emoji: Emoji) -> str | None:
+def held_out_caption(emoji: Description) -> str | None:
     """The name with two keywords that no known caption has together; ``None`` for an emoji with fewer than two."""
     return ", ".join((emoji.name, *emoji.keywords[:2])) if len(emoji.keywords) > 1 else None

@@ -10,15 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import tiny_emoji
 import torch
 from diffusers import UNet2DModel
 from torch import nn
 
 import dq_runtime
 from benchmarks.peers import unets
-from benchmarks.quality import calibration_cost, compare, methods, peak_memory, report, rows
+from benchmarks.quality import calibration_cost, compare, methods, peak_memory, report, rows, subjects
 from benchmarks.result_files import ROOT
 from dq_runtime.layers import quantized_layers
+from examples.emoji import demo
+from examples.emoji import models as emoji_models
+from examples.emoji import task as emoji_task
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,11 @@ def calibration_set(unet):
         for timestep, size in ((10, 1.0), (500, 4.0)):
             unet(sample * size, timestep)
     return recorded
+
+
+@pytest.fixture(scope="module")
+def tiny_emoji_pipeline(tmp_path_factory):
+    return emoji_task.load_pipeline(tiny_emoji.save_pipeline(tmp_path_factory.mktemp("emoji")))
 
 
 def test_every_method_is_a_row_at_its_numbers_of_bits():
@@ -102,6 +111,43 @@ def test_one_row_leaves_all_convolutions_alone(unet, calibration_set):
     linears = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
     assert set(quantized_layers(quantized)) == linears
     assert len(linears) > 4
+
+
+def test_one_row_leaves_the_layers_close_to_the_output_alone(unet, calibration_set):
+    quantized = methods.dilatequant("none", None, None, late_layers_kept=True)(unet, calibration_set, 8, 0)
+
+    stock = {name for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    kept = {name for name in stock if name.startswith(("up_blocks.1.", "up_blocks.0.upsamplers"))}
+    kept |= {f"up_blocks.0.resnets.{i}.conv_shortcut" for i in range(2)} | {"conv_in", "conv_out"}
+    assert kept < stock
+    assert set(quantized_layers(quantized)) == stock - kept
+
+
+def test_the_demo_keeps_the_late_layers_of_the_emoji_unet():
+    assert set(demo.KEPT) == {"conv_in", "conv_out", *methods.late_layers(emoji_models.untrained_unet())}
+
+
+def test_emoji_are_measured_at_both_guidance_scales(tmp_path, tiny_emoji_pipeline, monkeypatch):
+    subject = subjects.Emoji()
+    subject.pipeline = tiny_emoji_pipeline
+    subject.calibration_samples = 4
+    monkeypatch.setattr(subjects.emoji, "STEPS", 2)
+    monkeypatch.setitem(subjects.SUBJECTS, "emoji", subject)
+
+    fp32, rounded = (
+        rows.measure("emoji", name, 0, 4, tmp_path) for name in (rows.FP32, "round to nearest, min-max, W4A8")
+    )
+
+    calls = dq_runtime.CalibrationSet.load(tmp_path / "calibration_0.pt").calls
+    assert [len(call.sample) for call in calls] == [2, 2, 4, 4]  # with guidance each prompt is drawn twice
+    drawn = torch.load(tmp_path / "fp32_0.pt")
+    assert drawn.shape == (8, 3, 64, 64)
+    assert (drawn[:4] - drawn[4:]).abs().mean() > 1e-3
+    assert fp32["psnr_db"] is None
+    assert fp32["guided_psnr_db"] is None
+    assert 10 < rounded["guided_psnr_db"] < rounded["psnr_db"] < 100
+    assert rounded["quantized_weight_share"] > 0.9
+    assert rounded["frechet"] - rounded["frechet_increase"] == pytest.approx(fp32["frechet"])
 
 
 def test_peak_memory_is_what_a_block_takes_at_most_and_not_what_was_free_before():
@@ -187,7 +233,7 @@ def test_the_plot_shows_every_method_and_every_library(monkeypatch, tmp_path):
     ]
     points = {line.get_ydata()[0]: line for line in sizes.lines if len(line.get_ydata()) == 1}
     by_name = {row["name"]: points[row["psnr_db"]] for row in rows if row["psnr_db"] in points}
-    assert len(by_name) == 5
+    assert len(by_name) == 7
     torchao, best = by_name["torchao a"], by_name[f"{report.BEST}, W4A4"]
     assert (torchao.get_marker(), torchao.get_markerfacecolor()) == ("^", "white")
     assert (best.get_marker(), best.get_color()) == ("o", best.get_markerfacecolor())

@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 from examples.emoji import data, models, train
 
 EMOJI = [
-    data.Emoji(name, keywords, torch.full((3, 64, 64), shade, dtype=torch.uint8))
+    data.Emoji(name, keywords, "Objects", torch.full((3, 64, 64), shade, dtype=torch.uint8))
     for name, keywords, shade in (("red fox", ("animal", "wild", "sly"), 40), ("sun", ("sky",), 200), ("key", (), 120))
 ]
 CAPTIONS = [data.known_captions(emoji) for emoji in EMOJI]

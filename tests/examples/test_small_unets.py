@@ -1,23 +1,15 @@
-"""The small UNets, the files that ship with them, and the demo's report."""
+"""The small UNets, the files that ship with them, and the commands that documents name."""
 
-import copy
-import datetime
 import importlib.util
 import json
-import os
-import platform
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-import dq_runtime
-from examples.small_unets import demo
 from examples.small_unets.tasks import TASKS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -176,146 +168,6 @@ def test_a_bf16_unet_draws_nearly_the_same_images(name):
     assert 0 < (bf16 - fp32).square().mean().sqrt() < 0.05
 
 
-def report_row(**values):
-    row = {
-        "model": "fp32",
-        "label_accuracy": 0.9875,
-        "psnr_db": None,
-        "ssim": None,
-        "frechet": 12.3456,
-        "unet_mb_fp16": 4.25,
-        "unet_mb": 8.5,
-        "checkpoint_mb": 4.26,
-        "cpu_prepacked_mb": 2.0,
-        "seconds_per_image": 0.01234,
-        "calibration_seconds": None,
-        "not in the table": 1,
-    }
-    return row | values
-
-
-def test_print_table_aligns_its_columns(capsys):
-    demo.print_table(
-        [
-            report_row(),
-            report_row(model="INT4 W4A8", psnr_db=31.45, ssim=0.98765, unet_mb=1.5, calibration_seconds=71.6),
-        ],
-        {"bf16": "too slow"},
-    )
-
-    header, *lines, left_out = capsys.readouterr().out.splitlines()
-    assert left_out == "bf16: left out, too slow"
-    titles = re.split(r" {2,}", header.strip())
-    assert titles == [name for name, _ in demo.COLUMNS]
-    starts = [re.search(rf"\b{title}\b", header).start() for title in titles]
-    table = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
-    assert table == [
-        ["fp32", "98.8%", "-", "-", "12.35", "4.25", "8.50", "4.26", "2.00", "0.0123", "-"],
-        ["INT4 W4A8", "98.8%", "31.4", "0.988", "12.35", "4.25", "1.50", "4.26", "2.00", "0.0123", "72"],
-    ]
-
-
-def test_the_report_states_its_date_device_and_versions():
-    environment = demo.environment()
-
-    assert json.loads(json.dumps(environment)) == environment
-    assert datetime.date.fromisoformat(environment["date"])
-    assert environment["torch"] == torch.__version__
-    assert {"cores", "device", "python", "torch", "triton", "diffusers", "dq-runtime"} <= environment.keys()
-
-
-def test_bf16_is_left_out_with_a_reason_if_it_is_many_times_slower_than_fp32(monkeypatch):
-    task = TASKS["digits/class_conditional"]
-    monkeypatch.setattr(demo, "bf16_slowdown", lambda: 23.4)
-
-    unets, left_out = demo.floating_point_unets(task)
-
-    assert list(unets) == ["fp32"]
-    assert left_out.keys() == {"bf16"}
-    assert "23 times as long as fp32" in left_out["bf16"]
-
-
-def test_bf16_is_compared_if_it_is_not_much_slower_than_fp32(monkeypatch):
-    monkeypatch.setattr(demo, "bf16_slowdown", lambda: 1.5)
-
-    unets, left_out = demo.floating_point_unets(TASKS["digits/class_conditional"])
-
-    assert {name: unet.dtype for name, unet in unets.items()} == {"fp32": torch.float32, "bf16": torch.bfloat16}
-    assert left_out == {}
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is an instruction set of x86")
-def test_bf16_is_slow_if_onednn_may_only_use_avx2():
-    code = "from examples.small_unets import demo; print(demo.bf16_slowdown() > demo.LARGEST_BF16_SLOWDOWN)"
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # oneDNN reads it once per process
-
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True
-    )
-
-    assert result.stdout == "True\n", result.stderr
-
-
-def test_the_demo_writes_and_prints_its_report(monkeypatch, tmp_path, capsys):
-    def quantize_middle(unet, calibration_set, bits, folder):
-        kept = ["conv_in", "time_embedding", "down_blocks", "up_blocks", "conv_out"]
-        config = dq_runtime.DilateQuantConfig(activation_bits=bits, dilation="none", modules_to_not_convert=kept)
-        return dq_runtime.calibrate(copy.deepcopy(unet), calibration_set, config, distillation=None), 1.0
-
-    monkeypatch.setattr(demo, "bf16_slowdown", lambda: 30.0)
-    monkeypatch.setattr(demo, "quantize", quantize_middle)
-    monkeypatch.setattr(demo, "CALIBRATION_SAMPLES", 10)
-    monkeypatch.setattr(demo, "TIMING_BATCH", 2)
-    monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
-    options = ["--unet", "digits/class_conditional", "--samples", "20", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["demo", *options])
-
-    demo.main()
-
-    report, (printed, bars) = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr()
-    names = ["fp32", "INT4 W4A8", "INT4 W4A4"]
-    assert [row["model"] for row in report["models"]] == names
-    assert report["left_out"].keys() == {"bf16"}
-    assert f"bf16: left out, {report['left_out']['bf16']}" in printed.splitlines()
-    for name in names:
-        assert f"Sampling {name}: 100%" in bars
-    for bits in (8, 4):
-        assert f"Calibrating INT4 W4A{bits}" in printed.splitlines()
-        assert (tmp_path / f"w4a{bits}" / "report" / "layers.json").is_file()
-    assert (tmp_path / "grid.png").is_file()
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero")
-def test_evaluate_measures_every_model_against_the_first(monkeypatch, tmp_path):
-    def sample(self, unet, labels, seed, **options):
-        return full_sample(self, unet, labels, seed, num_inference_steps=4, **options)
-
-    task, full_sample = TASKS["digits/class_conditional"], demo.Task.sample
-    monkeypatch.setattr(demo.Task, "sample", sample)
-    monkeypatch.setattr(demo, "TIMING_BATCH", 1)
-    monkeypatch.setattr(demo, "TIMING_ROUNDS", 1)
-    unets = {"fp32": task.unet(), "the same": task.unet(), "untrained": task.untrained_unet().eval()}
-    rows = demo.evaluate(task, unets, {}, 30, tmp_path)
-
-    first, same, untrained = rows
-    assert [row["model"] for row in rows] == list(unets)
-    assert all({name for name, _ in demo.COLUMNS} <= row.keys() for row in rows)
-    assert (first["psnr_db"], first["ssim"]) == (None, None)
-    assert same["psnr_db"] == 100
-    assert same["ssim"] == pytest.approx(1)
-    assert untrained["psnr_db"] < 15
-    assert untrained["ssim"] < 0.5
-    assert first["label_accuracy"] == same["label_accuracy"] > 0.8
-    assert untrained["label_accuracy"] < 0.5
-    assert first["frechet"] == same["frechet"] < untrained["frechet"] / 2
-    parameters = sum(parameter.numel() for parameter in unets["fp32"].parameters())
-    assert first["unet_mb_fp16"] == pytest.approx(2 * parameters / 1e6)
-    assert first["unet_mb"] == pytest.approx(4 * parameters / 1e6)
-    assert first["quantized_weights_over_fp16"] is None
-    assert all(row["seconds_per_image"] > 0 for row in rows)
-    assert tmp_path.joinpath("grid.png").is_file()
-
-
 def test_the_documented_commands_exist():
     documents = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "docs/measurements.md", ".ci/run")]
     text = "\n".join(path.read_text() for path in documents)
@@ -329,5 +181,5 @@ def test_the_documented_commands_exist():
     for script in set(re.findall(r"\b(?:examples|benchmarks)/[\w/]+\.py\b", text + makefile)):
         assert (REPOSITORY / script).is_file(), script
     modules = set(re.findall(r"-m (examples[\w.]+)", text + makefile))
-    assert {"examples.small_unets.demo", "examples.small_unets.train"} <= modules
+    assert {"examples.emoji.demo", "examples.small_unets.train"} <= modules
     assert all(importlib.util.find_spec(module) for module in modules)
