@@ -22,7 +22,7 @@ MAX_ELEMENTS = 2**31 - 1  # the kernels count elements in int32
 MAX_SAMPLES = 2**16 - 1  # of a launch grid's third dimension
 _FLOATS = "float16, bfloat16 or float32"
 _FLOAT32, _INT32 = (torch.float32,), (torch.int32,)
-_KINDS = {  # annotation -> how a message calls it, and the classes that it admits
+_KINDS: dict[Any, tuple[str, Any]] = {  # annotation -> how a message calls it, and the classes that it admits
     Tensor: ("a tensor", Tensor),
     int: ("an integer", (int, torch.SymInt)),
     float: ("a number", (float, int)),
