@@ -45,7 +45,8 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             for module in modules:
                 module.restore()
             for parameter, wanted in required:
-                parameter.requires_grad_(wanted)
+                if parameter.requires_grad != wanted:
+                    parameter.requires_grad_(wanted)
         raise
 
 
