@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from dq_runtime.layers import QuantizedLayer, is_quantized, quantized_layers
 from dq_runtime.on_loading import WeightsOnLoading
 from dq_runtime.saving import install
 from dq_runtime.validation import finite
+
+logger = logging.getLogger("dq_runtime")
 
 RENAMES = hasattr(DiffusersQuantizer, "maybe_update_loaded_keys")  # since diffusers 0.39
 
@@ -198,7 +201,7 @@ class DilateQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The tensors to save, with their digest; those of adapters are left out.
+        """The tensors to save, with their digest; those of adapters are left out, and a warning says so.
 
         Raises:
             ValueError: if the model has an IP-Adapter, which changes its config.
@@ -208,7 +211,12 @@ class DilateQuantizer(DiffusersQuantizer):
                 "The UNet has an IP-Adapter, which a checkpoint of the UNet cannot store: call unload_ip_adapter(), "
                 "save, and load it again"
             )
-        return digest.with_digest(without_adapters(state_dict), self.quantization_config, self.model_config), {}
+        tensors = without_adapters(state_dict)
+        if len(tensors) < len(state_dict):
+            logger.warning(
+                "The adapters of the model are not part of its checkpoint: save them with save_lora_adapter()"
+            )
+        return digest.with_digest(tensors, self.quantization_config, self.model_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._on_loading is not None:

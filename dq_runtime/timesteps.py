@@ -41,6 +41,16 @@ def grouped(timesteps: Sequence[float], groups: int | None) -> list[float]:
     return [middles[i] for i in sorted(set(TimestepGrid(middles).rows_of(timesteps)))]
 
 
+def _middles(values: torch.Tensor) -> torch.Tensor:
+    """Half-way between neighbours, [T] fp32 -> [T - 1] fp32, rounded down: so the neighbours lie on both sides.
+
+    Schedulers of two stages give timesteps that differ in the last bit.
+    """
+    exact = (values[1:].double() + values[:-1].double()) / 2
+    middles = exact.float()
+    return torch.where(middles > exact, torch.nextafter(middles, values[:-1]), middles)
+
+
 class _Rows:
     """The rows of the tables in a forward pass."""
 
@@ -74,7 +84,7 @@ class TimestepGrid(nn.Module):
             raise ValueError(f"timesteps must be a sorted list without repeats, got {timesteps}")
         values = torch.tensor(timesteps, dtype=torch.float32, device="cpu")  # even under a default device of meta
         self.num_timesteps = len(timesteps)
-        self.boundaries = (values[1:] + values[:-1]) / 2
+        self.boundaries = _middles(values)
         self.calls = CallState(_Rows)
         self.hooks = []
 

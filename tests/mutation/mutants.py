@@ -546,7 +546,7 @@ RUNTIME = [
     ),
     Mutant(
         "timesteps_floor_of_the_grid", TIMESTEPS,
-        "self.boundaries = (values[1:] + values[:-1]) / 2",
+        "self.boundaries = _middles(values)",
         "self.boundaries = values[1:]",
         TEST_TIMESTEPS, "test_fractions_go_to_the_nearest_and_ties_to_the_smaller",
     ),

@@ -440,6 +440,7 @@ def test_an_unknown_model_is_named_with_those_that_are_known(use):
         use(model)
 
 
+@pytest.mark.supports("Models", "UNets without a timestep", "refused, with the arguments that they have")
 @pytest.mark.parametrize("use", [use_calibrate, use_record])
 def test_a_unet_without_a_timestep_is_told_so(use):
     torch.manual_seed(0)

@@ -574,12 +574,15 @@ if any(name.startswith("dq_runtime.calibration") for name in sys.modules):
     assert torch.equal(torch.load(tmp_path / "output.pt"), expected)
 
 
-@pytest.mark.supports("Saving and loading", "saves with an adapter", "leave the adapter out")
-def test_adapters_are_left_out_of_a_checkpoint(unet2d_condition, tmp_path, assert_same_tensors):
+@pytest.mark.supports("Saving and loading", "saves with an adapter", "leave the adapter out, with a warning")
+def test_adapters_are_left_out_of_a_checkpoint(unet2d_condition, tmp_path, assert_same_tensors, caplog):
     unet = unet2d_condition.copy()
+    unet.save_pretrained(tmp_path)
+    assert not caplog.records
     unet.add_adapter(LoraConfig(target_modules=["to_q", "conv1", "conv_in"]))
 
     unet.save_pretrained(tmp_path)
+    assert "adapters of the model are not part of its checkpoint: save them with save_lora_adapter()" in caplog.text
 
     loaded = UNet2DConditionModel.from_pretrained(tmp_path)
     assert_same_tensors(loaded.state_dict(), unet2d_condition.quantized.state_dict())

@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny_pipeline
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel, VQModel
 from diffusers.models import modeling_utils
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
@@ -165,6 +165,13 @@ def test_nan_is_visible(unet2d_condition, folder, what):
 def test_timesteps_need_calibration(folder):
     with pytest.raises(ValueError, match="need calibration"):
         load(folder, timesteps=[0.0, 500.0])
+
+
+def test_other_models_are_refused_with_those_that_are_known(tmp_path):
+    VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path)
+
+    with pytest.raises(TypeError, match=r"VQModel is no model .* it supports UNet2DModel"):
+        VQModel.from_pretrained(tmp_path, quantization_config=DilateQuantConfig())
 
 
 def test_weight_that_is_not_finite_is_refused_by_name(unet2d_condition, tmp_path):

@@ -85,6 +85,15 @@ def test_grid_of_fractional_timesteps():
     assert rows(grid, torch.tensor(grid), 5) == [0, 1, 2, 3, 4]
 
 
+def test_neighbours_that_differ_in_the_last_bit_have_rows_of_their_own():
+    """As the timesteps of KDPM2's ancestral sampler do."""
+    values = torch.arange(50.0, 1000.0, 50.0)
+    values = torch.cat([values, torch.nextafter(values, torch.tensor(0.0))]).sort().values
+    grid = TimestepGrid(values.tolist())
+
+    assert grid.rows_of(values.tolist()) == list(range(len(values)))
+
+
 @pytest.mark.parametrize("timestep", [0, 1, 999, torch.tensor([5.5, 0.0, 999.0])], ids=repr)
 def test_one_calibrated_timestep_serves_all(timestep):
     assert rows([999.0], timestep) == [0, 0, 0]
