@@ -33,6 +33,7 @@ from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.registration import register
 from dq_kernels.shapes import (
+    FEW_KEYS,
     MAX_FLOAT_HEAD_CHANNELS,
     MAX_FLOAT_KEYS,
     MAX_HEAD_CHANNELS,
@@ -45,6 +46,7 @@ from dq_kernels.shapes import (
 
 __all__ = [
     "COMPUTE_DTYPES",
+    "FEW_KEYS",
     "INT4_MAX",
     "INT4_MIN",
     "MAX_FLOAT_HEAD_CHANNELS",
@@ -392,12 +394,16 @@ def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
     return _int8_attention(query, key, value, heads)
 
 
-def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+def int8_attention_quantize(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer, statistics: Tensor | None = None
+) -> Tensor:
     """``int8_attention`` and ``quantize``, without the float result between them.
 
     Args:
         query, key, value, heads: as for ``int8_attention``; H D is even.
         quantizer: of H D channels.
+        statistics: [B, S / STATISTICS_ROWS, 2, 2 H D] fp32, of key beside value, from ``int4_conv2d``; optional. They
+            save two sums over more than ``FEW_KEYS`` tokens.
 
     Returns:
         [B, L, H D] int8, contiguous.
@@ -408,7 +414,13 @@ def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: in
     op = "int8_attention_quantize"
     _check_attention(op, query, key, value, heads)
     _check_quantized_attention(op, query, quantizer)
-    return _int8_attention_quantize(query, key, value, heads, *quantizer)
+    if statistics is not None:
+        if key.shape[1] % STATISTICS_ROWS:
+            raise ValueError(f"{op}: statistics are given for whole runs of {STATISTICS_ROWS} keys alone")
+        shape = statistics_shape(key.shape[0], (key.shape[1], 1), 2 * key.shape[2], True)
+        check_tensor(op, "statistics", statistics, (torch.float32,), shape, any_strides=True)
+        statistics = statistics if statistics.stride(3) == 1 else statistics.contiguous()
+    return _int8_attention_quantize(query, key, value, heads, *quantizer, statistics)
 
 
 def _check_quantized_attention(op: str, query: Tensor, quantizer: Quantizer) -> None:
