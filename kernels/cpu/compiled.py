@@ -1,4 +1,7 @@
-"""The elementwise parts of the CPU operators as one pass over memory: ``single_pass.cpp``, compiled at the first use.
+"""The CPU operators' parts in C++, compiled at the first use.
+
+``single_pass.cpp`` has the elementwise parts, each as one pass over memory; ``gemm.cpp`` the products, for processors
+with AVX-512 VNNI.
 
 Compilation takes a few seconds, once a machine: the library is kept in ``$XDG_CACHE_HOME/dq_runtime`` (by default
 ``~/.cache/dq_runtime``), under a name made from the source, the compiler and the processor's instruction set. Without a
@@ -14,16 +17,17 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dq_kernels.records import Norm, Quantizer
+from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.shapes import quantized_shape
 
-SOURCE = Path(__file__).with_name("single_pass.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("single_pass.cpp", "gemm.cpp")]
 # No fused multiply-add: the integers must be those of the oracle. The last two let compilers vectorize ``floor``.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ())  # the first that the compiler takes
@@ -34,6 +38,16 @@ class _QuantizerArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("dilation", "scale", "zero_point", "timestep_index")),
         *((name, ctypes.c_int64) for name in ("channels", "timesteps", "bits")),
+    ]
+
+
+class _GemmArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("samples", "height", "width", "channels", "out_height", "out_width", "out_channels"),
+            *("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w", "upsample", "timesteps"),
+        )
     ]
 
 
@@ -48,6 +62,7 @@ _SIGNATURES = {
     "dq_layer_norm_quantize": [_INT, _TENSOR, *[_SIZE] * 3, _TENSOR, _TENSOR, _FLOAT, _QUANTIZER, _TENSOR, _INT],
     "dq_geglu_quantize": [_TENSOR, *[_SIZE] * 3, _QUANTIZER, _TENSOR, _INT],
     "dq_finish": [_INT, _TENSOR, *[_SIZE] * 3, _TENSOR, _QUANTIZER, *[_TENSOR] * 5, _INT],
+    "dq_multiply": [ctypes.POINTER(_GemmArguments), *[_TENSOR] * 9, _INT],
 }  # fmt: skip
 
 
@@ -71,14 +86,21 @@ def library() -> ctypes.CDLL | None:
             for name, arguments in _SIGNATURES.items():
                 getattr(functions, name).argtypes = arguments
                 getattr(functions, name).restype = None
+            functions.has_gemm = bool(functions.dq_has_gemm())  # type: ignore[attr-defined]
             return functions
     warnings.warn(f"INT4 layers on the CPU run their plain form, which is several times slower: {reason}", stacklevel=2)
     return None
 
 
+def gemm() -> ctypes.CDLL | None:
+    """The compiled functions, if they can multiply on this processor."""
+    functions = library()
+    return functions if functions is not None and functions.has_gemm else None
+
+
 def _compile(compiler: str) -> Path:
     """The path of the compiled library."""
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in SOURCES)
     failure: Exception | None = None
     for optional in OPTIONAL_FLAGS:
         flags = [*FLAGS, *optional]
@@ -90,7 +112,7 @@ def _compile(compiler: str) -> Path:
             if not path.exists():
                 with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                     made = Path(folder) / path.name
-                    _run([compiler, *flags, str(SOURCE), "-o", str(made)])
+                    _run([compiler, *flags, *map(str, SOURCES), "-o", str(made)])
                     made.replace(path)  # other processes see all of the file, or none
         except (OSError, subprocess.SubprocessError) as error:
             failure = failure or error
@@ -195,6 +217,46 @@ def geglu_quantize(functions: ctypes.CDLL, product: Tensor, quantizer: Quantizer
     functions.dq_geglu_quantize(
         product.data_ptr(), product.shape[0], product.shape[1:-1].numel(), channels, _tables(quantizer),
         out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def panels(weight: Tensor) -> Tensor:
+    """int8 [N, taps, K] -> [N / 64, ...]: the layout that ``multiply`` reads, padded with zeros.
+
+    64 output channels have their sums in int32, then [taps, K / 4, 64, 4].
+    """
+    out_channels, taps, channels = weight.shape
+    padded = F.pad(weight, (0, -channels % 4, 0, 0, 0, -out_channels % 64))
+    values = padded.view(-1, 64, taps, padded.shape[2] // 4, 4).permute(0, 2, 3, 1, 4).flatten(1)
+    sums = padded.sum((1, 2), dtype=torch.int32).view(-1, 64).view(torch.int8)
+    return torch.cat([sums, values], dim=1)
+
+
+@lru_cache(maxsize=4096)
+def _gemm_arguments(*sizes: int) -> _GemmArguments:
+    return _GemmArguments(*sizes)
+
+
+def multiply(
+    functions: ctypes.CDLL, x: Tensor, prepacked: Tensor, weight: PackedWeight, quantizer: Quantizer,
+    bias: Tensor | None, out_shape: tuple[int, ...], geometry: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 0),
+) -> Tensor:  # fmt: skip
+    """The product of an int8 image or [B, ..., K], its zero point, scales and bias: fp32 [B, ..., N].
+
+    Args:
+        prepacked: from ``panels``.
+        out_shape: [B, ..., N], of an image [B, OH, OW, N].
+        geometry: heights and widths of the kernel, the strides and the dilations, and 1 for an image to be doubled.
+    """
+    _, scale, zero_point, timestep_index, _ = quantizer
+    out = torch.empty(out_shape, dtype=torch.float32)
+    bias = _float(bias)
+    size = out_shape[1:3] if x.ndim == 4 else (1, x.shape[1:-1].numel())
+    functions.dq_multiply(
+        _gemm_arguments(*_image_sizes(x), *size, out_shape[-1], *geometry, scale.numel()),
+        x.data_ptr(), prepacked.data_ptr(), weight.sum.data_ptr(), weight.scale.data_ptr(), scale.data_ptr(),
+        zero_point.data_ptr(), timestep_index.data_ptr(), _pointer(bias), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

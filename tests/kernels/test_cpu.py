@@ -1,4 +1,7 @@
-"""oneDNN's copies of weights: counted, dropped and refreshed with the weight, and exact in every later call."""
+"""The int8 copies of weights: counted, dropped and refreshed with the weight, and exact in every later call.
+
+They are oneDNN's or, on a processor that it runs on, those of ``gemm.cpp``.
+"""
 
 import gc
 import shutil
@@ -36,6 +39,19 @@ def make(linear_arguments, conv2d_arguments):
 
 OPERATORS = pytest.mark.parametrize("op", ["int4_linear", "int4_conv2d"])
 WEIGHTS = {"int4_linear": 9 * 34, "int4_conv2d": 9 * 9 * 34}
+
+
+@pytest.fixture(autouse=True, params=["gemm.cpp", "oneDNN"])
+def product(request, monkeypatch):
+    """Who multiplies. ``gemm.cpp`` pads the copy to 64 output and a multiple of 4 input channels, and adds sums."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr(compiled, "gemm", lambda: None)
+    elif compiled.gemm() is None:
+        pytest.skip("needs a C++ compiler and a processor with AVX-512 VNNI")
+    else:
+        monkeypatch.setitem(WEIGHTS, "int4_linear", 64 * (36 + 4))
+        monkeypatch.setitem(WEIGHTS, "int4_conv2d", 64 * (9 * 36 + 4))
+    return request.param
 
 
 @OPERATORS
@@ -191,11 +207,61 @@ def test_batch_of_mixed_timesteps_gives_what_its_samples_give_alone(make, op):
         assert torch.equal(together[sample : sample + 1], call(ops, op, alone))
 
 
-def test_torch_without_onednn_is_reported_as_such(make, monkeypatch):
+def test_torch_without_onednn_is_reported_as_such(make, monkeypatch, product):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
-    with pytest.raises(RuntimeError, match="built with oneDNN"):
-        ops.int4_linear(**make("int4_linear"))
+    if product == "oneDNN":
+        with pytest.raises(RuntimeError, match="built with oneDNN"):
+            ops.int4_linear(**make("int4_linear"))
+    else:
+        assert_exact("int4_linear", make("int4_linear"))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "out_channels", "options"),
+    [
+        ((1, 1, 30), 18, {}),
+        ((3, 100, 64), 64, {}),
+        ((2, 97, 34), 130, {}),
+        ((1, 9, 7, 34), 70, {}),
+        ((2, 12, 13, 6), 20, {"stride": (2, 1), "dilation": (1, 2)}),
+        ((2, 3, 4, 8), 64, {"upsample": True}),
+    ],
+    ids=str,
+)
+def test_results_have_the_bits_of_onednns(
+    linear_arguments, conv2d_arguments, monkeypatch, product, shape, out_channels, options, bias
+):
+    """For scales that are no powers of 2, so that every operation rounds. oneDNN rounds several timesteps otherwise."""
+    if product == "oneDNN":
+        pytest.skip("compares both")
+    op = "int4_linear" if len(shape) == 3 else "int4_conv2d"
+    arguments = (linear_arguments if op == "int4_linear" else conv2d_arguments)(shape, out_channels, **options)[0]
+    generator = torch.Generator().manual_seed(1)
+    arguments |= {
+        "weight_scale": 0.01 * torch.rand(out_channels, generator=generator) + 0.001,
+        "quantizer_scale": 0.1 * torch.rand(3, generator=generator) + 0.01,
+        "quantizer_timestep_index": torch.full((shape[0],), 2, dtype=torch.int32),
+        "bias": torch.randn(out_channels, generator=generator) if bias else None,
+    }
+    y = call(ops, op, arguments)
+    ops.free_prepacked()
+    monkeypatch.setattr(compiled, "gemm", lambda: None)
+
+    assert torch.equal(y, call(ops, op, arguments))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_share_a_large_product(linear_arguments, threads):
+    arguments, _ = linear_arguments((2, 300, 128), 130)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+    try:
+        assert_exact("int4_linear", arguments)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_both_halves_of_a_byte_reach_onednn():
