@@ -223,8 +223,7 @@ class ForwardState:
         if torch.compiler.is_compiling():
             return  # no statistics are kept
         self._calls.now().images_are_final = kwargs.get("down_intrablock_additional_residuals") is None and (
-            not torch.is_inference_mode_enabled()
-            or run_as_made(module for module in unet.modules() if module is not unet)
+            not torch.is_inference_mode_enabled() or run_as_made(_modules_within(unet))
         )
 
     def forget(self, *_: Any) -> None:
@@ -234,6 +233,14 @@ class ForwardState:
             state.int8_readers.clear()
         for group in self.groups.values():
             group.forget()
+
+
+def _modules_within(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model without itself; some may occur twice. ``model.modules()`` takes five times as long."""
+    found = [module for module in model._modules.values() if module is not None]
+    for parent in found:
+        found.extend([module for module in parent._modules.values() if module is not None])
+    return found
 
 
 def _version(image: torch.Tensor) -> int:

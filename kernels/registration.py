@@ -35,15 +35,39 @@ def register(
         mutates: the tensors that the operator changes in place, by their names in the schema.
 
     Returns:
-        the operator, which takes the fields of records one by one: ``operator(x, *quantizer, ...)``.
+        the operator, which takes the fields of records one by one: ``operator(x, *quantizer, ...)``. On CPUs it calls
+        the implementation itself where nothing else would happen in PyTorch's dispatcher (see ``is_plain``).
     """
     name = oracle.__name__
     schema = torch.library.infer_schema(_flat_prototype(oracle), mutates_args=mutates)
     _library.define(name + schema, tags=TAGS)
-    _library.impl(name, takes_fields(cpu, oracle), "CPU")
+    on_cpu = takes_fields(cpu, oracle)
+    _library.impl(name, on_cpu, "CPU")
     _library.impl(name, takes_fields(on_the_device_of_x(cuda), oracle), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", takes_fields(fake, oracle), lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def operator(x: torch.Tensor, *fields: Any) -> Any:
+        return on_cpu(x, *fields) if is_plain(x) else registered(x, *fields)
+
+    return operator
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """True for a tensor on a CPU, if nothing intercepts operators: then the dispatcher would only take time.
+
+    What intercepts: compilation, autograd, modes, functional transforms and the profiler.
+    """
+    return (
+        type(x) is torch.Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def takes_fields(implementation: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., Any]:
