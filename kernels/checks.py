@@ -33,11 +33,10 @@ def check_tensor(
 
     The message is made only when it is needed: formatting sizes makes torch.compile specialize on them.
     """
-    if tensor.shape == shape and tensor.dtype in dtypes and (any_strides or tensor.is_contiguous()):
-        return  # most tensors, without a loop
-    fits = tensor.dtype in dtypes and tensor.ndim == len(shape) and (any_strides or tensor.is_contiguous())
-    if fits:
-        for actual, wanted in zip(tensor.shape, shape, strict=True):
+    fits = tensor.dtype in dtypes and (any_strides or tensor.is_contiguous())
+    if fits and tensor.shape != shape:  # one comparison, without a loop, for most tensors
+        fits = tensor.ndim == len(shape)
+        for actual, wanted in zip(tensor.shape, shape, strict=False):
             if not isinstance(wanted, str) and actual != wanted:
                 fits = False
     if not fits:

@@ -73,8 +73,6 @@ __all__ = [
     "unpack_int4",
 ]
 
-NO_QUANTIZER = (None,) * len(Quantizer._fields)
-
 _BACKENDS = (reference, cpu, triton, fake)
 _INDEX = ("quantizer_timestep_index",)  # of which samples that are not finite get NOT_FINITE
 _quantize = register(*(backend.quantize for backend in _BACKENDS), mutates=_INDEX)
@@ -107,7 +105,7 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0))
     check_quantizer(op, quantizer, x.shape[0], x.shape[-1])
     check_padding(op, x, x.shape[-1], padding)
     check_samples(op, x.shape[0])
-    return _quantize(x, *quantizer, padding)
+    return _quantize(x, quantizer, padding)
 
 
 def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
@@ -134,7 +132,7 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
         )
     check_norm(op, norm, channels)
     check_quantizer(op, quantizer, x.shape[0], channels)
-    return _layer_norm_quantize(x.contiguous(), *norm, *quantizer)
+    return _layer_norm_quantize(x.contiguous(), norm, quantizer)
 
 
 def group_norm_quantize(
@@ -197,9 +195,8 @@ def group_norm_quantize(
     check_padding(op, x, channels, padding)
     check_samples(op, x.shape[0])
     return _group_norm_quantize(
-        x, num_groups, *norm, *quantizer, silu, skip, statistics, skip_statistics, padding,
-        *(plain_quantizer or NO_QUANTIZER),
-    )  # fmt: skip
+        x, num_groups, norm, quantizer, silu, skip, statistics, skip_statistics, padding, plain_quantizer
+    )
 
 
 def int4_linear(
@@ -240,7 +237,7 @@ def int4_linear(
         if out_channels % 2:
             raise ValueError(f"{op}: the {out_channels} output channels must be an even number to be quantized")
         check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels)
-    return _int4_linear(x, *weight, *quantizer, bias, residual, out_dtype, *(next_quantizer or NO_QUANTIZER))
+    return _int4_linear(x, weight, quantizer, bias, residual, out_dtype, next_quantizer)
 
 
 def int4_geglu_quantize(
@@ -266,7 +263,7 @@ def int4_geglu_quantize(
     if out_channels % 4:
         raise ValueError(f"{op}: half of the weight's {out_channels} output channels must be an even number")
     check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels // 2)
-    return _int4_geglu_quantize(x, *weight, *quantizer, *next_quantizer, bias)
+    return _int4_geglu_quantize(x, weight, quantizer, next_quantizer, bias)
 
 
 def _check_linear(op: str, x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None) -> int:
@@ -343,7 +340,7 @@ def int4_conv2d(
         residual = residual.contiguous()
     with_statistics = with_statistics and size[0] * size[1] % STATISTICS_ROWS == 0
     return _int4_conv2d(
-        x, *weight, *quantizer, bias, channel_add, residual, stride, dilation, upsample, out_dtype, with_statistics
+        x, weight, quantizer, bias, channel_add, residual, stride, dilation, upsample, out_dtype, with_statistics
     )
 
 
@@ -370,7 +367,7 @@ def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, qu
             "torch.nn.functional.scaled_dot_product_attention and quantize instead"
         )
     _check_quantized_attention(op, query, quantizer)
-    return _attention_quantize(query, key, value, heads, *quantizer)
+    return _attention_quantize(query, key, value, heads, quantizer)
 
 
 def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -420,7 +417,7 @@ def int8_attention_quantize(
         shape = statistics_shape(key.shape[0], (key.shape[1], 1), 2 * key.shape[2], True)
         check_tensor(op, "statistics", statistics, (torch.float32,), shape, any_strides=True)
         statistics = statistics if statistics.stride(3) == 1 else statistics.contiguous()
-    return _int8_attention_quantize(query, key, value, heads, *quantizer, statistics)
+    return _int8_attention_quantize(query, key, value, heads, quantizer, statistics)
 
 
 def _check_quantized_attention(op: str, query: Tensor, quantizer: Quantizer) -> None:

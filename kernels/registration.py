@@ -35,39 +35,50 @@ def register(
         mutates: the tensors that the operator changes in place, by their names in the schema.
 
     Returns:
-        the operator, which takes the fields of records one by one: ``operator(x, *quantizer, ...)``. On CPUs it calls
-        the implementation itself where nothing else would happen in PyTorch's dispatcher (see ``is_plain``).
+        the operator, which takes its arguments by position. On CPUs it calls the implementation itself where nothing
+        else would happen in PyTorch's dispatcher (see ``is_plain``).
     """
     name = oracle.__name__
     schema = torch.library.infer_schema(_flat_prototype(oracle), mutates_args=mutates)
     _library.define(name + schema, tags=TAGS)
-    on_cpu = takes_fields(cpu, oracle)
-    _library.impl(name, on_cpu, "CPU")
+    _library.impl(name, takes_fields(cpu, oracle), "CPU")
     _library.impl(name, takes_fields(on_the_device_of_x(cuda), oracle), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", takes_fields(fake, oracle), lib=_library)
     registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    records = [record_of(annotation)[0] for _, annotation in _parameters(oracle)]
+    absent = [() if record is None else (None,) * len(record._fields) for record in records]
 
-    def operator(x: torch.Tensor, *fields: Any) -> Any:
-        return on_cpu(x, *fields) if is_plain(x) else registered(x, *fields)
+    def operator(*arguments: Any) -> Any:
+        if is_plain(arguments):
+            return cpu(*arguments)
+        fields: list[Any] = []
+        for argument, record, nothing in zip(arguments, records, absent, strict=True):
+            fields.extend([argument] if record is None else nothing if argument is None else argument)
+        return registered(*fields)
 
     return operator
 
 
-def is_plain(x: torch.Tensor) -> bool:
-    """True for a tensor on a CPU, if nothing intercepts operators: then the dispatcher would only take time.
+def is_plain(arguments: Sequence[Any]) -> bool:
+    """True if all tensors are on a CPU and nothing intercepts operators: then the dispatcher would only take time.
 
-    What intercepts: compilation, autograd, modes, functional transforms and the profiler.
+    What intercepts: compilation, autograd, tensor subclasses, modes, functional transforms and the profiler.
     """
-    return (
-        type(x) is torch.Tensor
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._autograd._profiler_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(arguments[0]) is not torch.Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for argument in arguments:
+        for value in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(value, torch.Tensor) and not value.is_cpu:
+                return False
+    return True
 
 
 def takes_fields(implementation: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., Any]:

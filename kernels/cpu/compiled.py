@@ -62,7 +62,7 @@ _SIGNATURES = {
     "dq_layer_norm_quantize": [_INT, _TENSOR, *[_SIZE] * 3, _TENSOR, _TENSOR, _FLOAT, _QUANTIZER, _TENSOR, _INT],
     "dq_geglu_quantize": [_TENSOR, *[_SIZE] * 3, _QUANTIZER, _TENSOR, _INT],
     "dq_finish": [_INT, _TENSOR, *[_SIZE] * 3, _TENSOR, _QUANTIZER, *[_TENSOR] * 5, _INT],
-    "dq_multiply": [ctypes.POINTER(_GemmArguments), *[_TENSOR] * 9, _INT],
+    "dq_multiply": [ctypes.POINTER(_GemmArguments), *[_TENSOR] * 9, _INT, *[_TENSOR] * 4, _INT],
 }  # fmt: skip
 
 
@@ -142,8 +142,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _tables(quantizer: Quantizer) -> _QuantizerArguments:
     dilation, scale, zero_point, timestep_index, bits = quantizer
-    pointers = (tensor.data_ptr() for tensor in (dilation, scale, zero_point, timestep_index))
-    return _QuantizerArguments(*pointers, dilation.numel(), scale.numel(), bits)
+    return _QuantizerArguments(
+        dilation.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), timestep_index.data_ptr(), dilation.shape[0],
+        scale.shape[0], bits,
+    )  # fmt: skip
 
 
 def _float(parameter: Tensor | None) -> Tensor | None:
@@ -240,23 +242,30 @@ def _gemm_arguments(*sizes: int) -> _GemmArguments:
 
 def multiply(
     functions: ctypes.CDLL, x: Tensor, prepacked: Tensor, weight: PackedWeight, quantizer: Quantizer,
-    bias: Tensor | None, out_shape: tuple[int, ...], geometry: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 0),
+    bias: Tensor | None, out_shape: tuple[int, ...], geometry: tuple[int, ...], out_dtype: torch.dtype,
+    channel_add: Tensor | None = None, residual: Tensor | None = None, statistics: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The product of an int8 image or [B, ..., K], its zero point, scales and bias: fp32 [B, ..., N].
+    """The product of an int8 image or [B, ..., K], its zero point, scales and bias: [B, ..., N], and ``finish``.
 
     Args:
         prepacked: from ``panels``.
         out_shape: [B, ..., N], of an image [B, OH, OW, N].
         geometry: heights and widths of the kernel, the strides and the dilations, and 1 for an image to be doubled.
+        out_dtype: also that of channel_add and residual.
     """
     _, scale, zero_point, timestep_index, _ = quantizer
-    out = torch.empty(out_shape, dtype=torch.float32)
+    product = torch.empty(out_shape, dtype=torch.float32)
+    out = product if out_dtype == torch.float32 else torch.empty(out_shape, dtype=out_dtype)
     bias = _float(bias)
+    finishes = out is not product or channel_add is not None or residual is not None or statistics is not None
+    channel_add = None if channel_add is None else channel_add.contiguous()
     size = out_shape[1:3] if x.ndim == 4 else (1, x.shape[1:-1].numel())
     functions.dq_multiply(
-        _gemm_arguments(*_image_sizes(x), *size, out_shape[-1], *geometry, scale.numel()),
+        _gemm_arguments(*_image_sizes(x), *size, out_shape[-1], *geometry, scale.shape[0]),
         x.data_ptr(), prepacked.data_ptr(), weight.sum.data_ptr(), weight.scale.data_ptr(), scale.data_ptr(),
-        zero_point.data_ptr(), timestep_index.data_ptr(), _pointer(bias), out.data_ptr(), torch.get_num_threads(),
+        zero_point.data_ptr(), timestep_index.data_ptr(), _pointer(bias), product.data_ptr(), _DTYPES[out_dtype],
+        _pointer(channel_add), _pointer(residual), out.data_ptr() if finishes else None, _pointer(statistics),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -31,6 +31,12 @@ struct GemmArguments {
 
 int dq_has_gemm() { return HAS_GEMM; }
 
+void dq_finish(  // of single_pass.cpp
+    int dtype, const float* product, int64_t samples, int64_t rows, int64_t channels, const float* correction,
+    const void* quantizer, const float* bias, const void* channel_add, const void* residual, void* out,
+    float* statistics, int threads
+);
+
 }  // extern "C"
 
 #if HAS_GEMM
@@ -139,15 +145,17 @@ struct Gemm {
 
 extern "C" {
 
-// int8 x [samples, height, width, channels] -> fp32 out [samples, out_height, out_width, out_channels]:
-// scale_t weight_scale_n (sum x w - zero_point_t sum w) + bias_n. Samples with a negative timestep index are NaN.
+// int8 x [samples, height, width, channels] -> fp32 product [samples, out_height, out_width, out_channels]:
+// scale_t weight_scale_n (sum x w - zero_point_t sum w) + bias_n. Samples with a negative timestep index are NaN. What
+// follows it is ``finish``, unless out is null.
 void dq_multiply(
     const GemmArguments* arguments, const int8_t* x, const int8_t* weight, const int32_t* weight_sum,
     const float* weight_scale, const float* scale, const int32_t* zero_point, const int32_t* timestep_index,
-    const float* bias, float* out, int threads
+    const float* bias, float* product, int dtype, const void* channel_add, const void* residual, void* out,
+    float* statistics, int threads
 ) {
     const GemmArguments& a = *arguments;
-    const Gemm gemm{a, x, weight, weight_sum, weight_scale, bias, out};
+    const Gemm gemm{a, x, weight, weight_sum, weight_scale, bias, product};
     int64_t pixels = a.out_height * a.out_width, chunks = (pixels + kChunk - 1) / kChunk;
     int64_t panels = (a.out_channels + kColumns - 1) / kColumns;
     int64_t products = a.samples * pixels * a.out_channels * a.channels * a.kernel_h * a.kernel_w;
@@ -163,6 +171,10 @@ void dq_multiply(
             gemm.rows(sample, first, end - first, panel, factor, zero_point[t]);
         }
     }
+    if (out) {
+        dq_finish(dtype, product, a.samples, pixels, a.out_channels, nullptr, nullptr, nullptr, channel_add, residual,
+            out, statistics, threads);
+    }
 }
 
 }  // extern "C"
@@ -171,7 +183,7 @@ void dq_multiply(
 
 extern "C" void dq_multiply(
     const GemmArguments*, const int8_t*, const int8_t*, const int32_t*, const float*, const float*, const int32_t*,
-    const int32_t*, const float*, float*, int
+    const int32_t*, const float*, float*, int, const void*, const void*, void*, float*, int
 ) {}
 
 #endif

@@ -29,6 +29,9 @@ from dq_kernels.packing import unpack_int4
 from dq_kernels.records import PackedWeight, Quantizer
 from dq_kernels.shapes import STATISTICS_ROWS, conv2d_output_size, statistics_shape
 
+Run = Callable[[Tensor, float, int, Tensor | None], Tensor]
+LINEAR = (1, 1, 1, 1, 1, 1, 0)  # a linear layer as a convolution: kernel, stride, dilation, not doubled
+
 
 class _Prepacked(NamedTuple):
     values: Tensor  # oneDNN's layout
@@ -77,13 +80,17 @@ def _prepack(values: Tensor, prepack: Callable[[Tensor], Tensor], by_onednn: boo
 
 def _multiply(
     functions: Any, x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None,
-    out_shape: tuple[int, ...], *geometry: tuple[int, ...],
+    out_shape: tuple[int, ...], out_dtype: torch.dtype, residual: Tensor | None, channel_add: Tensor | None = None,
+    statistics: Tensor | None = None, geometry: tuple[int, ...] = LINEAR,
 ) -> Tensor:  # fmt: skip
-    """The product by ``gemm.cpp``, in fp32."""
+    """The product by ``gemm.cpp``, and what follows it."""
     prepacked = _prepack(
         weight.values, lambda w: compiled.panels(w.flatten(1, -2) if w.ndim > 2 else w[:, None]), False
     )
-    return compiled.multiply(functions, x, prepacked, weight, quantizer, bias, out_shape, *geometry)
+    product = (functions, x, prepacked, weight, quantizer, bias, out_shape, geometry)
+    if all(addend is None or addend.dtype == out_dtype for addend in (channel_add, residual)):
+        return compiled.multiply(*product, out_dtype, channel_add, residual, statistics)
+    return _finish(compiled.multiply(*product, torch.float32), out_dtype, channel_add, residual, statistics)
 
 
 def _samples_by_timestep(quantizer: Quantizer) -> tuple[list[tuple[int, list[int]]], list[int]]:
@@ -103,13 +110,7 @@ def _no_zero_points(channels: int) -> Tensor:
         return torch.zeros(channels, dtype=torch.int32)
 
 
-def _multiply_by_onednn(
-    run: Callable[[Tensor, float, int, Tensor | None], Tensor],
-    x: Tensor,
-    weight: PackedWeight,
-    quantizer: Quantizer,
-    bias: Tensor | None,
-) -> Tensor:
+def _multiply_by_onednn(run: Run, x: Tensor, quantizer: Quantizer, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """The product of ``run(uint8 samples, scale, zero point, bias)``, in fp32.
 
     oneDNN takes one activation scale a call. A batch of several timesteps runs in one call without scale and zero
@@ -181,23 +182,27 @@ def int4_linear(
     out_dtype: torch.dtype, next_quantizer: Quantizer | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``reference.int4_linear``."""
-    out_channels = weight.scale.shape[0]
+    dtype = out_dtype if next_quantizer is None else torch.float32
     if (functions := compiled.gemm()) is not None:
-        y = _multiply(functions, x, weight, quantizer, bias, (*x.shape[:-1], out_channels))
+        out_shape = (*x.shape[:-1], weight.scale.shape[0])
+        y = _multiply(functions, x, weight, quantizer, bias, out_shape, dtype, residual)
     else:
-        prepacked = _prepack(weight.values, lambda w: torch.ops.onednn.qlinear_prepack(w, None))
+        y = _finish(_multiply_by_onednn(_linear_by_onednn(weight), x, quantizer, weight, bias), dtype, None, residual)
+    return y if next_quantizer is None else quantize(y, with_own_index(next_quantizer), (0, 0))
 
-        def run(samples: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
-            y = torch.ops.onednn.qlinear_pointwise(
-                samples.flatten(0, -2), scale, zero_point, prepacked, weight.scale, _no_zero_points(out_channels), bias,
-                1.0, 0, torch.float32, "none", [], "",
-            )  # fmt: skip
-            return y.view(*samples.shape[:-1], out_channels)
 
-        y = _multiply_by_onednn(run, x, weight, quantizer, bias)
-    if next_quantizer is None:
-        return _finish(y, out_dtype, None, residual)
-    return quantize(_finish(y, torch.float32, None, residual), with_own_index(next_quantizer), (0, 0))
+def _linear_by_onednn(weight: PackedWeight) -> Run:
+    prepacked = _prepack(weight.values, lambda w: torch.ops.onednn.qlinear_prepack(w, None))
+    out_channels = weight.scale.shape[0]
+
+    def run(samples: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
+        y = torch.ops.onednn.qlinear_pointwise(
+            samples.flatten(0, -2), scale, zero_point, prepacked, weight.scale, _no_zero_points(out_channels), bias,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y.view(*samples.shape[:-1], out_channels)
+
+    return run
 
 
 def int4_geglu_quantize(
@@ -219,38 +224,37 @@ def int4_conv2d(
     """As ``reference.int4_conv2d``."""
     batch, out_channels, kernel_h, kernel_w = x.shape[0], *weight.values.shape[:3]
     size = conv2d_output_size(x.shape[1:3], (kernel_h, kernel_w), stride, dilation, upsample)
+    statistics = torch.empty(statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32)
+    wanted = statistics if with_statistics else None
     if (functions := compiled.gemm()) is not None:
         geometry = (kernel_h, kernel_w, *stride, *dilation, int(upsample))
-        y = _multiply(functions, x, weight, quantizer, bias, (batch, *size, out_channels), geometry)
-    else:
-        y = _convolve_by_onednn(x, weight, quantizer, bias, stride, dilation, upsample)
-    statistics = torch.empty(statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32)
-    y = _finish(y, out_dtype, channel_add, residual, statistics if with_statistics else None)
-    return y, statistics
-
-
-def _convolve_by_onednn(
-    x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None, stride: tuple[int, int],
-    dilation: tuple[int, int], upsample: bool,
-) -> Tensor:  # fmt: skip
-    """The product of a convolution, fp32 [B, OH, OW, N]."""
+        out_shape = (batch, *size, out_channels)
+        y = _multiply(
+            functions, x, weight, quantizer, bias, out_shape, out_dtype, residual, channel_add, wanted, geometry
+        )
+        return y, statistics
     if upsample:
         # Pixel i of the doubled and then padded image is pixel (i + 1) // 2 of the padded one.
         rows, columns = ((torch.arange(2 * size - 2) + 1) // 2 for size in x.shape[1:3])
         x = x[:, rows][:, :, columns]
+    y = _multiply_by_onednn(_convolution_by_onednn(weight, stride, dilation), x, quantizer, weight, bias)
+    return _finish(y, out_dtype, channel_add, residual, wanted), statistics
+
+
+def _convolution_by_onednn(weight: PackedWeight, stride: tuple[int, int], dilation: tuple[int, int]) -> Run:
     prepacked = _prepack(
         weight.values,
         lambda w: torch.ops.onednn.qconv_prepack(
             w.permute(0, 3, 1, 2).contiguous(), weight.scale, 1.0, 128, stride, (0, 0), dilation, 1, None
         ),
     )
+    no_zero_points = _no_zero_points(weight.scale.shape[0])
 
     def run(samples: Tensor, scale: float, zero_point: int, bias: Tensor | None) -> Tensor:
         y = torch.ops.onednn.qconv2d_pointwise(
-            samples.permute(0, 3, 1, 2), scale, zero_point, prepacked, weight.scale,
-            _no_zero_points(weight.scale.numel()), bias, stride, (0, 0), dilation, 1, 1.0, 0, torch.float32, "none", [],
-            "",
+            samples.permute(0, 3, 1, 2), scale, zero_point, prepacked, weight.scale, no_zero_points, bias, stride,
+            (0, 0), dilation, 1, 1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return y.permute(0, 2, 3, 1).contiguous()
 
-    return _multiply_by_onednn(run, x, weight, quantizer, bias)
+    return run
