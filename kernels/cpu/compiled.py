@@ -1,7 +1,7 @@
 """The CPU operators' parts in C++, compiled at the first use.
 
 ``single_pass.cpp`` has the elementwise parts, each as one pass over memory; ``gemm.cpp`` the products, for processors
-with AVX-512 VNNI.
+with AVX2 or AVX-512 VNNI.
 
 Compilation takes a few seconds, once a machine: the library is kept in ``$XDG_CACHE_HOME/dq_runtime`` (by default
 ``~/.cache/dq_runtime``), under a name made from the source, the compiler and the processor's instruction set. Without a
@@ -30,6 +30,8 @@ from dq_kernels.shapes import quantized_shape
 SOURCES = [Path(__file__).with_name(name) for name in ("single_pass.cpp", "gemm.cpp")]
 # No fused multiply-add: the integers must be those of the oracle. The last two let compilers vectorize ``floor``.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# By dq_has_gemm: none, AVX2, VNNI. With AVX2 oneDNN computes large layers up to twice as fast.
+MOST_PRODUCTS = (-1, 2**22, 2**63)
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ())  # the first that the compiler takes
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -86,16 +88,16 @@ def library() -> ctypes.CDLL | None:
             for name, arguments in _SIGNATURES.items():
                 getattr(functions, name).argtypes = arguments
                 getattr(functions, name).restype = None
-            functions.has_gemm = bool(functions.dq_has_gemm())  # type: ignore[attr-defined]
+            functions.instructions = functions.dq_has_gemm()  # type: ignore[attr-defined]
             return functions
     warnings.warn(f"INT4 layers on the CPU run their plain form, which is several times slower: {reason}", stacklevel=2)
     return None
 
 
-def gemm() -> ctypes.CDLL | None:
-    """The compiled functions, if they can multiply on this processor."""
+def gemm(products: int) -> ctypes.CDLL | None:
+    """The compiled functions, if they compute so many products faster on this processor than oneDNN."""
     functions = library()
-    return functions if functions is not None and functions.has_gemm else None
+    return functions if functions is not None and products <= MOST_PRODUCTS[functions.instructions] else None
 
 
 def _compile(compiler: str) -> Path:

@@ -1,7 +1,7 @@
 """INT4 layers on CPUs: exact integers, by ``gemm.cpp`` where it runs, otherwise by oneDNN's int8 operators.
 
-oneDNN takes some 80 us a call to find its code, longer than most layers of a small UNet compute at a batch of 1. Both
-have the same results, bit for bit.
+oneDNN takes some 80 us a call to find its code, longer than most layers of a small UNet compute at a batch of 1. With
+VNNI both have the same results, bit for bit.
 
 oneDNN multiplies uint8 by int8, so activations are shifted by 128 together with their zero point. It takes one
 activation scale per call, so the scales of a batch with several timesteps follow in a pass of their own. Int8 weights
@@ -34,8 +34,8 @@ LINEAR = (1, 1, 1, 1, 1, 1, 0)  # a linear layer as a convolution: kernel, strid
 
 
 class _Prepacked(NamedTuple):
-    values: Tensor  # oneDNN's layout
-    made_from: tuple[int, int]  # address and version of the packed values
+    values: Tensor
+    made_from: tuple[int, int, bool]  # address and version of the packed values, and whether the layout is oneDNN's
 
 
 _prepacked_weights = WeakTensorKeyDictionary()
@@ -68,7 +68,7 @@ def free_prepacked(weights: Iterable[Tensor] | None = None) -> None:
 
 def _prepack(values: Tensor, prepack: Callable[[Tensor], Tensor], by_onednn: bool = True) -> Tensor:
     # Inference tensors have no version counter; torch forbids in-place changes outside of inference mode.
-    made_from = (values.data_ptr(), 0 if values.is_inference() else values._version)
+    made_from = (values.data_ptr(), 0 if values.is_inference() else values._version, by_onednn)
     entry = _prepacked_weights.get(values)
     if entry is None or entry.made_from != made_from:
         if by_onednn and not torch.backends.mkldnn.is_available():
@@ -183,7 +183,7 @@ def int4_linear(
 ) -> Tensor:  # fmt: skip
     """As ``reference.int4_linear``."""
     dtype = out_dtype if next_quantizer is None else torch.float32
-    if (functions := compiled.gemm()) is not None:
+    if (functions := compiled.gemm(x.numel() * weight.scale.shape[0])) is not None:
         out_shape = (*x.shape[:-1], weight.scale.shape[0])
         y = _multiply(functions, x, weight, quantizer, bias, out_shape, dtype, residual)
     else:
@@ -226,7 +226,7 @@ def int4_conv2d(
     size = conv2d_output_size(x.shape[1:3], (kernel_h, kernel_w), stride, dilation, upsample)
     statistics = torch.empty(statistics_shape(batch, size, out_channels, with_statistics), dtype=torch.float32)
     wanted = statistics if with_statistics else None
-    if (functions := compiled.gemm()) is not None:
+    if (functions := compiled.gemm(2 * weight.values.numel() * batch * size[0] * size[1])) is not None:
         geometry = (kernel_h, kernel_w, *stride, *dilation, int(upsample))
         out_shape = (batch, *size, out_channels)
         y = _multiply(
