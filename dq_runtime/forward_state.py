@@ -106,10 +106,23 @@ class LinearGroup:
 
     def multiply(self, q: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         """int8 [B, ..., K] -> the members' results, concatenated: [B, ..., sum of N]."""
+        return ops.int4_linear(q, self._weight(), self.layers[0].quantizer(q), self.bias, out_dtype=out_dtype)
+
+    def multiply_with_statistics(
+        self, q: torch.Tensor, out_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As ``multiply``, for q [B, tokens, K]; and the statistics of the result, if ``ops.int4_conv2d`` has them."""
+        values, scale, total = self._weight()
+        y, statistics = ops.int4_conv2d(
+            q[:, :, None], PackedWeight(values[:, None, None], scale, total), self.layers[0].quantizer(q), self.bias,
+            out_dtype=out_dtype, with_statistics=True,
+        )  # fmt: skip
+        return y.squeeze(2), statistics if statistics.numel() else None
+
+    def _weight(self) -> PackedWeight:
         if not torch.compiler.is_compiling() and self._addresses != self._members_addresses():
             self._merge()  # a member's tensors were replaced, or the model was copied
-        weight = PackedWeight(self.packed_weight, self.weight_scale, self.weight_sum)
-        return ops.int4_linear(q, weight, self.layers[0].quantizer(q), self.bias, out_dtype=out_dtype)
+        return PackedWeight(self.packed_weight, self.weight_scale, self.weight_sum)
 
     def result(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         """A member's result for x, adapters included; the first request for an x computes the results of all members.
@@ -210,8 +223,7 @@ class ForwardState:
         if torch.compiler.is_compiling():
             return  # no statistics are kept
         self._calls.now().images_are_final = kwargs.get("down_intrablock_additional_residuals") is None and (
-            not torch.is_inference_mode_enabled()
-            or run_as_made(module for module in unet.modules() if module is not unet)
+            not torch.is_inference_mode_enabled() or run_as_made(_modules_within(unet))
         )
 
     def forget(self, *_: Any) -> None:
@@ -221,6 +233,14 @@ class ForwardState:
             state.int8_readers.clear()
         for group in self.groups.values():
             group.forget()
+
+
+def _modules_within(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model without itself; some may occur twice. ``model.modules()`` takes five times as long."""
+    found = [module for module in model._modules.values() if module is not None]
+    for parent in found:
+        found.extend([module for module in parent._modules.values() if module is not None])
+    return found
 
 
 def _version(image: torch.Tensor) -> int:

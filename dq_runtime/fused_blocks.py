@@ -209,13 +209,15 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
         x, dtype = hidden_states, hidden_states.dtype
         attention: Any = self.attn1
         q = unwrapped(attention.to_q).layer_norm_quantize(x, layer_norm(self.norm1))
-        projected = self.self_attention.multiply(q, dtype)
-        if adapters:
-            active = [adapters.get(layer, []) for layer in (attention.to_q, attention.to_k, attention.to_v)]
-            if any(active):
-                add_adapters(active, self.self_attention.sizes, self.norm1(x), projected)
+        active = [adapters.get(layer, []) for layer in (attention.to_q, attention.to_k, attention.to_v)]
+        if in_int8(attention) and x.shape[1] > ops.FEW_KEYS and not (any(active) or x.is_cpu):
+            projected, statistics = self.self_attention.multiply_with_statistics(q, dtype)
+        else:
+            projected, statistics = self.self_attention.multiply(q, dtype), None
+        if any(active):
+            add_adapters(active, self.self_attention.sizes, self.norm1(x), projected)
         query, key, value = projected.chunk(3, dim=-1)
-        x = _attend(attention, query, key, value, x, adapters)
+        x = _attend(attention, query, key, value, x, adapters, statistics)
         if self.attn2 is not None:
             attention = self.attn2
             to_q = unwrapped(attention.to_q)
@@ -287,13 +289,21 @@ def _attend(
     value: torch.Tensor,
     residual: torch.Tensor,
     adapters: Adapters,
+    statistics: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention over [B, tokens, heads x d], its output projection, and the residual."""
+    """Attention over [B, tokens, heads x d], its output projection, and the residual.
+
+    The statistics are those of query, key and value, from ``multiply_with_statistics``.
+    """
     layer = attention.to_out[0]
     out, active = unwrapped(layer), adapters.get(layer)
     if active is None and not out.is_dynamic and (in_int8(attention) or has_few_keys(attention, key)):
-        attend_quantize = ops.int8_attention_quantize if in_int8(attention) else ops.attention_quantize
-        mixed = attend_quantize(query, key, value, attention.heads, out.quantizer(query))
+        quantizer = out.quantizer(query)
+        if in_int8(attention):
+            of_key_value = None if statistics is None else statistics[..., query.shape[-1] :]
+            mixed = ops.int8_attention_quantize(query, key, value, attention.heads, quantizer, of_key_value)
+        else:
+            mixed = ops.attention_quantize(query, key, value, attention.heads, quantizer)
         return out.multiply(mixed, query.dtype, residual)
     attend = ops.int8_attention if in_int8(attention) else float_attention
     mixed = attend(query, key, value, attention.heads)

@@ -85,7 +85,9 @@ def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
     return query.new_empty(query.shape)
 
 
-def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+def int8_attention_quantize(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer, statistics: Tensor | None = None
+) -> Tensor:
     """As ``reference.int8_attention_quantize``."""
     _check_same_kind("int8_attention_quantize", query, key, value, quantizer.scale)
     return query.new_empty(query.shape, dtype=torch.int8)

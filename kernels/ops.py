@@ -36,6 +36,7 @@ from dq_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, sum_int4, unpack_i
 from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.registration import register
 from dq_kernels.shapes import (
+    FEW_KEYS,
     MAX_FLOAT_HEAD_CHANNELS,
     MAX_FLOAT_KEYS,
     MAX_HEAD_CHANNELS,
@@ -48,6 +49,7 @@ from dq_kernels.shapes import (
 
 __all__ = [
     "COMPUTE_DTYPES",
+    "FEW_KEYS",
     "INT4_MAX",
     "INT4_MIN",
     "MAX_FLOAT_HEAD_CHANNELS",
@@ -74,8 +76,6 @@ __all__ = [
     "sum_int4",
     "unpack_int4",
 ]
-
-NO_QUANTIZER = (None,) * len(Quantizer._fields)
 
 _BACKENDS = (reference, cpu, triton, fake)
 _INDEX = ("quantizer_timestep_index",)  # of which samples that are not finite get NOT_FINITE
@@ -110,7 +110,7 @@ def quantize(x: Tensor, quantizer: Quantizer, padding: tuple[int, int] = (0, 0))
     check_quantizer(op, quantizer, x.shape[0], x.shape[-1])
     check_padding(op, x, x.shape[-1], padding)
     check_samples(op, x.shape[0])
-    return _quantize(x, *quantizer, padding)
+    return _quantize(x, quantizer, padding)
 
 
 @names_wrong_types
@@ -138,7 +138,7 @@ def layer_norm_quantize(x: Tensor, norm: Norm, quantizer: Quantizer) -> Tensor:
         )
     check_norm(op, norm, channels)
     check_quantizer(op, quantizer, x.shape[0], channels)
-    return _layer_norm_quantize(x.contiguous(), *norm, *quantizer)
+    return _layer_norm_quantize(x.contiguous(), norm, quantizer)
 
 
 @names_wrong_types
@@ -202,9 +202,8 @@ def group_norm_quantize(
     check_padding(op, x, channels, padding)
     check_samples(op, x.shape[0])
     return _group_norm_quantize(
-        x, num_groups, *norm, *quantizer, silu, skip, statistics, skip_statistics, padding,
-        *(plain_quantizer or NO_QUANTIZER),
-    )  # fmt: skip
+        x, num_groups, norm, quantizer, silu, skip, statistics, skip_statistics, padding, plain_quantizer
+    )
 
 
 @names_wrong_types
@@ -246,7 +245,7 @@ def int4_linear(
         if out_channels % 2:
             raise ValueError(f"{op}: the {out_channels} output channels must be an even number to be quantized")
         check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels)
-    return _int4_linear(x, *weight, *quantizer, bias, residual, out_dtype, *(next_quantizer or NO_QUANTIZER))
+    return _int4_linear(x, weight, quantizer, bias, residual, out_dtype, next_quantizer)
 
 
 @names_wrong_types
@@ -273,7 +272,7 @@ def int4_geglu_quantize(
     if out_channels % 4:
         raise ValueError(f"{op}: half of the weight's {out_channels} output channels must be an even number")
     check_another_quantizer(op, "next_quantizer", next_quantizer, quantizer, out_channels // 2)
-    return _int4_geglu_quantize(x, *weight, *quantizer, *next_quantizer, bias)
+    return _int4_geglu_quantize(x, weight, quantizer, next_quantizer, bias)
 
 
 def _check_linear(op: str, x: Tensor, weight: PackedWeight, quantizer: Quantizer, bias: Tensor | None) -> int:
@@ -351,7 +350,7 @@ def int4_conv2d(
         residual = residual.contiguous()
     with_statistics = with_statistics and size[0] * size[1] % STATISTICS_ROWS == 0
     return _int4_conv2d(
-        x, *weight, *quantizer, bias, channel_add, residual, stride, dilation, upsample, out_dtype, with_statistics
+        x, weight, quantizer, bias, channel_add, residual, stride, dilation, upsample, out_dtype, with_statistics
     )
 
 
@@ -379,7 +378,7 @@ def attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, qu
             "torch.nn.functional.scaled_dot_product_attention and quantize instead"
         )
     _check_quantized_attention(op, query, quantizer)
-    return _attention_quantize(query, key, value, heads, *quantizer)
+    return _attention_quantize(query, key, value, heads, quantizer)
 
 
 @names_wrong_types
@@ -405,12 +404,16 @@ def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
 
 
 @names_wrong_types
-def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
+def int8_attention_quantize(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer, statistics: Tensor | None = None
+) -> Tensor:
     """``int8_attention`` and ``quantize``, without the float result between them.
 
     Args:
         query, key, value, heads: as for ``int8_attention``; H D is even.
         quantizer: of H D channels.
+        statistics: [B, S / STATISTICS_ROWS, 2, 2 H D] fp32, of key beside value, from ``int4_conv2d``; optional. They
+            save two sums over more than ``FEW_KEYS`` tokens.
 
     Returns:
         [B, L, H D] int8, contiguous.
@@ -421,7 +424,13 @@ def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: in
     op = "int8_attention_quantize"
     _check_attention(op, query, key, value, heads)
     _check_quantized_attention(op, query, quantizer)
-    return _int8_attention_quantize(query, key, value, heads, *quantizer)
+    if statistics is not None:
+        if key.shape[1] % STATISTICS_ROWS:
+            raise ValueError(f"{op}: statistics are given for whole runs of {STATISTICS_ROWS} keys alone")
+        shape = statistics_shape(key.shape[0], (key.shape[1], 1), 2 * key.shape[2], True)
+        check_tensor(op, "statistics", statistics, (torch.float32,), shape, any_strides=True)
+        statistics = statistics if statistics.stride(3) == 1 else statistics.contiguous()
+    return _int8_attention_quantize(query, key, value, heads, quantizer, statistics)
 
 
 def _check_quantized_attention(op: str, query: Tensor, quantizer: Quantizer) -> None:

@@ -223,6 +223,11 @@ def int8_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
     return ((result / total).transpose(1, 2).flatten(2) + value_mean).to(dtype)
 
 
-def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
-    """``int8_attention`` and the next layer's quantization: int8 [B, L, H D]."""
+def int8_attention_quantize(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer, statistics: Tensor | None = None
+) -> Tensor:
+    """``int8_attention`` and the next layer's quantization: int8 [B, L, H D].
+
+    The statistics are those of key and value by definition, so they are not read here.
+    """
     return quantize(int8_attention(query.float(), key, value, heads), quantizer)

@@ -35,7 +35,8 @@ def register(
         mutates: the tensors that the operator changes in place, by their names in the schema.
 
     Returns:
-        the operator, which takes the fields of records one by one: ``operator(x, *quantizer, ...)``.
+        the operator, which takes its arguments by position. On CPUs it calls the implementation itself where nothing
+        else would happen in PyTorch's dispatcher (see ``is_plain``).
     """
     name = oracle.__name__
     schema = torch.library.infer_schema(_flat_prototype(oracle), mutates_args=mutates)
@@ -43,7 +44,41 @@ def register(
     _library.impl(name, takes_fields(cpu, oracle), "CPU")
     _library.impl(name, takes_fields(on_the_device_of_x(cuda), oracle), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", takes_fields(fake, oracle), lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    records = [record_of(annotation)[0] for _, annotation in _parameters(oracle)]
+    absent = [() if record is None else (None,) * len(record._fields) for record in records]
+
+    def operator(*arguments: Any) -> Any:
+        if is_plain(arguments):
+            return cpu(*arguments)
+        fields: list[Any] = []
+        for argument, record, nothing in zip(arguments, records, absent, strict=True):
+            fields.extend([argument] if record is None else nothing if argument is None else argument)
+        return registered(*fields)
+
+    return operator
+
+
+def is_plain(arguments: Sequence[Any]) -> bool:
+    """True if all tensors are on a CPU and nothing intercepts operators: then the dispatcher would only take time.
+
+    What intercepts: compilation, autograd, tensor subclasses, modes, functional transforms and the profiler.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or type(arguments[0]) is not torch.Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for argument in arguments:
+        for value in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(value, torch.Tensor) and not value.is_cpu:
+                return False
+    return True
 
 
 def takes_fields(implementation: Callable[..., Any], oracle: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 STATISTICS_ROWS = 64  # pixels for which the group norm's statistics have one entry
 BLOCK_KEYS = 64  # keys, or values, of int8 attention that share a scale
+FEW_KEYS = 2 * BLOCK_KEYS  # beyond these, a launch of its own prepares keys and values of int8 attention
 MAX_HEAD_CHANNELS = 128  # of int8 attention
 MAX_FLOAT_KEYS, MAX_FLOAT_HEAD_CHANNELS = 128, 256  # of attention in floating point
 MAX_LAYER_NORM_CHANNELS = 8192  # one program holds a row

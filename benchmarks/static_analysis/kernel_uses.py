@@ -50,8 +50,8 @@ TYPES = {
     **dict.fromkeys(("bias_ptr", "channel_add_ptr", "residual_ptr", "out_ptr"), FP16),
     **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), FP16),
     **dict.fromkeys(("key8_ptr", "value8_ptr"), INT8),
-    **dict.fromkeys(("key_mean_ptr", "value_mean_ptr", "scales_ptr"), FP32),
-    "value_sums_ptr": INT32,
+    **dict.fromkeys(("key_sums_ptr", "value_sums_ptr", "value_mean_ptr", "scales_ptr"), FP32),
+    "value8_sums_ptr": INT32,
     "plain_out_ptr": INT8,
     **dict.fromkeys(("eps", "score_scale"), "fp32"),
 }  # fmt: skip
@@ -161,6 +161,7 @@ _LAYER_NORM = partial(
     Use, norm.layer_norm_quantize_kernel, types=_TO_INT8, fp_fusion=False, num_warps=norm.LAYER_NORM_WARPS
 )
 _NEXT_TABLES = (*NEXT, "timestep_index_ptr")
+_PREPARED = ("scales_ptr", "value8_sums_ptr", "value_mean_ptr")
 
 
 def _head_tile(head_channels: int) -> dict[str, Any]:
@@ -170,19 +171,21 @@ def _head_tile(head_channels: int) -> dict[str, Any]:
     return tile | dict.fromkeys(("stride_k", "key_stride_k", "value_stride_k"), 1)
 
 
-def _attention(name: str, head_channels: int, even: bool = True, quantized: bool = True) -> Use:
+def _attention(name: str, head_channels: int, even: bool = True, quantized: bool = True, few_keys: bool = False) -> Use:
     tile = _head_tile(head_channels)
-    block_m, num_warps, num_stages = attention.tile_of(tile["BLOCK_D"])
+    block_m, num_warps, num_stages = attention.tile_of(tile["BLOCK_D"], few_keys)
     constants = tile | {"NEXT_BITS": 8, "EVEN_KEYS": even, "BLOCK_M": block_m}
     constants |= {} if quantized else dict.fromkeys(_NEXT_TABLES)
+    constants |= dict.fromkeys(_PREPARED) if few_keys else {}
+    types = (TO_INT8 if quantized else {}) | ({} if few_keys else {"key_ptr": INT8, "value_ptr": INT8})
     return Use(
-        attention.int8_attention_kernel, name, constants, odd=(), types=TO_INT8 if quantized else {},
+        attention.int8_attention_kernel, name, constants, odd=(), types=types,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 
 
 def _keys_values(name: str, head_channels: int) -> Use:
-    tile = _head_tile(head_channels)
+    tile = _head_tile(head_channels) | {"BLOCK_RUNS": attention.BLOCK_RUNS}
     return Use(
         attention.quantize_keys_values_kernel, name, tile, odd=(), fp_fusion=False,
         num_warps=attention.quantizer_warps(tile["BLOCK_D"]),
@@ -209,6 +212,10 @@ ATTENTION_USES = (
     _attention("heads of 40 channels, ragged keys, quantized", 40, even=False),
     _attention("heads of 80 channels, quantized", 80),
     _attention("heads of 80 channels, ragged keys, quantized", 80, even=False),
+    *(
+        _attention(f"heads of {channels} channels, few keys, quantized", channels, even=False, few_keys=True)
+        for channels in (40, 64, 80)
+    ),
 )
 OTHER_USES = (
     _QUANTIZE("channels last", _QUANTIZE_TILE | _UNPADDED | _CHANNELS_LAST),

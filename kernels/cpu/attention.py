@@ -52,8 +52,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, beyond: int) -> Tensor:
     return p.flatten(2) @ v8.flatten(1, 2) / total
 
 
-def int8_attention_quantize(query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer) -> Tensor:
-    """As ``reference.int8_attention_quantize``."""
+def int8_attention_quantize(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, quantizer: Quantizer, statistics: Tensor | None = None
+) -> Tensor:
+    """As ``reference.int8_attention_quantize``; the statistics are not read."""
     return quantize(int8_attention(query.float(), key, value, heads), quantizer, (0, 0))
 
 

@@ -1,4 +1,7 @@
-"""The elementwise parts of the CPU operators as one pass over memory: ``single_pass.cpp``, compiled at the first use.
+"""The CPU operators' parts in C++, compiled at the first use.
+
+``single_pass.cpp`` has the elementwise parts, each as one pass over memory; ``gemm.cpp`` the products, for processors
+with AVX2 or AVX-512 VNNI.
 
 Compilation takes a few seconds, once a machine: the library is kept in ``$XDG_CACHE_HOME/dq_runtime`` (by default
 ``~/.cache/dq_runtime``), under a name made from the source, the compiler and the processor's instruction set. Without a
@@ -14,18 +17,22 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dq_kernels.records import Norm, Quantizer
+from dq_kernels.records import Norm, PackedWeight, Quantizer
 from dq_kernels.shapes import quantized_shape
 
-SOURCE = Path(__file__).with_name("single_pass.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("single_pass.cpp", "gemm.cpp")]
 # No fused multiply-add: the integers must be those of the oracle. The last two let compilers vectorize ``floor``.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# By dq_has_gemm: none, AVX2, VNNI. With AVX2 oneDNN computes large layers up to twice as fast.
+MOST_PRODUCTS = (-1, 2**22, 2**63)
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-fopenmp",), ())  # the first that the compiler takes
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -34,6 +41,16 @@ class _QuantizerArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("dilation", "scale", "zero_point", "timestep_index")),
         *((name, ctypes.c_int64) for name in ("channels", "timesteps", "bits")),
+    ]
+
+
+class _GemmArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("samples", "height", "width", "channels", "out_height", "out_width", "out_channels"),
+            *("kernel_h", "kernel_w", "stride_h", "stride_w", "dilation_h", "dilation_w", "upsample", "timesteps"),
+        )
     ]
 
 
@@ -48,6 +65,7 @@ _SIGNATURES = {
     "dq_layer_norm_quantize": [_INT, _TENSOR, *[_SIZE] * 3, _TENSOR, _TENSOR, _FLOAT, _QUANTIZER, _TENSOR, _INT],
     "dq_geglu_quantize": [_TENSOR, *[_SIZE] * 3, _QUANTIZER, _TENSOR, _INT],
     "dq_finish": [_INT, _TENSOR, *[_SIZE] * 3, _TENSOR, _QUANTIZER, *[_TENSOR] * 5, _INT],
+    "dq_multiply": [ctypes.POINTER(_GemmArguments), *[_TENSOR] * 9, _INT, *[_TENSOR] * 4, _INT],
 }  # fmt: skip
 
 
@@ -71,14 +89,21 @@ def library() -> ctypes.CDLL | None:
             for name, arguments in _SIGNATURES.items():
                 getattr(functions, name).argtypes = arguments
                 getattr(functions, name).restype = None
+            functions.instructions = functions.dq_has_gemm()  # type: ignore[attr-defined]
             return functions
     warnings.warn(f"INT4 layers on the CPU run their plain form, which is several times slower: {reason}", stacklevel=2)
     return None
 
 
+def gemm(products: int) -> ctypes.CDLL | None:
+    """The compiled functions, if they compute so many products faster on this processor than oneDNN."""
+    functions: Any = library()
+    return functions if functions is not None and products <= MOST_PRODUCTS[functions.instructions] else None
+
+
 def _compile(compiler: str) -> Path:
     """The path of the compiled library."""
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in SOURCES)
     failure: Exception | None = None
     for optional in OPTIONAL_FLAGS:
         flags = [*FLAGS, *optional]
@@ -90,7 +115,7 @@ def _compile(compiler: str) -> Path:
             if not path.exists():
                 with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                     made = Path(folder) / path.name
-                    _run([compiler, *flags, str(SOURCE), "-o", str(made)])
+                    _run([compiler, *flags, *map(str, SOURCES), "-o", str(made)])
                     made.replace(path)  # other processes see all of the file, or none
         except (OSError, subprocess.SubprocessError) as error:
             failure = failure or error
@@ -120,8 +145,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _tables(quantizer: Quantizer) -> _QuantizerArguments:
     dilation, scale, zero_point, timestep_index, bits = quantizer
-    pointers = (tensor.data_ptr() for tensor in (dilation, scale, zero_point, timestep_index))
-    return _QuantizerArguments(*pointers, dilation.numel(), scale.numel(), bits)
+    return _QuantizerArguments(
+        dilation.data_ptr(), scale.data_ptr(), zero_point.data_ptr(), timestep_index.data_ptr(), dilation.shape[0],
+        scale.shape[0], bits,
+    )  # fmt: skip
 
 
 def _float(parameter: Tensor | None) -> Tensor | None:
@@ -195,6 +222,53 @@ def geglu_quantize(functions: ctypes.CDLL, product: Tensor, quantizer: Quantizer
     functions.dq_geglu_quantize(
         product.data_ptr(), product.shape[0], product.shape[1:-1].numel(), channels, _tables(quantizer),
         out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def panels(weight: Tensor) -> Tensor:
+    """int8 [N, taps, K] -> [N / 64, ...]: the layout that ``multiply`` reads, padded with zeros.
+
+    64 output channels have their sums in int32, then [taps, K / 4, 64, 4].
+    """
+    out_channels, taps, channels = weight.shape
+    padded = F.pad(weight, (0, -channels % 4, 0, 0, 0, -out_channels % 64))
+    values = padded.view(-1, 64, taps, padded.shape[2] // 4, 4).permute(0, 2, 3, 1, 4).flatten(1)
+    sums = padded.sum((1, 2), dtype=torch.int32).view(-1, 64).view(torch.int8)
+    return torch.cat([sums, values], dim=1)
+
+
+@lru_cache(maxsize=4096)
+def _gemm_arguments(*sizes: int) -> _GemmArguments:
+    return _GemmArguments(*sizes)
+
+
+def multiply(
+    functions: ctypes.CDLL, x: Tensor, prepacked: Tensor, weight: PackedWeight, quantizer: Quantizer,
+    bias: Tensor | None, out_shape: tuple[int, ...], geometry: tuple[int, ...], out_dtype: torch.dtype,
+    channel_add: Tensor | None = None, residual: Tensor | None = None, statistics: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The product of an int8 image or [B, ..., K], its zero point, scales and bias: [B, ..., N], and ``finish``.
+
+    Args:
+        prepacked: from ``panels``.
+        out_shape: [B, ..., N], of an image [B, OH, OW, N].
+        geometry: heights and widths of the kernel, the strides and the dilations, and 1 for an image to be doubled.
+        out_dtype: also that of channel_add and residual.
+    """
+    _, scale, zero_point, timestep_index, _ = quantizer
+    product = torch.empty(out_shape, dtype=torch.float32)
+    out = product if out_dtype == torch.float32 else torch.empty(out_shape, dtype=out_dtype)
+    bias = _float(bias)
+    finishes = out is not product or channel_add is not None or residual is not None or statistics is not None
+    channel_add = None if channel_add is None else channel_add.contiguous()
+    size = out_shape[1:3] if x.ndim == 4 else (1, x.shape[1:-1].numel())
+    functions.dq_multiply(
+        _gemm_arguments(*_image_sizes(x), *size, out_shape[-1], *geometry, scale.shape[0]),
+        x.data_ptr(), prepacked.data_ptr(), weight.sum.data_ptr(), weight.scale.data_ptr(), scale.data_ptr(),
+        zero_point.data_ptr(), timestep_index.data_ptr(), _pointer(bias), product.data_ptr(), _DTYPES[out_dtype],
+        _pointer(channel_add), _pointer(residual), out.data_ptr() if finishes else None, _pointer(statistics),
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -12,9 +12,10 @@ from benchmarks.result_files import ROOT
 from benchmarks.speed import bench_small_unets
 
 
-def test_every_form_is_timed_and_written(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("task", ["digits/class_conditional", "emoji"])
+def test_every_form_is_timed_and_written(monkeypatch, tmp_path, capsys, task):
     output = tmp_path / "rows.json"
-    options = ["--task", "digits/class_conditional", "--batch", "2", "--rounds", "1", "--output", str(output)]
+    options = ["--task", task, "--batch", "2", "--rounds", "1", "--threads", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["bench_small_unets.py", *options])
 
     bench_small_unets.main()
@@ -23,8 +24,10 @@ def test_every_form_is_timed_and_written(monkeypatch, tmp_path, capsys):
     (row,) = report["rows"]
     assert {"fp32", "int4"} <= row["median_ms"].keys()
     assert row["speed_up"]["fp32"] == pytest.approx(row["median_ms"]["fp32"] / row["median_ms"]["int4"])
+    assert row["cpu_speed_up"]["fp32"] == pytest.approx(row["median_cpu_ms"]["fp32"] / row["median_cpu_ms"]["int4"])
+    assert row["threads"] == 1
     assert report["cpu_capability"]
-    assert "digits/class_conditional, batch 2: fp32" in capsys.readouterr().out
+    assert f"{task}, batch 2: fp32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("slowdown", "forms"), [(30.0, {"fp32", "int4"}), (1.5, {"fp32", "bf16", "int4"})])
@@ -33,7 +36,7 @@ def test_bf16_is_left_out_where_it_is_many_times_slower_than_fp32(monkeypatch, t
 
     def measure(task, batch, rounds, with_bf16):
         timed.append(with_bf16)
-        return {"task": task.name, "batch": batch, "median_ms": {}, "speed_up": {}}
+        return {"task": task.name, "batch": batch, "median_ms": {}, "speed_up": {}, "cpu_speed_up": {}}
 
     monkeypatch.setattr(bench_small_unets, "bf16_slowdown", lambda: slowdown)
     monkeypatch.setattr(bench_small_unets, "measure", measure)

@@ -29,7 +29,15 @@ def test_kernels_of_pytorch_and_triton_are_counted_and_views_are_not():
     assert count == Counter(expected)
 
 
-@pytest.mark.parametrize(("unet", "int8_attention", "most"), [("sd15", (), 380), ("sdxl", (), 1060)])
+@pytest.mark.parametrize(
+    ("unet", "int8_attention", "most"),
+    [
+        ("sd15", (), 380),
+        ("sdxl", (), 1010),
+        ("sd15", ("attn1", "attn2"), 380),
+        ("sdxl", ("attn1", "attn2"), 1010),
+    ],
+)
 def test_kernels_of_one_forward_pass(unet, int8_attention, most):
     count = kernels_of(unet, int8_attention=int8_attention)
 

@@ -26,7 +26,8 @@ def make(
         if op == "int8_attention":
             return attention_arguments(batch, *size, 2, 3, dtype)
         if op in ("int8_attention_quantize", "attention_quantize"):
-            return attention_quantize_arguments(batch, *size, 2, 3, dtype=dtype)
+            statistics = {"statistics": None} if op == "int8_attention_quantize" else {}
+            return attention_quantize_arguments(batch, *size, 2, 3, dtype=dtype) | statistics
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch, *size, 6, generator=generator).to(dtype)
         return {"x": x, **quantizer_arguments(batch, 6), "padding": (1, 2)}

@@ -392,9 +392,26 @@ def test_reference_quantizes_its_attention_before_that_is_rounded(attention_quan
     assert torch.equal(reference.int8_attention_quantize(**arguments), reference.quantize(y, **quantizer_of(arguments)))
 
 
+@pytest.mark.parametrize("shape", [(2, 7, 192, 2, 40), (1, 65, 64, 1, 8), (1, 3, 1152, 1, 8)], ids=str)
+def test_attention_with_statistics_of_the_keys_and_values_is_the_references(
+    run, attention_quantize_arguments, assert_steps_alike, shape
+):
+    arguments = attention_quantize_arguments(*shape)
+    expected = reference.int8_attention_quantize(**arguments)
+    key, value = arguments["key"], arguments["value"]
+    statistics = reference.channel_statistics(torch.cat([value, key, value], -1)[:, :, None])[..., key.shape[2] :]
+    assert not statistics.is_contiguous()
+
+    assert_steps_alike(run("int8_attention_quantize", arguments | {"statistics": statistics}), expected)
+
+
 @pytest.mark.parametrize("head_channels", [32, 40])
-def test_keys_and_values_are_quantized_exactly_as_the_references(triton_device, head_channels):
-    """Blocks of very different magnitudes, the last one ragged, of strided tensors; padding is 0."""
+@pytest.mark.parametrize("num_runs", [1, 3, 18])
+def test_keys_and_values_are_quantized_exactly_as_the_references(triton_device, head_channels, num_runs):
+    """Blocks of very different magnitudes, the last one ragged, of strided tensors; padding is 0.
+
+    The sums are small integers, which add up exactly in any order.
+    """
     batch, length, heads, blocks, block_d = 2, 150, 3, 3, max(32, next_power_of_2(head_channels))
     channels = heads * head_channels
     generator = torch.Generator().manual_seed(0)
@@ -402,32 +419,36 @@ def test_keys_and_values_are_quantized_exactly_as_the_references(triton_device, 
     both *= torch.tensor([0.1, 30.0, 1.0]).repeat_interleave(64)[:length, None]
     both[0, 64:128, : channels // heads] = 0  # keys of one head
     key, value = both.to(triton_device).chunk(2, dim=-1)
-    means = torch.randn(2, batch, channels, generator=generator)
-    means[0, 0, :head_channels] = 0
-    key8, value8, scales, sums = (
+    sums = torch.randint(-99, 99, (batch, num_runs, 2 * channels), generator=generator).float()
+    sums[0, :, :head_channels] = 0
+    means = (sums.sum(1, keepdim=True) / length).chunk(2, dim=-1)
+    key_sums, value_sums = sums.to(triton_device).chunk(2, dim=-1)
+    key8, value8, scales, sums8, value_mean = (
         torch.full(shape, 99, dtype=dtype, device=triton_device)
         for shape, dtype in (
             ((batch, heads, blocks, 64, block_d), torch.int8),
             ((batch, heads, blocks, block_d, 64), torch.int8),
             ((batch, heads, blocks, 2), torch.float32),
             ((batch, heads, blocks, block_d), torch.int32),
+            ((batch, channels), torch.float32),
         )
     )
 
     quantize_keys_values_kernel[(blocks, heads, batch)](
-        key, value, *means.to(triton_device), key8, value8, scales, sums, length, *key.stride(), *value.stride(),
-        HEAD_CHANNELS=head_channels, BLOCK_N=64, BLOCK_D=block_d, num_warps=2, **launch_options(),
-        enable_fp_fusion=False,
+        key, value, key_sums, value_sums, key8, value8, scales, sums8, value_mean, length, num_runs,
+        *key.stride(), *value.stride(), *key_sums.stride()[:2], HEAD_CHANNELS=head_channels, BLOCK_N=64,
+        BLOCK_D=block_d, BLOCK_RUNS=16, num_warps=2, **launch_options(), enable_fp_fusion=False,
     )  # fmt: skip
 
     def blocks_of(x):
         x = F.pad(x, (0, 0, 0, blocks * 64 - length)).unflatten(-1, (heads, head_channels)).transpose(1, 2)
         return x.unflatten(2, (blocks, 64))
 
-    expected_key8, key_scales = reference.quantize_to_127(blocks_of(key.cpu() - means[0, :, None]), (-2, -1))
-    expected_value8, value_scales = reference.quantize_to_127(blocks_of(value.cpu() - means[1, :, None]), (-2, -1))
+    expected_key8, key_scales = reference.quantize_to_127(blocks_of(key.cpu() - means[0]), (-2, -1))
+    expected_value8, value_scales = reference.quantize_to_127(blocks_of(value.cpu() - means[1]), (-2, -1))
     beyond = (0, block_d - head_channels)
     assert torch.equal(key8.cpu(), F.pad(expected_key8, beyond))
     assert torch.equal(value8.cpu(), F.pad(expected_value8, beyond).mT)
     assert torch.equal(scales.cpu(), torch.stack([key_scales, value_scales], dim=-1)[..., 0, 0, :])
-    assert torch.equal(sums.cpu(), F.pad(expected_value8.sum(-2, dtype=torch.int32), beyond))
+    assert torch.equal(sums8.cpu(), F.pad(expected_value8.sum(-2, dtype=torch.int32), beyond))
+    assert torch.equal(value_mean.cpu(), means[1][:, 0])

@@ -22,7 +22,7 @@ OPERATORS = {
     "int4_conv2d": ("bias", "residual", "channel_add"),
     "attention_quantize": (),
     "int8_attention": (),
-    "int8_attention_quantize": (),
+    "int8_attention_quantize": ("statistics",),
 }
 WITH_TIMESTEPS = [op for op in OPERATORS if op != "int8_attention"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -45,6 +45,8 @@ def variants(make, conv2d_arguments, group_norm_arguments):
     chunks = dict(zip(("query", "key", "value"), together.chunk(3, dim=-1), strict=True))
     given = group_norm_arguments((3, 8, 16, 6), 4, 10)
     sources = {"statistics": "x", "skip_statistics": "skip"}
+    many = make("int8_attention_quantize", size=(5, 128))
+    many_keys = torch.cat([many["key"], many["value"]], dim=-1)
     return {
         **{f"{op} alone": without_optional(op, make(op)) for op in OPERATORS},
         "quantize nchw": image | {"x": image["x"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)},
@@ -54,6 +56,7 @@ def variants(make, conv2d_arguments, group_norm_arguments):
         "int4_conv2d statistics": conv2d_arguments((3, 8, 16, 6), 4, with_statistics=True, dtype=torch.float16)[0],
         "int8_attention chunks": make("int8_attention") | chunks,
         "int8_attention_quantize chunks": make("int8_attention_quantize") | chunks,
+        "int8_attention_quantize given": many | {"statistics": reference.channel_statistics(many_keys[:, :, None])},
         "attention_quantize chunks": make("attention_quantize") | chunks,
     }
 
@@ -67,6 +70,7 @@ VARIANTS = [
     "int4_conv2d statistics",
     "int8_attention chunks",
     "int8_attention_quantize chunks",
+    "int8_attention_quantize given",
     "attention_quantize chunks",
 ]
 
@@ -416,6 +420,23 @@ def test_statistics_that_do_not_fit_are_refused(variants, name, shape, change):
     refused(
         "group_norm_quantize", f"{name} must be contiguous torch.float32", arguments | {name: change(arguments[name])}
     )
+
+
+@pytest.mark.parametrize("change", [lambda t: t.half(), lambda t: t[:, :1], lambda t: t[..., :6]])
+def test_statistics_that_are_not_of_the_keys_and_values_are_refused(variants, change):
+    arguments = variants["int8_attention_quantize given"]
+
+    refused(
+        "int8_attention_quantize", r"statistics must be torch.float32 \[3, 2, 2, 12\]",
+        arguments | {"statistics": change(arguments["statistics"])},
+    )  # fmt: skip
+
+
+def test_statistics_of_a_part_of_the_keys_are_refused(variants):
+    arguments = variants["int8_attention_quantize given"]
+    fewer = {name: arguments[name][:, :127] for name in ("key", "value")}
+
+    refused("int8_attention_quantize", "whole runs of 64 keys", arguments | fewer)
 
 
 def test_statistics_of_no_skip_are_refused(variants):

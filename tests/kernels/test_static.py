@@ -159,7 +159,8 @@ def test_attention_multiplies_int8_on_matrix_units(rows: list[Row], target: str)
 def test_attention_loads_keys_and_values_by_16_bytes_a_thread(rows: list[Row]) -> None:
     # 64 keys and 64 values of 32, 64 or 128 padded channels; only sums of the values and two scales are loaded by fewer
     # bytes. Probabilities do not pass through shared memory, which would take 16 stores.
-    for name, row in rows_of("int8_attention", rows, *NVIDIA).items():
+    prepared = {name: row for name, row in rows_of("int8_attention", rows, *NVIDIA).items() if "few keys" not in name}
+    for name, row in prepared.items():
         padded = next(size for size in (32, 64, 128) if int(re.search(r"(\d+) channels", name)[1]) <= size)
         num_warps = attention.tile_of(padded)[1]
         assert row["loop_loads"]["16"] == 2 * 64 * padded // (16 * 32 * num_warps), name

@@ -326,8 +326,8 @@ KERNELS = [
     ),
     Mutant(
         "attention_keys_not_smoothed", ATTENTION,
-        "key - tl.load(key_mean_ptr + mean_offsets, mask=d_inside, other=0.0)",
-        "key",
+        "tl.where(inside, x.to(tl.float32) - mean[None, :], 0.0)",
+        "tl.where(inside, x.to(tl.float32), 0.0)",
         TEST_ATTENTION, "test_what_all_keys_have_in_common_changes_nothing and triton",
     ),
     Mutant(
@@ -338,8 +338,8 @@ KERNELS = [
     ),
     Mutant(
         "attention_offset_of_probabilities", ATTENTION,
-        "+ 128 * tl.load(sums_ptrs)",
-        "+ 127 * tl.load(sums_ptrs)",
+        "+ 128 * value8_sum",
+        "+ 127 * value8_sum",
         TEST_ATTENTION, "test_attention_of_any_lengths_is_the_references and triton",
     ),
     # The packing

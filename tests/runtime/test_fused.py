@@ -524,6 +524,27 @@ def test_int8_attention_is_quantized_in_the_same_pass():
     assert operators.count()["quantize"] == before
 
 
+def test_int8_attention_to_many_tokens_gets_the_statistics_of_its_keys_and_values(monkeypatch):
+    """On a GPU, of which the meta device takes the place; those of the queries come before them in memory."""
+    unet, given = in_int8(fused()).to("meta"), []
+    attend = ops.int8_attention_quantize
+
+    def recorded(query, key, value, heads, quantizer, statistics):
+        given.append((key, statistics))
+        return attend(query, key, value, heads, quantizer, statistics)
+
+    monkeypatch.setattr(ops, "int8_attention_quantize", recorded)
+
+    unet(noise(unet, (16, 16)).to("meta"), 500, torch.empty(BATCH, 5, 32, device="meta"))
+
+    many = [(key, statistics) for key, statistics in given if key.shape[1] == 256]
+    assert len(many) > 2
+    for key, statistics in many:
+        assert statistics.shape == (BATCH, 4, 2, 2 * key.shape[2])
+        assert statistics.storage_offset() == key.storage_offset() == key.shape[2]
+    assert all(statistics is None for key, statistics in given if key.shape[1] < 256)
+
+
 def test_attention_in_int8_and_one_in_floating_point_share_a_fused_block(assert_same_output):
     actual, expected = fused(), quantized()
     for unet in (actual, expected):

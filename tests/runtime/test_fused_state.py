@@ -25,6 +25,7 @@ from fused_unets import (
     quantized,
 )
 
+from dq_kernels import ops, reference
 from dq_runtime.fused import LinearGroup, fuse, unfuse
 from dq_runtime.layers import quantized_layers
 
@@ -54,6 +55,22 @@ def test_members_of_a_group_are_views_of_its_tensors(prepare):
         for name in ("packed_weight", "weight_scale", "weight_sum", *(("bias",) if group.bias is not None else ())):
             held = {getattr(layer, name).untyped_storage().data_ptr() for layer in group.layers}
             assert held == {getattr(group, name).untyped_storage().data_ptr()}, name
+
+
+@pytest.mark.parametrize("tokens", [128, 65])
+def test_group_also_computes_the_statistics_of_its_result(tokens):
+    unet = fused()
+    group = modules_of(unet, BasicTransformerBlock)[0].self_attention
+    group.layers[0].timestep_grid.index = torch.tensor([1, 0], dtype=torch.int32)
+    q = torch.randint(-128, 128, (2, tokens, 32), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+
+    y, statistics = group.multiply_with_statistics(q, torch.float32)
+
+    assert torch.equal(y, group.multiply(q, torch.float32))
+    if tokens % ops.STATISTICS_ROWS:
+        assert statistics is None
+    else:
+        torch.testing.assert_close(statistics, reference.channel_statistics(y[:, :, None]))
 
 
 def test_fusing_takes_no_memory():
