@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +98,10 @@ def library() -> ctypes.CDLL | None:
 def gemm(products: int) -> ctypes.CDLL | None:
     """The compiled functions, if they compute so many products faster on this processor than oneDNN."""
     functions = library()
-    return functions if functions is not None and products <= MOST_PRODUCTS[functions.instructions] else None
+    if functions is None:
+        return None
+    instructions: Any = functions.instructions
+    return functions if products <= MOST_PRODUCTS[instructions] else None
 
 
 def _compile(compiler: str) -> Path:
