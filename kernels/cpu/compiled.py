@@ -97,8 +97,11 @@ def library() -> ctypes.CDLL | None:
 
 def gemm(products: int) -> ctypes.CDLL | None:
     """The compiled functions, if they compute so many products faster on this processor than oneDNN."""
-    functions: Any = library()
-    return functions if functions is not None and products <= MOST_PRODUCTS[functions.instructions] else None
+    functions = library()
+    if functions is None:
+        return None
+    instructions: Any = functions.instructions
+    return functions if products <= MOST_PRODUCTS[instructions] else None
 
 
 def _compile(compiler: str) -> Path:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -35,9 +36,17 @@ struct GemmArguments {
 
 int dq_has_gemm() { return HAS_GEMM; }
 
-void dq_finish(  // of single_pass.cpp
+struct QuantizerArguments {  // these two are of single_pass.cpp
+    const float* dilation;
+    const float* scale;
+    const int32_t* zero_point;
+    const int32_t* timestep_index;
+    int64_t channels, timesteps, bits;
+};
+
+void dq_finish(
     int dtype, const float* product, int64_t samples, int64_t rows, int64_t channels, const float* correction,
-    const void* quantizer, const float* bias, const void* channel_add, const void* residual, void* out,
+    const QuantizerArguments* quantizer, const float* bias, const void* channel_add, const void* residual, void* out,
     float* statistics, int threads
 );
 
@@ -62,6 +71,12 @@ inline uint32_t load16(const int8_t* p) {
     uint16_t two;
     std::memcpy(&two, p, 2);
     return two ^ 0x8080u;  // the weights of the other two are 0
+}
+
+// A sample's row of the tables; the index of a sample that is not finite is ~row.
+inline int64_t row(const GemmArguments& a, int64_t t) {
+    t = t < 0 ? ~t : t;
+    return t >= a.timesteps ? a.timesteps - 1 : t;
 }
 
 struct Gemm {
@@ -246,23 +261,30 @@ void dq_multiply(
     float* statistics, int threads
 ) {
     const GemmArguments& a = *arguments;
-    const Gemm gemm{a, x, weight, weight_sum, weight_scale, bias, product};
+    // A batch of several timesteps has its scales and zero points in ``finish``, as by oneDNN, which takes one of each.
+    bool mixed = false;
+    for (int64_t i = 1; i < a.samples; ++i) mixed |= row(a, timestep_index[i]) != row(a, timestep_index[0]);
+    const Gemm gemm{a, x, weight, weight_sum, weight_scale, mixed ? nullptr : bias, product};
     int64_t pixels = a.out_height * a.out_width, chunks = (pixels + kChunk - 1) / kChunk;
     int64_t panels = (a.out_channels + kColumns - 1) / kColumns;
     int64_t products = a.samples * pixels * a.out_channels * a.channels * a.kernel_h * a.kernel_w;
 #pragma omp parallel for num_threads(threads) if (products > kAloneProducts)
     for (int64_t i = 0; i < a.samples * chunks * panels; ++i) {
         int64_t panel = i % panels, sample = i / panels / chunks, first = i / panels % chunks * kChunk;
-        int64_t end = first + kChunk < pixels ? first + kChunk : pixels, t = timestep_index[sample];
-        t = t < 0 ? ~t : t;
-        t = t >= a.timesteps ? a.timesteps - 1 : t;
+        int64_t end = first + kChunk < pixels ? first + kChunk : pixels, t = row(a, timestep_index[sample]);
         // A scale that is NaN makes NaN of all results.
-        float factor = timestep_index[sample] < 0 ? std::nanf("") : scale[t];
+        float factor = timestep_index[sample] < 0 ? std::nanf("") : mixed ? 1.0f : scale[t];
         for (; first < end; first += kRows) {
-            gemm.rows(sample, first, end - first, panel, factor, zero_point[t]);
+            gemm.rows(sample, first, end - first, panel, factor, mixed ? 0 : zero_point[t]);
         }
     }
-    if (out) {
+    if (mixed) {
+        std::vector<float> correction(a.out_channels);
+        for (int64_t n = 0; n < a.out_channels; ++n) correction[n] = static_cast<float>(weight_sum[n]) * weight_scale[n];
+        const QuantizerArguments quantizer{nullptr, scale, zero_point, timestep_index, 0, a.timesteps, 8};
+        dq_finish(out ? dtype : 0, product, a.samples, pixels, a.out_channels, correction.data(), &quantizer, bias,
+            channel_add, residual, out ? out : product, statistics, threads);
+    } else if (out) {
         dq_finish(dtype, product, a.samples, pixels, a.out_channels, nullptr, nullptr, nullptr, channel_add, residual,
             out, statistics, threads);
     }

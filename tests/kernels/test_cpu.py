@@ -256,7 +256,7 @@ def test_torch_without_onednn_is_reported_as_such(make, monkeypatch, product):
 def test_results_have_the_bits_of_onednns(
     linear_arguments, conv2d_arguments, monkeypatch, product, shape, out_channels, options, bias
 ):
-    """For scales that are no powers of 2, so that every operation rounds. oneDNN rounds several timesteps otherwise."""
+    """For scales that are no powers of 2, so that every operation rounds; all samples have the same timestep."""
     if product == "oneDNN":
         pytest.skip("compares both")
     op = "int4_linear" if len(shape) == 3 else "int4_conv2d"
