@@ -157,6 +157,7 @@ def _plot_sizes(axes: Axes, by_name: Mapping[str, Any]) -> None:
                 zorder=3 if library == "dq_runtime" else 2,
                 color=colour, mfc=colour if row["quantized_weight_share"] > 0.9 else "white",
             )  # fmt: skip
+    axes.margins(x=0.1)
     axes.set_xlim(left=0)
     axes.set_xlabel("UNet, MB")
     axes.set_ylabel("PSNR to fp32 at equal noise, dB")

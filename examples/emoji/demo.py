@@ -36,8 +36,8 @@ from examples.emoji import task
 
 CALIBRATION_PROMPTS = 64
 SETTINGS = Distillation()
-# Layers close to the output, with 5% of the weights, stay in floating point. Rounded to nearest, they would cause 86%
-# of the prediction's error, summed over the layers.
+# Layers close to the output, with 5% of the weights, stay in floating point. If layers are rounded one at a time, these
+# cause most of the prediction's error, summed over all.
 KEPT = (
     "conv_in", "conv_out", "up_blocks.2", "up_blocks.1.attentions", "up_blocks.1.upsamplers",
     "up_blocks.1.resnets.0.conv_shortcut", "up_blocks.1.resnets.1.conv_shortcut",
