@@ -23,15 +23,14 @@ from torch import nn
 from dq_runtime.architectures.supported import architecture_of, without_compilation
 from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
 from dq_runtime.fused_blocks import (
-    FusedBasicTransformerBlock,
     FusedCrossAttnUpBlock2D,
     FusedDownsample2D,
     FusedResnetBlock2D,
     FusedTimesteps,
-    FusedTransformer2DModel,
     FusedUpBlock2D,
     FusedUpsample2D,
 )
+from dq_runtime.fused_transformers import FusedBasicTransformerBlock, FusedTransformer2DModel
 from dq_runtime.layers import is_quantized, quantized_layers
 from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.validation import instance

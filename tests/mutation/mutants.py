@@ -500,6 +500,7 @@ DEQUANTIZATION = "dq_runtime/dequantization.py"
 UNETS = "dq_runtime/architectures/unets.py"
 FORWARD_STATE = "dq_runtime/forward_state.py"
 FUSED_BLOCKS = "dq_runtime/fused_blocks.py"
+FUSED_TRANSFORMERS = "dq_runtime/fused_transformers.py"
 ADAPTERS = "dq_runtime/adapters.py"
 FUSED = "dq_runtime/fused.py"
 GRAPHS = "dq_runtime/graphs.py"
@@ -691,19 +692,19 @@ RUNTIME = [
         TEST_FUSED, "test_blocks_of_other_kinds_compute_as_unfused and mid_block_scale_factor",
     ),
     Mutant(
-        "fused_residual_of_cross_attention", FUSED_BLOCKS,
+        "fused_residual_of_cross_attention", FUSED_TRANSFORMERS,
         "x = _attend(attention, query, key, value, x, adapters)\n        return",
         "x = _attend(attention, query, key, value, hidden_states, adapters)\n        return",
         TEST_FUSED, "test_fused_unet_computes_what_the_unfused_one_does",
     ),
     Mutant(
-        "fused_mask_of_the_prompt", FUSED_BLOCKS,
+        "fused_mask_of_the_prompt", FUSED_TRANSFORMERS,
         "or encoder_attention_mask is not None",
         "or timestep is not None",
         TEST_FUSED, "test_mask_of_the_prompt_is_heeded",
     ),
     Mutant(
-        "fused_other_processors", FUSED_BLOCKS,
+        "fused_other_processors", FUSED_TRANSFORMERS,
         "if type(attention.processor) not in (AttnProcessor2_0, Int8AttnProcessor):",
         "if attention.processor is None:",
         TEST_FUSED, "test_other_attention_processors_are_called",
@@ -721,7 +722,7 @@ RUNTIME = [
         TEST_FUSED, "test_layers_of_other_bits_compute_as_unfused",
     ),
     Mutant(
-        "fused_silu_before_a_transformer", FUSED_BLOCKS,
+        "fused_silu_before_a_transformer", FUSED_TRANSFORMERS,
         "silu=False",
         "silu=True",
         TEST_FUSED, "test_fused_unet_computes_what_the_unfused_one_does",
