@@ -75,7 +75,7 @@ def expect(model: nn.Module) -> None:
         holder.register_buffer(NAME, torch.empty(0, dtype=torch.int64, device="meta"))
 
 
-def verify(model: nn.Module, checksums: Mapping[str, int], config: DilateQuantConfig) -> bool:
+def verify(model: Any, checksums: Mapping[str, int], config: DilateQuantConfig) -> bool:
     """Compares the loaded digest with the tensors that were read, and removes it from the model.
 
     Nothing is compared if the checkpoint has no digest, or the digest was offloaded to disk unread.
