@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import wraps
 from typing import Any
 
 import torch
@@ -218,10 +218,7 @@ def finish_conversion(unet: Any, plan: ConversionPlan, grid: TimestepGrid | None
     unet.requires_grad_(False)  # packed weights have no gradients
     if grid is not None:
         follow_timesteps(unet, grid)
-    unet.num_parameters = partial(_num_parameters, unet)
-    for method, remedy in REFUSED.items():
-        if hasattr(unet, method):
-            setattr(unet, method, partial(_refuse, unet, method, remedy))
+    _adapt_methods(type(unet))
 
 
 def follow_timesteps(unet: Any, grid: TimestepGrid) -> None:
@@ -230,25 +227,43 @@ def follow_timesteps(unet: Any, grid: TimestepGrid) -> None:
     grid.attach(unet)
 
 
-def restore_methods(unet: Any) -> None:
-    """Removes the methods that a quantized model has instead of its class's."""
-    for method in (*REFUSED, "num_parameters"):
-        unet.__dict__.pop(method, None)
+def _adapt_methods(model_class: Any) -> None:
+    """Gives a class of models methods that differ for quantized ones; for others they are the class's own.
+
+    Methods of the instance would hold it, and its memory, until the garbage collector runs.
+    """
+    for name in ("num_parameters", *REFUSED):
+        own = getattr(model_class, name, None)
+        if own is not None and not hasattr(own, "for_stock_models"):
+            setattr(model_class, name, _counting(own) if name == "num_parameters" else _refusing(own))
 
 
-def _refuse(unet: Any, method: str, remedy: str, *args: Any, **kwargs: Any) -> Any:
-    if method == "fuse_lora" and not getattr(unet, "peft_config", None):  # a pipeline's adapter may be another model's
-        return getattr(type(unet), method)(unet, *args, **kwargs)
-    raise ValueError(remedy)
+def _counting(own: Any) -> Any:
+    """``ModelMixin.num_parameters``, in which a packed weight counts as the stock layer's."""
+
+    @wraps(own)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        stored = own(self, only_trainable, exclude_embeddings)
+        layers = () if only_trainable else quantized_layers(self).values()
+        return stored + sum(layer.weight.numel() - layer.packed_weight.numel() for layer in layers)
+
+    num_parameters.for_stock_models = own  # type: ignore[attr-defined]
+    return num_parameters
 
 
-def _num_parameters(unet: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """As ``ModelMixin.num_parameters``: a packed weight counts as the stock layer's."""
-    stored = type(unet).num_parameters(unet, only_trainable, exclude_embeddings)
-    if only_trainable:
-        return stored
-    layers = quantized_layers(unet).values()
-    return stored + sum(layer.weight.numel() - layer.packed_weight.numel() for layer in layers)
+def _refusing(own: Any) -> Any:
+    """A method that would change packed weights."""
+
+    @wraps(own)
+    def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A pipeline's adapter may be another model's.
+        has_nothing_to_fuse = own.__name__ == "fuse_lora" and not getattr(self, "peft_config", None)
+        if is_quantized(self) and not has_nothing_to_fuse:
+            raise ValueError(REFUSED[own.__name__])
+        return own(self, *args, **kwargs)
+
+    refused.for_stock_models = own  # type: ignore[attr-defined]
+    return refused
 
 
 def replace_layers(unet: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from dq_runtime.architectures.supported import without_compilation
 from dq_runtime.attention import Int8AttnProcessor
-from dq_runtime.convert import GRID_NAME, replace_layers, restore_methods
+from dq_runtime.convert import GRID_NAME, replace_layers
 from dq_runtime.fused import unfuse
 from dq_runtime.graphs import disable_cuda_graphs
 from dq_runtime.layers import QuantizedLayer, constructor_arguments, is_quantized, quantized_layers
@@ -49,7 +49,6 @@ def _dequantize(model: Any) -> None:
         for hook in model.timestep_grid.hooks:
             hook.remove()
         del model.timestep_grid
-    restore_methods(model)
     if getattr(model, "hf_quantizer", None) is not None:
         del model.hf_quantizer
     model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "quantization_config"})

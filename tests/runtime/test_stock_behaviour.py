@@ -1,12 +1,14 @@
 """What users of ``nn.Conv2d`` and ``nn.Linear`` read from a quantized layer, and set on it."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, MotionAdapter, UNetMotionModel
+from diffusers import ControlNetModel, MotionAdapter, UNet2DModel, UNetMotionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from torch import nn
 
@@ -378,3 +380,21 @@ def test_fuse_lora_without_an_adapter_in_the_unet_does_nothing(unet2d_condition)
 
     unet.fuse_lora()
     assert torch.equal(unet2d_condition.call(unet), unet2d_condition.call(unet2d_condition.quantized))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_is_freed_with_its_last_reference(unet2d, tmp_path, fused):
+    """Not when the garbage collector runs: a GPU's memory would wait for it."""
+    unet2d.quantized.save_pretrained(tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        unet = UNet2DModel.from_pretrained(tmp_path)
+        if fused:
+            dq_runtime.fuse(unet)
+        unet2d.call(unet)
+        watched = weakref.ref(unet)
+        del unet
+        assert watched() is None
+    finally:
+        gc.enable()
