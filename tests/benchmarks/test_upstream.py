@@ -13,7 +13,7 @@ CONFTEST = """
 import sys
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).parents[1] / "src"))  # as diffusers' does
+vars(sys)["path"].insert(1, str(Path(__file__).parents[1] / "src"))  # as diffusers' does
 """
 TESTS = """
 import pytest

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from dq_runtime.calibration.deferred import Deferred
+
 
 class _Backend(_DummyBackendModule):
     def get_amp_supported_dtype(self):  # autocast asks, even where it is off
@@ -36,7 +38,7 @@ class _Tensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
-        return _run(operator, args, kwargs or {})
+        return NotImplemented if Deferred in types else _run(operator, args, kwargs or {})
 
 
 class Elsewhere(TorchDispatchMode):
@@ -56,6 +58,8 @@ class Elsewhere(TorchDispatchMode):
 
 def _run(operator, args, kwargs):
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if any(isinstance(tensor, Deferred) for tensor in tensors):  # they know their device
+        return operator(*args, **kwargs)
     ours = [tensor for tensor in tensors if isinstance(tensor, _Tensor)]
     if ours and operator not in _BETWEEN_DEVICES and any(t.ndim and not isinstance(t, _Tensor) for t in tensors):
         raise RuntimeError(f"{operator}: tensors on two devices: {[(str(t.device), list(t.shape)) for t in tensors]}")
@@ -63,7 +67,7 @@ def _run(operator, args, kwargs):
         device = tensors[0].device
     else:
         device = kwargs.get("device") or (DEVICE if ours else CPU)
-    if "device" in kwargs:
+    if "device" in kwargs and torch.device(kwargs["device"]).type == DEVICE.type:
         kwargs = {**kwargs, "device": CPU}
     args, kwargs = tree_map_only(_Tensor, lambda tensor: tensor.on_cpu, (args, kwargs))
     result = operator(*args, **kwargs)
