@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,22 @@ def record(
             | {"generator": torch.Generator().manual_seed(seed + i)}
             for i, prompt in enumerate(prompts)
         ]
-        with as_user_errors(ValueError):
+        with as_user_errors(ValueError), _without_warnings_of_diffusers():
             return dq_runtime.collect_from_pipeline(pipeline, calls, model)
     return _record_without_prompts(pipeline, model, images, steps, seed)
+
+
+@contextmanager
+def _without_warnings_of_diffusers() -> Iterator[None]:
+    """Built-in prompts may be longer than a tokenizer takes, and calibration does not mind that they are cut."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _record_without_prompts(pipeline: Any | None, model: Any, images: int, steps: int, seed: int) -> CalibrationSet:

@@ -1,9 +1,12 @@
 """``dq-runtime quantize`` on a tiny random pipeline: what it writes, and that interruptions change nothing."""
 
+from logging import NullHandler
+
 import distilling
 import tiny_unets
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
+from diffusers.utils import logging
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -11,6 +14,7 @@ from tiny_pipeline import SHORT
 
 import dq_runtime
 from dq_runtime.calibration.distillation import _Trainer
+from dq_runtime.cli.drawing import record
 from dq_runtime.layers import is_quantized, quantized_layers
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -62,6 +66,23 @@ def recorded_once(collect):
         return collect(pipeline, calls, component)
 
     return collect_probe
+
+
+def test_prompts_that_are_too_long_for_the_tokenizer_are_cut_without_a_warning(pipeline_folder, monkeypatch):
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    warned, before = [], logging.get_verbosity()
+    handler = NullHandler()
+    monkeypatch.setattr(handler, "handle", warned.append)
+    logging.add_handler(handler)
+
+    pipeline("a" * 50, num_inference_steps=1)
+    assert warned
+    warned.clear()
+    record(pipeline, pipeline.unet, ["a" * 50], 1, 2, 0)
+
+    logging.remove_handler(handler)
+    assert warned == []
+    assert logging.get_verbosity() == before
 
 
 def test_estimate_comes_before_the_work_and_is_updated(run, pipeline_folder, prompts, tmp_path):
