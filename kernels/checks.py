@@ -36,7 +36,8 @@ Operator = TypeVar("Operator", bound=Callable[..., Any])
 def names_wrong_types(operator: Operator) -> Operator:
     """An operator whose error is a TypeError with the parameter's name if an argument is of another class.
 
-    Arguments are compared with their annotations once the operator has failed, so a call that succeeds costs nothing.
+    Arguments are compared with their annotations once the operator has failed, so a call that succeeds costs one more
+    call in Python.
     """
 
     @functools.wraps(operator)

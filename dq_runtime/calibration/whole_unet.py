@@ -22,8 +22,6 @@ from dq_runtime.timesteps import TimestepGrid
 
 SAMPLES, BATCH_SIZE = 256, 16  # for the comparison
 MEASURED_CALLS = 4  # for the signal-to-noise ratio
-
-
 StateDicts = Mapping[str, Mapping[str, torch.Tensor]]
 
 

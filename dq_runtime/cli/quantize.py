@@ -12,6 +12,7 @@ from torch import nn
 
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation
+from dq_runtime.calibration.distillation import ERROR_FEEDBACK
 from dq_runtime.cli import models
 from dq_runtime.cli.console import duration, say, size
 from dq_runtime.cli.drawing import BATCH, record, takes
@@ -23,7 +24,7 @@ from dq_runtime.convert import plan_conversion
 from dq_runtime.layers import quantized_layers
 
 PRESETS = {
-    "fast": Distillation(iterations=0),
+    "fast": ERROR_FEEDBACK,
     "balanced": Distillation(gradient_checkpointing=True),
     "best": Distillation(gradient_checkpointing=True, polish_iterations=200),
 }

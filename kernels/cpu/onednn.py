@@ -4,9 +4,9 @@ oneDNN takes some 80 us a call to find its code, longer than most layers of a sm
 VNNI both have the same results, bit for bit.
 
 oneDNN multiplies uint8 by int8, so activations are shifted by 128 together with their zero point. It takes one
-activation scale per call, so the scales of a batch with several timesteps follow in a pass of their own. Int8 weights
-are needed in a layout of either's own: this copy is made at a layer's first call, lives as long as the packed weight,
-and is counted by ``prepacked_bytes``.
+activation scale per call, so the scales of a batch with several timesteps follow in a pass of their own. Both read int8
+weights in a layout of their own: this copy is made at a layer's first call, lives as long as the packed weight, and is
+counted by ``prepacked_bytes``.
 
 Without VNNI, oneDNN adds pairs of products in int16, which saturates if weights exceed 64 in magnitude. 4-bit values
 are therefore exact on every processor; their multiples by 16, which the Triton kernels use, would not be.

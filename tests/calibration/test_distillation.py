@@ -408,7 +408,9 @@ def test_what_no_later_block_reads_is_deleted(plain, monkeypatch):
 
     monkeypatch.setattr(distillation._Trainer, "store_outputs", store_outputs)
     plain.distil(**UNTRAINED)
-    assert [len(names) for names in left] == [1, 1, 2, 2, 1, 0] or left[-1] == []
+    assert len(left) == 6
+    assert max(map(len, left)) <= 3
+    assert left[-1] == []
 
 
 @pytest.mark.parametrize("most", [1, 200_000])
