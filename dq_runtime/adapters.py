@@ -52,6 +52,11 @@ def run_as_made(modules: Iterable[nn.Module]) -> bool:
     return True
 
 
+def is_dropout(module: Any) -> bool:
+    """True for a module that returns its input in evaluation mode."""
+    return type(module) is nn.Dropout or type(module) is nn.Identity
+
+
 def unwrapped(layer: Any) -> Any:
     """The layer that an adapter wraps; the layer itself if there is no adapter."""
     base = layer._modules.get("base_layer")

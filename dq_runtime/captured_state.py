@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from dq_runtime.forward_state import ForwardState
-from dq_runtime.layers import QuantizedLayer, replaces_conv_forward
+from dq_runtime.layers import QuantizedLayer, QuantLinear, replaces_conv_forward
 from dq_runtime.timesteps import TimestepGrid
 
 FREEU = ("s1", "s2", "b1", "b2")  # attributes of a UNet's up blocks
-CONVOLUTION_SETTINGS = itemgetter("padding_mode", "padding", "stride", "dilation")
 ADAPTER_ATTRIBUTES = itemgetter("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 KNOWN_PROCESSORS = ("diffusers", "dq_runtime")  # packages whose attention processors keep no state between calls
 
@@ -62,10 +61,10 @@ class ModelState:
 
     ``unchanged`` finds: modules that were replaced or have another class; parameters and buffers that were replaced;
     parameters with other ``data``; freed memory of any parameter or buffer; forward hooks and replaced forwards; other
-    attributes of all modules but quantized layers and PyTorch's own, of which only the padding and strides of
-    convolutions are compared. It does not find a change inside of an attribute,
-    such as an element of a list, or other ``data`` of a buffer whose old memory is held elsewhere. Values that are
-    written in place need no new capture. ``settings`` are numbers that are in the captured kernels.
+    attributes of all modules, of PyTorch's own the mode and those in ``__constants__``, such as a norm's eps and a
+    convolution's padding. It does not find a change inside of an attribute, such as an element of a list, or other
+    ``data`` of a buffer whose old memory is held elsewhere. Values that are written in place need no new capture.
+    ``settings`` are numbers that are in the captured kernels.
 
     The memory that a graph reads is either alive or reported in ``freed``: the snapshot holds parameters and buffers,
     but not the memory of a parameter whose ``data`` was set.
@@ -96,7 +95,8 @@ class ModelState:
         self._storages = [weakref.ref(tensor.untyped_storage(), self.freed.append) for tensor in tensors]
 
         self._convolutions = [vars(m) for m in self._modules if isinstance(m, nn.Conv2d)]
-        self._convolution_settings = list(map(CONVOLUTION_SETTINGS, self._convolutions))
+        self._constants = constants_of(self._modules)
+        self._constant_values = [list(map(read, owners)) for read, owners in self._constants]
         self._up_blocks = [vars(block) for block in getattr(entry, "up_blocks", ())]
         self._adapted = [vars(m) for m in self._modules if {"merged_adapters", "scaling"} <= vars(m).keys()]  # LoRA's
         self._adapters: list[Any] = []  # their attributes at the last call
@@ -141,15 +141,29 @@ class ModelState:
                 and _forward_hooks(self._entry) == self._entry_hooks
                 and not any(map(dict.get, self._others, itertools.repeat("forward")))
                 and not any(map(dict.get, self._convolutions, itertools.repeat("_conv_forward")))
-                and list(map(CONVOLUTION_SETTINGS, self._convolutions)) == self._convolution_settings
+                and [list(map(read, owners)) for read, owners in self._constants] == self._constant_values
                 and list(map(type, self._modules)) == self._classes
                 and not any(self._empty)
                 and self._tables == self._members  # the same objects, or tensors of one value, and that value
                 and self._compared == self._attributes
                 and list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses
             )
-        except (RuntimeError, ValueError):  # a tensor was replaced: an equality of tensors has no truth value
+        except (RuntimeError, ValueError, KeyError):  # deleted, or a tensor, whose equality has no truth value
             return False
+
+
+def constants_of(modules: Sequence[nn.Module]) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """What reads the constants of PyTorch's modules of one class, and the attributes of these modules.
+
+    Those of ``QuantLinear`` cannot be set.
+    """
+    owners: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for module in modules:
+        own = vars(module)
+        names = tuple(name for name in getattr(module, "__constants__", ()) if name in own)
+        if names and not isinstance(module, QuantLinear):
+            owners.setdefault((*names, "training"), []).append(own)  # a dropout may be switched on alone
+    return [(itemgetter(*names), tables) for names, tables in owners.items()]
 
 
 def adapter_state(active: Any, is_disabled: bool, merged: list[str], scaling: dict[str, Any]) -> tuple[Hashable, ...]:

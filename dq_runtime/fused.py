@@ -95,7 +95,7 @@ def _fuse(model: Any) -> dict[str, str]:
         if stock is Timesteps and not fused:
             break
         for name, module in model.named_modules():
-            if type(module) is stock and fast.can_fuse(module):
+            if type(module) is stock and _can_fuse(module, fast):
                 module.__class__ = fast
                 module.state = state
                 if isinstance(module, FusedBasicTransformerBlock):
@@ -119,6 +119,15 @@ def _fuse(model: Any) -> dict[str, str]:
         ),
     ]
     return fused
+
+
+def _can_fuse(module: Any, fast: Any) -> bool:
+    """True if a fused class supports a module, and one int8 tensor serves q, k and v of a self-attention."""
+    if not fast.can_fuse(module):
+        return False
+    if fast is not FusedBasicTransformerBlock:
+        return True
+    return same_quantizer([module.attn1.to_q, module.attn1.to_k, module.attn1.to_v])
 
 
 def _modules_around(model: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Module]:

@@ -3,8 +3,9 @@
 Activations stay int8 between kernels: a norm writes the next layer's quantized input, a GEMM's epilogue adds time
 embedding and residual or applies GEGLU, an up block reads its two sources without a concat. LoRA adapters read the
 floating-point input of their layer, computed again if need be. ``can_fuse`` is True if the fused forward supports a
-block's options. A block that cannot run fused in a call (other attention processor, mask, hook, offloaded weights,
-gradient) runs diffusers' own forward. ``fused.fuse`` installs these classes.
+block's options; it is asked again at each call, since options and modules may change. A block that cannot run fused in
+a call (other options or attention processor, mask, hook, offloaded weights, gradient) runs diffusers' own forward.
+``fused.fuse`` installs these classes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dq_runtime.adapters import (
     active_adapters,
     adapters_of,
     add_adapters,
+    is_dropout,
     residual_with_adapters,
     run_as_made,
     unwrapped,
@@ -59,6 +61,7 @@ class FusedResnetBlock2D(ResnetBlock2D):
             and isinstance(block.norm2, nn.GroupNorm)
             and block.norm1.num_channels % 2 == block.norm2.num_channels % 2 == 0
             and (block.conv_shortcut is None or unwrapped(block.conv_shortcut).kernel_size == (1, 1))
+            and is_dropout(block.dropout)
         )
 
     def _adapters_now(self, x: torch.Tensor) -> Adapters | None:
@@ -66,7 +69,10 @@ class FusedResnetBlock2D(ResnetBlock2D):
         convolutions = [self.conv1, self.conv2]
         if self.conv_shortcut is not None:
             convolutions.append(self.conv_shortcut)
-        if self.training or wants_gradient(x) or not run_as_made((*convolutions, self.norm1, self.norm2)):
+        others = (self.norm1, self.norm2, self.nonlinearity, self.dropout)
+        if self.training or self.dropout.training or wants_gradient(x):
+            return None
+        if not (self.can_fuse(self) and run_as_made((*convolutions, *others))):
             return None
         return adapters_of(convolutions)
 
@@ -127,15 +133,20 @@ class FusedResnetBlock2D(ResnetBlock2D):
 class FusedTimesteps(Timesteps):
     """The sinusoids of all channels at once: sin(t frequency + phase), with frequencies that are computed once."""
 
-    waves: torch.Tensor  # [2, channels] fp32, frequencies and phases; no buffer, which a cast of the model would change
+    # Frequencies and phases, [2, channels] fp32, and their settings; no buffer, which a cast of the model would change.
+    waves: tuple[torch.Tensor, tuple[float, ...]]
 
     @staticmethod
     def can_fuse(block: Any) -> bool:
         """True if this forward supports the block's options."""
         return bool(block.num_channels % 2 == 0)
 
-    def waves_on(self, device: torch.device) -> torch.Tensor:
-        """The waves of ``diffusers.models.embeddings.get_timestep_embedding``."""
+    def settings(self) -> tuple[float, ...]:
+        """The numbers that decide the waves."""
+        return self.num_channels, self.flip_sin_to_cos, self.downscale_freq_shift, self.scale
+
+    def waves_on(self, device: torch.device) -> tuple[torch.Tensor, tuple[float, ...]]:
+        """The waves of ``diffusers.models.embeddings.get_timestep_embedding``, and their settings."""
         half = self.num_channels // 2
         exponent = (
             -math.log(10000)
@@ -144,13 +155,16 @@ class FusedTimesteps(Timesteps):
         )
         sine = torch.zeros(half, dtype=torch.float32, device=device)
         phases = [sine + math.pi / 2, sine] if self.flip_sin_to_cos else [sine, sine + math.pi / 2]
-        return torch.stack([self.scale * exponent.exp().repeat(2), torch.cat(phases)])
+        return torch.stack([self.scale * exponent.exp().repeat(2), torch.cat(phases)]), self.settings()
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """As ``Timesteps.forward``."""
-        if self.waves.device != timesteps.device:
+        if not self.can_fuse(self):
+            return super().forward(timesteps)
+        waves, settings = self.waves
+        if waves.device != timesteps.device or settings != self.settings():
             self.waves = self.waves_on(timesteps.device)
-        frequency, phase = self.waves
+        frequency, phase = self.waves[0]
         return torch.addcmul(phase, timesteps[:, None], frequency).sin().float()
 
 
@@ -174,10 +188,10 @@ class FusedUpsample2D(Upsample2D):
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Upsample2D.forward``."""
         doubled = [2 * size for size in hidden_states.shape[2:]]
-        adapters = _adapters_of_conv(self.conv, hidden_states)
-        conv = unwrapped(self.conv)
-        if (output_size is not None and list(output_size) != doubled) or adapters is None or not _is_plain_3x3(conv):
+        adapters = _adapters_of_conv(self, hidden_states)
+        if adapters is None or (output_size is not None and list(output_size) != doubled):
             return super().forward(hidden_states, output_size, *args, **kwargs)
+        conv: Any = unwrapped(self.conv)
         q = conv.quantize(hidden_states.permute(0, 2, 3, 1), (1, 1))
         added = None
         if adapters:
@@ -209,7 +223,7 @@ class FusedDownsample2D(Downsample2D):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As ``Downsample2D.forward``."""
-        adapters = _adapters_of_conv(self.conv, hidden_states)
+        adapters = _adapters_of_conv(self, hidden_states)
         if adapters is None:
             return super().forward(hidden_states, *args, **kwargs)
         conv, image = unwrapped(self.conv), hidden_states.permute(0, 2, 3, 1)
@@ -271,12 +285,14 @@ class FusedCrossAttnUpBlock2D(CrossAttnUpBlock2D):
         return hidden_states
 
 
-def _adapters_of_conv(conv: Any, x: torch.Tensor) -> list[Adapter] | None:
-    """The active adapters of a convolution; None if it cannot run fused in this call."""
-    return None if wants_gradient(x) or not run_as_made((conv,)) else active_adapters(conv)
+def _adapters_of_conv(sampler: Any, x: torch.Tensor) -> list[Adapter] | None:
+    """The active adapters of a sampler's convolution; None if the sampler cannot run fused in this call."""
+    if wants_gradient(x) or not sampler.can_fuse(sampler) or not run_as_made((sampler.conv,)):
+        return None
+    return active_adapters(sampler.conv)
 
 
 def _hands_skips_over(block: Any) -> bool:
     """True if the resnets can take the skips as an argument: hooks and a replaced ``forward`` expect the concat."""
     freeu = all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
-    return not (freeu or block.training) and run_as_made(block.resnets)
+    return not (freeu or block.training) and block.can_fuse(block) and run_as_made(block.resnets)

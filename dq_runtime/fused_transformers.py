@@ -17,11 +17,12 @@ from dq_runtime.adapters import (
     Adapters,
     adapters_of,
     add_adapters,
+    is_dropout,
     run_as_made,
     unwrapped,
 )
 from dq_runtime.attention import Int8AttnProcessor, float_attention, has_few_keys, in_int8
-from dq_runtime.forward_state import ForwardState, LinearGroup, same_quantizer
+from dq_runtime.forward_state import ForwardState, LinearGroup
 from dq_runtime.gradients import wants_gradient
 from dq_runtime.layers import QuantLinear
 
@@ -41,42 +42,40 @@ class FusedBasicTransformerBlock(BasicTransformerBlock):
     def can_fuse(block: Any) -> bool:
         """True if this forward supports the block's options."""
         attentions = [block.attn1] + ([block.attn2] if block.attn2 is not None else [])
-        gate, _, out = block.ff.net[0], block.ff.net[1], block.ff.net[2]
+        norms = [block.norm1, block.norm3] + ([block.norm2] if block.attn2 is not None else [])
         return (
             block.norm_type == "layer_norm"
             and block.pos_embed is None
             and not block.only_cross_attention
             and block._chunk_size is None
             and getattr(block, "fuser", None) is None
-            and all(isinstance(norm, nn.LayerNorm) for norm in (block.norm1, block.norm3))
-            and (block.attn2 is None or isinstance(block.norm2, nn.LayerNorm))
+            and all(isinstance(norm, nn.LayerNorm) for norm in norms)
             and all(_plain(attention) for attention in attentions)
-            and same_quantizer([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v])
-            and len(block.ff.net) == 3
-            and type(gate) is GEGLU
-            and type(unwrapped(gate.proj)) is QuantLinear
-            and type(unwrapped(out)) is QuantLinear
-            and gate.proj.in_features % 2 == 0
-            and gate.proj.in_features <= ops.MAX_LAYER_NORM_CHANNELS
-            and out.in_features % 2 == 0
+            and _is_geglu(block.ff.net)
         )
 
     def _adapters_now(self, x: torch.Tensor) -> Adapters | None:
         """The adapters to add; None if the block cannot run fused in this call."""
+        if self.training or wants_gradient(x) or not self.can_fuse(self):
+            return None
         net: Any = self.ff.net
         layers: list[Any] = [net[0].proj, net[2]]
+        dropouts: list[Any] = [net[1]]
         others: list[Any] = [self.ff, net[0], self.norm1, self.norm3]
         for attention in (self.attn1, self.attn2):
             if attention is not None:
-                layers += [attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]]
+                out: Any = attention.to_out
+                layers += [attention.to_q, attention.to_k, attention.to_v, out[0]]
+                dropouts.append(out[1])
                 others.append(attention)
                 if type(attention.processor) not in (AttnProcessor2_0, Int8AttnProcessor):
                     return None
         if self.attn2 is not None:
             others.append(self.norm2)
-        if self.training or wants_gradient(x) or not run_as_made((*layers, *others)):
+        if any(dropout.training for dropout in dropouts) or not run_as_made((*layers, *dropouts, *others)):
             return None
-        return adapters_of(layers)
+        members = [unwrapped(layer) for layer in (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)]
+        return adapters_of(layers) if members == self.self_attention.layers else None
 
     def forward(
         self,
@@ -173,8 +172,20 @@ def _plain(attention: Any) -> bool:
         and not attention.residual_connection
         and attention.rescale_output_factor == 1
         and attention.added_kv_proj_dim is None
-        and type(unwrapped(attention.to_out[0])) is QuantLinear
-        and type(unwrapped(attention.to_q)) is QuantLinear
+        and all(type(unwrapped(layer)) is QuantLinear for layer in (attention.to_out[0], attention.to_q))
+        and is_dropout(attention.to_out[1])
+    )
+
+
+def _is_geglu(net: Any) -> bool:
+    """True if a feed forward is GEGLU and a projection, quantized, of sizes that the kernels support."""
+    if len(net) != 3 or type(net[0]) is not GEGLU or not is_dropout(net[1]):
+        return False
+    up, out = unwrapped(net[0].proj), unwrapped(net[2])
+    return (
+        type(up) is type(out) is QuantLinear
+        and up.in_features % 2 == out.in_features % 2 == 0
+        and up.in_features <= ops.MAX_LAYER_NORM_CHANNELS
     )
 
 
@@ -223,7 +234,7 @@ class FusedTransformer2DModel(Transformer2DModel):
     def _adapters_now(self, x: torch.Tensor) -> Adapters | None:
         """The adapters to add; None if the projections cannot run fused in this call."""
         layers = (self.proj_in, self.proj_out)
-        if wants_gradient(x) or not run_as_made((*layers, self.norm)):
+        if wants_gradient(x) or not self.can_fuse(self) or not run_as_made((*layers, self.norm)):
             return None
         return adapters_of(layers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -14,22 +15,26 @@ class StockWeight(torch.Tensor):
     """The rounded weight of a quantized layer, in the compute dtype and the stock layer's shape; read only.
 
     Its dtype, shape and device cost nothing. An operation that reads its values computes them from the packed weight,
-    and gets them as an ordinary tensor. An operation that would change it raises, since the change would be lost.
+    and gets them as an ordinary tensor. An operation that would change it, or a view of it, raises, since the change
+    would be lost.
 
     Args:
         layer: a ``QuantizedLayer``.
+        view: the values of this tensor, if it is a view of the weight.
     """
 
     _layer: Any
+    _view: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, layer: Any) -> StockWeight:
+    def __new__(cls, layer: Any, view: torch.Tensor | None = None) -> StockWeight:
+        shape = layer.stock_shape if view is None else view.shape
         return torch.Tensor._make_wrapper_subclass(
-            cls, layer.stock_shape, dtype=layer.compute_dtype, device=layer.packed_weight.device
+            cls, shape, dtype=layer.compute_dtype, device=layer.packed_weight.device
         )
 
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
+    def __init__(self, layer: Any, view: torch.Tensor | None = None) -> None:
+        self._layer, self._view = layer, view
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -37,16 +42,21 @@ class StockWeight(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in SAME_VALUES:
-            return cls(args[0]._layer)
-        for argument, given in zip(func._schema.arguments, args, strict=False):
-            if isinstance(given, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                given._refuse()
+            return cls(args[0]._layer, args[0]._view)
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[i] if i < len(args) else kwargs.get(argument.name)
+                for tensor in given if isinstance(given, (list, tuple)) else [given]:
+                    if isinstance(tensor, cls):
+                        tensor._refuse()
+        viewed = args[0] if func.is_view and isinstance(args[0], cls) else None
         args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return result if viewed is None else tree_map_only(torch.Tensor, partial(cls, viewed._layer), result)
 
     def values(self) -> torch.Tensor:
         """The values, as an ordinary tensor."""
-        return self._layer.stock_weight_values()
+        return self._layer.stock_weight_values() if self._view is None else self._view
 
     @property
     def data(self) -> StockWeight:

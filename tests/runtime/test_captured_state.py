@@ -22,11 +22,14 @@ class Block(nn.Module):
         self.register_buffer("table", torch.tensor([1.0, 2.0]))
         self.register_buffer("single", torch.tensor([1.0]))
         self.gain = 1.0
+        self.norm = nn.LayerNorm(2)
+        self.dropout = nn.Dropout(1.0).eval()
         self.tail = nn.Sequential()
         self.processor = AttnProcessor2_0()
 
     def forward(self, x):
-        return self.tail(self.gain * self.linear(x) * self.table + self.single)
+        x = self.dropout(self.linear(x)) + self.norm(x)
+        return self.tail(self.gain * x * self.table + self.single)
 
 
 class Weighted(Double):
@@ -118,6 +121,14 @@ def other_attribute(block):
     block.gain = 3.0
 
 
+def other_constant_of_a_norm(block):
+    block.norm.eps = 10.0
+
+
+def dropout_switched_on(block):
+    block.dropout.train()
+
+
 CHANGES = [
     other_data,
     other_parameter,
@@ -129,6 +140,8 @@ CHANGES = [
     first_member,
     other_class,
     other_attribute,
+    other_constant_of_a_norm,
+    dropout_switched_on,
 ]
 
 

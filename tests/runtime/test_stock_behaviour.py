@@ -55,6 +55,7 @@ def test_weight_is_the_rounded_one_in_the_stock_shape_and_compute_dtype(layer, d
     assert not layer.weight.requires_grad
     assert torch.equal(layer.weight + 0, values(layer).to(dtype))
     assert type(layer.weight.double()) is torch.Tensor
+    assert torch.equal(layer.weight[1:].flatten(1).t() + 0, values(layer).to(dtype)[1:].flatten(1).t())
 
 
 def test_weight_without_bias_follows_a_cast(new_layer):
@@ -79,8 +80,29 @@ def test_properties_of_the_weight_compute_no_values(layer, monkeypatch):
         lambda layer: setattr(layer.weight, "data", layer.weight + 1),
         lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight + 1)),
         lambda layer: setattr(layer, "weight", layer.weight + 1),
+        lambda layer: layer.weight.__setitem__(0, 0.0),
+        lambda layer: layer.weight.data[1:].fill_(0),
+        lambda layer: layer.weight.view(-1).zero_(),
+        lambda layer: layer.weight.flatten(1).t().mul_(2),
+        lambda layer: layer.weight.unbind()[0].zero_(),
+        lambda layer: torch.mul(layer.weight, 2, out=layer.weight),
+        lambda layer: torch._foreach_mul_([layer.weight], 2),
     ],
-    ids=["in place", "data in place", "init", "set data", "set parameter", "set tensor"],
+    ids=[
+        "in place",
+        "data in place",
+        "init",
+        "set data",
+        "set parameter",
+        "set tensor",
+        "item",
+        "slice of data",
+        "view",
+        "view of a view",
+        "one of several views",
+        "out",
+        "foreach",
+    ],
 )
 def test_change_of_the_weight_is_refused_with_its_name(layer, change):
     before = layer.packed_weight.clone()
