@@ -58,6 +58,14 @@ class StockWeight(torch.Tensor):
         """The values, as an ordinary tensor."""
         return self._layer.stock_weight_values() if self._view is None else self._view
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values, as an array."""
+        return self.values().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values, as lists."""
+        return self.values().tolist()
+
     @property
     def data(self) -> StockWeight:
         """This weight: there is no other tensor behind it."""

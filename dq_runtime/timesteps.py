@@ -165,7 +165,16 @@ class TimestepGrid(nn.Module):
         self.hooks = [self.follow(model), entry.register_forward_hook(self.after_forward, always_call=True)]
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook: fills ``index`` from the sample and the timestep."""
+        """The forward pre-hook: fills ``index`` from the sample and the timestep.
+
+        Raises:
+            RuntimeError: under ``torch.jit.trace``, which would record one timestep's scales.
+        """
+        if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+            raise RuntimeError(
+                f"{type(module).__name__} is quantized to INT4, which torch.jit.trace and the older ONNX exporter cannot "
+                "record: use torch.compile or torch.export, or dequantize() it first"
+            )
         arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         sample = arguments.get(self.sample)
         if sample is None or (self.timestep is not None and self.timestep not in arguments):

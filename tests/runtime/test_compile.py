@@ -184,6 +184,16 @@ def test_fused_unet_is_exported(relative_rms):
     assert relative_rms(results, sample(small())) < FLIPS
 
 
+@pytest.mark.supports(
+    "Compiling, exporting, graphs", "`torch.jit.trace`, the older ONNX exporter", "refused: use `torch.compile`"
+)
+def test_a_trace_is_refused_with_the_remedy():
+    unet = small()
+
+    with pytest.raises(RuntimeError, match=r"UNet2DConditionModel is quantized.* use torch\.compile"):
+        torch.jit.trace(unet, (noise(unet), torch.tensor(TIMESTEPS[0]), PROMPT))
+
+
 # Features that find blocks by the names of their classes, or by the classes.
 
 

@@ -55,6 +55,9 @@ def test_weight_is_the_rounded_one_in_the_stock_shape_and_compute_dtype(layer, d
     assert not layer.weight.requires_grad
     assert torch.equal(layer.weight + 0, values(layer).to(dtype))
     assert type(layer.weight.double()) is torch.Tensor
+    assert layer.weight.tolist() == values(layer).to(dtype).tolist()
+    if dtype != torch.bfloat16:  # NumPy has none
+        assert (layer.weight.detach().numpy() == values(layer).to(dtype).numpy()).all()
     assert torch.equal(layer.weight[1:].flatten(1).t() + 0, values(layer).to(dtype)[1:].flatten(1).t())
 
 
