@@ -172,7 +172,7 @@ class TimestepGrid(nn.Module):
         """
         if not torch.compiler.is_compiling() and torch.jit.is_tracing():
             raise RuntimeError(
-                f"{type(module).__name__} is quantized to INT4, which torch.jit.trace and the older ONNX exporter cannot "
+                f"{type(module).__name__} is quantized to INT4, which torch.jit.trace and the older ONNX export cannot "
                 "record: use torch.compile or torch.export, or dequantize() it first"
             )
         arguments = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
