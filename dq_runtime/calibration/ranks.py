@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dq_runtime.rollback import uninterrupted
 
 T = TypeVar("T")
+BUCKET = 2**24  # elements; smaller tensors are added together, which takes less time than one by one
 
 _is_together = False  # inside the outermost ``together``
 
@@ -81,16 +82,31 @@ def from_first(value: T) -> T:
 
 
 def add(tensors: Iterable[torch.Tensor]) -> None:
-    """Replaces each tensor by its sum over the ranks, which has the same bits on all of them."""
+    """Replaces each tensor by its sum over the ranks, which has the same bits on all of them.
+
+    Args:
+        tensors: of one dtype and on one device, with which the process group communicates.
+    """
     if not _are_several():
         return
     with _communication():
         exchange(None)
-        for tensor in tensors:
-            dense = tensor.contiguous()
-            dist.all_reduce(dense)
-            if dense is not tensor:
-                tensor.copy_(dense)
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(other.numel() for other in bucket) > BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def check_equal(**arguments: Any) -> None:
