@@ -79,8 +79,8 @@ class Distillation:
             activations that blocks are trained on are stored there, too. Other files in it are left alone. By default a
             temporary folder.
         seed: of the samples drawn and their order.
-        progress: is called, on each rank, after each finished block with its name, the number of finished blocks, and the number of
-            all blocks; and once before the first, with "" and 0.
+        progress: is called on each rank, after each finished block with its name, the number of finished blocks, and
+            the number of all blocks; and once before the first, with "" and 0.
 
     Raises:
         ValueError: if a value is out of range or has another type.
@@ -206,8 +206,8 @@ def _own_part(batches: MixedBatches) -> MixedBatches:
 class _Trainer:
     """A UNet with simulated layers, and this rank's part of the batches that they are trained on.
 
-    All ranks call its methods in the same order, whatever their parts. ``SampleLosses`` is a function from the number of
-    a batch that is not empty to the weighted squared error of each of its samples, [B].
+    All ranks call its methods in the same order, whatever their parts. ``SampleLosses`` is a function from the number
+    of a batch that is not empty to the weighted squared error of each of its samples, [B].
     """
 
     def __init__(

@@ -199,7 +199,11 @@ def test_ranks_with_other_arguments_are_refused_by_name(subject, tmp_path):
 
     first, second = on_ranks(errors, tmp_path)
 
-    assert first == second == [
-        "Rank 1 has another model than rank 0",
-        "Rank 1 has another calibration_set and another distillation than rank 0",
-    ]
+    assert (
+        first
+        == second
+        == [
+            "Rank 1 has another model than rank 0",
+            "Rank 1 has another calibration_set and another distillation than rank 0",
+        ]
+    )
