@@ -43,6 +43,10 @@ def calibrate(
 ) -> Any:
     """Quantizes a model in place: Weight Dilation, one activation quantizer per layer and timestep, packed weights.
 
+    If torch.distributed has a process group (``torchrun``, ``accelerate launch``), all ranks must call this function
+    with equal arguments, each with the model on its own device. They share the samples and get the same model, that of
+    one process within rounding. An error on one rank ends all: the others raise ``RankFailed``, a RuntimeError.
+
     Args:
         model: a floating-point ``UNet2DModel``, ``UNet2DConditionModel``, ``ControlNetModel``,
             ``FluxTransformer2DModel``, or ``AutoencoderKL`` (its decoder is quantized), on any device. A model that was
@@ -60,11 +64,12 @@ def calibrate(
     Raises:
         TypeError: if the model's class is not supported, its forward lacks the sample or the timestep, or an argument
             is of another class.
-        ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
-            belongs to another calibration. After any error, and after Ctrl-C, the model is unchanged.
+        ValueError: if there is no calibration data, weights or activations are not finite, ranks have different
+            arguments, or the distillation's folder belongs to another calibration. After any error, and after Ctrl-C,
+            the model is unchanged.
     """
     given, model = model, without_compilation(model)
-    with ranks.together(), unchanged_on_error(model):
+    with ranks.together():
         architecture = architecture_of(model)
         instance("calibration_set", calibration_set, CalibrationSet)
         instance("config", config, DilateQuantConfig, type(None))
@@ -72,6 +77,7 @@ def calibrate(
         architecture.signature(model)  # raises if the forward lacks the sample or the timestep
         if ranks.count() > 1:
             _check_ranks(model, calibration_set, config, distillation)
+    with unchanged_on_error(model), ranks.together():
         if any(layer.is_dynamic for layer in quantized_layers(model).values()):
             _make_scales_static(model, calibration_set, config, distillation)
         else:
@@ -85,15 +91,18 @@ def _check_ranks(
     config: DilateQuantConfig | None,
     distillation: Distillation | None,
 ) -> None:
-    """Raises ValueError if ranks have different arguments; their folders and functions may differ."""
+    """Raises ValueError if ranks have different arguments; paths of folders and functions may differ."""
     calls = [(call.sample, call.timestep, call.arguments, call.shared) for call in calibration_set.calls]
     scheduler = dict(getattr(calibration_set.scheduler, "config", {}))
+    if distillation is not None:
+        folder = None if distillation.folder is None else "given"
+        distillation = replace(distillation, folder=folder, progress=None)
     ranks.check_equal(
         model=[checksum(name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta],
         calibration_set=[checksum("", leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(calls)],
         scheduler=str({name: value for name, value in scheduler.items() if not name.startswith("_")}),
         config=None if config is None else config.to_dict(),
-        distillation=None if distillation is None else replace(distillation, folder=None, progress=None),
+        distillation=distillation,
     )
 
 

@@ -77,8 +77,18 @@ def exchange(value: T) -> list[T]:
 
 
 def from_first(value: T) -> T:
-    """The first rank's value. Tensors of several ranks are moved to the CPU."""
-    return exchange(value if is_first() else None)[0]  # type: ignore[return-value]
+    """The first rank's value. Tensors of several ranks are moved to the CPU.
+
+    Raises:
+        RankFailed: if another rank failed.
+    """
+    if not _are_several():
+        return value
+    values = [_on_cpu(value) if is_first() else None]
+    with _communication():
+        exchange(None)
+        dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[return-value]
 
 
 def add(tensors: Iterable[torch.Tensor]) -> None:
@@ -153,11 +163,15 @@ def _exchange(value: Any, failure: str | None) -> list[Any]:
         return [value]
     messages: list[Any] = [None] * count()
     with _communication():
-        dist.all_gather_object(messages, (failure, tree_map_only(torch.Tensor, torch.Tensor.cpu, value)))
+        dist.all_gather_object(messages, (failure, _on_cpu(value)))
     failures = [f"rank {i} failed: {text}" for i, (text, _) in enumerate(messages) if text and i != number()]
     if failures:
         raise RankFailed("; ".join(failures))
     return [received for _, received in messages]
+
+
+def _on_cpu(tree: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, tree)
 
 
 @contextmanager
