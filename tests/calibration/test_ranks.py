@@ -146,6 +146,22 @@ def test_two_ranks_go_on_with_the_blocks_of_one_process_and_share_the_calls(subj
     assert samples % 2 == 0
 
 
+def test_parts_are_joined_in_order_and_sums_and_values_are_those_of_all(tmp_path):
+    def work(rank):
+        columns_first = torch.arange(6.0).view(3, 2).T + rank
+        sums = [columns_first, torch.ones(2, 3) * rank]
+        ranks.add(sums)
+        joined = [ranks.joined([i**2 for i in ranks.part(range(count))]) for count in (0, 2, 7)]
+        return joined, ranks.exchange(rank), ranks.from_first((rank, torch.tensor(rank))), sums
+
+    for joined, exchanged, first, sums in on_ranks(work, tmp_path, count=3):
+        assert joined == [[], [0, 1], [0, 1, 4, 9, 16, 25, 36]]
+        assert exchanged == [0, 1, 2]
+        assert first == (0, torch.tensor(0))
+        assert torch.equal(sums[0], 3 * torch.arange(6.0).view(3, 2).T + 3)
+        assert torch.equal(sums[1], torch.full((2, 3), 3.0))
+
+
 def test_an_error_of_one_rank_ends_all_and_leaves_the_models(subject, monkeypatch, tmp_path):
     unet = copy.deepcopy(subject.unet)
     before = snapshot(unet)
