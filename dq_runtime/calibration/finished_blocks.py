@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,14 @@ def work_folder(folder: Path | None) -> Iterator[tuple[Path, str]]:
             if left.lstat().st_uid == os.getuid() and not left.is_symlink() and (left / TEMPORARY_LOCK).exists():
                 with _locked(left, TEMPORARY_LOCK):
                     shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary, _locked(Path(temporary), TEMPORARY_LOCK) as prefix:
-        yield Path(temporary), prefix
+    with ExitStack() as stack:
+        own_prefix = None
+        while own_prefix is None:  # else another process has just taken the new folder for one that was left
+            made = tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True)
+            temporary = Path(stack.enter_context(made))
+            with suppress(FileNotFoundError, ValueError):
+                own_prefix = stack.enter_context(_locked(temporary, TEMPORARY_LOCK))
+        yield temporary, own_prefix
 
 
 @contextmanager
