@@ -61,12 +61,30 @@ def two(subject, tmp_path_factory):
     def work(rank):
         return {
             **without_training(subject, stock),
-            "distilled": subject.distil(folder=folder, polish_iterations=1),
+            "distilled": (trained := measured(subject, folder=folder))[0],
             "batches of 3 and 1": few_samples(subject, (10, 500, 900, 901)),
             "one sample": few_samples(subject, (500,)),
-        }
+        }, trained[1]
 
-    return on_ranks(work, tmp_path_factory.mktemp("group")), folder, without_training(subject, stock)
+    results = on_ranks(work, tmp_path_factory.mktemp("group"))
+    return [unets for unets, _ in results], folder, without_training(subject, stock), [errors for _, errors in results]
+
+
+def measured(subject, **settings):
+    """A distilled and polished UNet, and the errors that the training was guided by, in order."""
+    errors = []
+
+    def keeping(function):
+        def kept(*arguments):
+            errors.append(torch.as_tensor(function(*arguments)))
+            return errors[-1]
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_error_of_timesteps", "_validate"):
+            patch.setattr(distillation._Trainer, name, keeping(getattr(distillation._Trainer, name)))
+        return subject.distil(polish_iterations=1, **settings), errors
 
 
 def without_training(subject, stock):
@@ -93,16 +111,21 @@ def test_all_ranks_have_the_same_bits(two):
 
 
 def test_without_training_two_ranks_have_the_bits_of_one_process(two):
-    (first, _), _, expected = two
+    (first, _), _, expected, _ = two
 
     for way, unet in expected.items():
         assert_same_state(first[way], unet)
 
 
 def test_distillation_on_two_ranks_is_that_of_one_process_within_rounding(subject, two):
-    expected = subject.distil(polish_iterations=1)
+    expected, errors = measured(subject)
+    (first, _), *_, errors_of_ranks = two
 
-    assert_same_within_rounding(two[0][0]["distilled"], expected, subject)
+    assert_same_within_rounding(first["distilled"], expected, subject)
+    for of_rank in errors_of_ranks:
+        assert len(of_rank) == len(errors) == 2 * 4 + 2  # two blocks with three validations, and the polish
+        for actual, single in zip(of_rank, errors, strict=True):
+            torch.testing.assert_close(actual, single, rtol=1e-3, atol=0)
 
 
 def test_a_batch_may_have_fewer_samples_than_there_are_ranks(subject, two):
@@ -111,7 +134,7 @@ def test_a_batch_may_have_fewer_samples_than_there_are_ranks(subject, two):
 
 
 def test_one_process_goes_on_with_the_blocks_of_two_ranks(subject, two, monkeypatch):
-    (first, _), folder, _ = two
+    (first, _), folder, *_ = two
     calls = interrupt(monkeypatch, distillation._Trainer, "distil", -1)
 
     resumed = subject.distil(folder=folder, polish_iterations=1)
