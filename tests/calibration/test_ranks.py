@@ -117,6 +117,12 @@ def test_without_training_two_ranks_have_the_bits_of_one_process(two):
         assert_same_state(first[way], unet)
 
 
+@pytest.mark.supports(
+    "Training and gradients",
+    "`calibrate` under `torchrun` and `accelerate launch`",
+    "ranks share the samples; the result is that of one process within rounding",
+    "tested with Gloo on CPUs; NCCL was not run",
+)
 def test_distillation_on_two_ranks_is_that_of_one_process_within_rounding(subject, two):
     expected, errors = measured(subject)
     (first, _), *_, errors_of_ranks = two
