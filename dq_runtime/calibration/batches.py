@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -63,6 +64,16 @@ class MixedBatches:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def part(self, number: int, count: int) -> MixedBatches:
+        """The same batches with part ``number`` of ``count`` parts of their samples alone; see ``is_empty``."""
+        batches = copy.copy(self)
+        batches._batches = [rows[(number - i) % count :: count] for i, rows in enumerate(self._batches)]
+        return batches
+
+    def is_empty(self, i: int) -> bool:
+        """True if a part of batch ``i`` has no samples: it has fewer than there are parts."""
+        return not self._batches[i]
 
     def __getitem__(self, i: int) -> RecordedCall:
         return _joined(self._batches[i])

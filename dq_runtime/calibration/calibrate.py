@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from torch.utils._pytree import tree_leaves
 
 from dq_kernels import ops
 from dq_runtime.architectures.supported import architecture_of, without_compilation
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation
 from dq_runtime.calibration.distillation import ERROR_FEEDBACK, Distillation, distil
@@ -22,6 +23,7 @@ from dq_runtime.calibration.whole_unet import prediction_errors, prediction_snr
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, follow_timesteps, for_model, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
+from dq_runtime.digest import checksum
 from dq_runtime.layers import quantized_layers
 from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.timesteps import TimestepGrid, grouped
@@ -41,6 +43,10 @@ def calibrate(
 ) -> Any:
     """Quantizes a model in place: Weight Dilation, one activation quantizer per layer and timestep, packed weights.
 
+    If torch.distributed has a process group (``torchrun``, ``accelerate launch``), all ranks must call this function
+    with equal arguments, each with the model on its own device. They share the samples and get the same model, that of
+    one process within rounding. An error on one rank ends all: the others raise ``RankFailed``, a RuntimeError.
+
     Args:
         model: a floating-point ``UNet2DModel``, ``UNet2DConditionModel``, ``ControlNetModel``,
             ``FluxTransformer2DModel``, or ``AutoencoderKL`` (its decoder is quantized), on any device. A model that was
@@ -58,21 +64,46 @@ def calibrate(
     Raises:
         TypeError: if the model's class is not supported, its forward lacks the sample or the timestep, or an argument
             is of another class.
-        ValueError: if there is no calibration data, weights or activations are not finite, or the distillation's folder
-            belongs to another calibration. After any error, and after Ctrl-C, the model is unchanged.
+        ValueError: if there is no calibration data, weights or activations are not finite, ranks have different
+            arguments, or the distillation's folder belongs to another calibration. After any error, and after Ctrl-C,
+            the model is unchanged.
     """
     given, model = model, without_compilation(model)
-    architecture = architecture_of(model)
-    instance("calibration_set", calibration_set, CalibrationSet)
-    instance("config", config, DilateQuantConfig, type(None))
-    instance("distillation", distillation, Distillation, type(None))
-    architecture.signature(model)  # raises if the forward lacks the sample or the timestep
-    with unchanged_on_error(model):
+    with ranks.together():
+        architecture = architecture_of(model)
+        instance("calibration_set", calibration_set, CalibrationSet)
+        instance("config", config, DilateQuantConfig, type(None))
+        instance("distillation", distillation, Distillation, type(None))
+        architecture.signature(model)  # raises if the forward lacks the sample or the timestep
+        if ranks.count() > 1:
+            _check_ranks(model, calibration_set, config, distillation)
+    with unchanged_on_error(model), ranks.together():
         if any(layer.is_dynamic for layer in quantized_layers(model).values()):
             _make_scales_static(model, calibration_set, config, distillation)
         else:
             _quantize(model, calibration_set, config, distillation)
     return given
+
+
+def _check_ranks(
+    model: nn.Module,
+    calibration_set: CalibrationSet,
+    config: DilateQuantConfig | None,
+    distillation: Distillation | None,
+) -> None:
+    """Raises ValueError if ranks have different arguments; paths of folders and functions may differ."""
+    calls = [(call.sample, call.timestep, call.arguments, call.shared) for call in calibration_set.calls]
+    scheduler = dict(getattr(calibration_set.scheduler, "config", {}))
+    if distillation is not None:
+        folder = None if distillation.folder is None else "given"
+        distillation = replace(distillation, folder=folder, progress=None)
+    ranks.check_equal(
+        model=[checksum(name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta],
+        calibration_set=[checksum("", leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves(calls)],
+        scheduler=str({name: value for name, value in scheduler.items() if not name.startswith("_")}),
+        config=None if config is None else config.to_dict(),
+        distillation=distillation,
+    )
 
 
 def _quantize(
@@ -166,12 +197,14 @@ def _make_scales_static(
         raise ValueError(f"Calibration never reached {', '.join(unreached)}: record calls that do")
     grid = TimestepGrid(config.timesteps)
     rows = grid.rows_of(calibration_set.timesteps)
-    for names in layers_by_input(samples):
+    sharing, tables = layers_by_input(samples), []
+    for names in ranks.part(sharing):
         first = layers[names[0]]
         seen = [x.to(first.weight_dilation.device) for x in samples[names[0]]]
-        tables = temporal_quantizer(by_group(seen, rows), first.weight_dilation, first.activation_bits)
+        tables.append(temporal_quantizer(by_group(seen, rows), first.weight_dilation, first.activation_bits))
+    for names, of_group in zip(sharing, ranks.joined(tables), strict=True):
         for name in names:
-            layers[name].set_tables(grid, *tables)
+            layers[name].set_tables(grid, *(table.to(layers[name].weight_dilation.device) for table in of_group))
     follow_timesteps(model, grid.to(model.device))
     attach_quantizer(model, config)
 
@@ -188,15 +221,24 @@ def _quantize_layers(
     timesteps = calibration_set.timesteps
     importance = timestep_importance(calibration_set.scheduler, timesteps)
     groups = TimestepGrid(configs[0].timesteps).rows_of(timesteps)
-    quantized: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in configs]
-    with tqdm(total=len(samples), desc="Quantizing layers") as progress:
-        for names in sharing:
+    own = ranks.part(sharing)
+    of_groups = []  # for each group a list for the configs
+    with ranks.progress_bar(total=sum(map(len, own)), desc="Quantizing layers") as progress:
+        for names in own:
             group = {name: layers[name] for name in names}
-            for config, tensors in zip(configs, quantized, strict=True):
-                tensors |= _quantize_group(group, samples[names[0]], importance, groups, config)
+            of_groups.append(
+                [_quantize_group(group, samples[names[0]], importance, groups, config) for config in configs]
+            )
             for name in names:
                 del samples[name]
             progress.update(len(names))
+    samples.clear()
+    quantized: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in configs]
+    for of_configs in ranks.joined(of_groups):
+        for tensors, of_config in zip(quantized, of_configs, strict=True):
+            for name, state in of_config.items():
+                device = layers[name].weight.device
+                tensors[name] = {key: tensor.to(device) for key, tensor in state.items()}
     return quantized
 
 

@@ -17,9 +17,9 @@ import diffusers
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
-from tqdm import tqdm
 
 from dq_runtime.architectures.supported import architecture_of, is_supported, without_compilation
+from dq_runtime.calibration.ranks import progress_bar
 from dq_runtime.calibration.tree_files import read_tree, write_tree
 from dq_runtime.config import LARGEST_TIMESTEP
 from dq_runtime.files import replacing
@@ -275,7 +275,7 @@ def collect_from_pipeline(
     for i, arguments in enumerate(calls):
         instance(f"calls[{i}]", arguments, Mapping)
     with recording as calibration_set:
-        for arguments in tqdm(calls, desc="Collecting"):
+        for arguments in progress_bar(calls, desc="Collecting"):
             pipeline(**arguments)
     return calibration_set
 
@@ -351,7 +351,7 @@ def collect_from_scheduler(
     device, dtype = model.device, model.dtype
     with record(model, scheduler) as calibration_set:
         starts = range(0, noise.shape[0], batch_size)
-        with tqdm(total=len(starts) * num_inference_steps, desc="Collecting") as progress:
+        with progress_bar(total=len(starts) * num_inference_steps, desc="Collecting") as progress:
             for start in starts:
                 rows = slice(start, start + batch_size)
                 batch_arguments = {

@@ -7,13 +7,15 @@ relative to its timestep's error before training, since errors inside the UNet a
 timesteps have equal weight. In the polish, whose loss is the prediction's error, a timestep's weight is its importance
 to the image. A block keeps the best of all its states, measured on samples held out of training (if there are enough to
 hold some out), so that no block becomes worse than rounded to nearest.
+
+Ranks share the samples of each batch. Second moments and gradients are summed over the ranks.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -23,10 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
 
 from dq_runtime import __version__
 from dq_runtime.architectures.supported import architecture_of
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.deferred import deferred, on_meta
@@ -63,7 +65,7 @@ class Distillation:
 
     Args:
         samples: drawn from the calibration set, more from timesteps that are more important to the image.
-        batch_size: samples per step.
+        batch_size: samples per step, of all ranks together.
         iterations: steps per block; 0 stops after error feedback.
         error_feedback: True rounds weights again, in closed form, before a block's first step.
         learning_rate: of weights, biases and zero points, in steps of their quantizers, with cosine decay.
@@ -77,8 +79,8 @@ class Distillation:
             activations that blocks are trained on are stored there, too. Other files in it are left alone. By default a
             temporary folder.
         seed: of the samples drawn and their order.
-        progress: is called after each finished block with its name, the number of finished blocks, and the number of
-            all blocks; and once before the first, with "" and 0.
+        progress: is called on each rank, after each finished block with its name, the number of finished blocks, and
+            the number of all blocks; and once before the first, with "" and 0.
 
     Raises:
         ValueError: if a value is out of range or has another type.
@@ -170,7 +172,7 @@ def distil(
     ):
         finished = FinishedBlocks(folder, digest)
         store = TensorStore(folder / ACTIVATIONS, prefix)
-        trainer = _Trainer(unet, simulated_layers, batches, store, grid, settings)
+        trainer = _Trainer(unet, simulated_layers, _own_part(batches), store, grid, settings)
         blocks = blocks_in_order(unet, simulated_layers.values(), batches[0])
         trainer.last_readers = last_readers(sources_of(unet, blocks, batches[0]))
         report, count = settings.progress or (lambda name, number, count: None), len(blocks)
@@ -193,14 +195,19 @@ def distil(
         if settings.polish_iterations:
             wanted = settings.polish_iterations * settings.batch_size
             batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed)
-            _Trainer(unet, simulated_layers, batches, trainer.store, grid, settings).polish()
+            _Trainer(unet, simulated_layers, _own_part(batches), trainer.store, grid, settings).polish()
         return {name: layer.tensors() for name, layer in simulated_layers.items()}
 
 
-class _Trainer:
-    """A UNet with simulated layers, and the batches that they are trained on.
+def _own_part(batches: MixedBatches) -> MixedBatches:
+    return batches.part(ranks.number(), ranks.count())
 
-    ``SampleLosses`` is a function from a batch's number to the weighted squared error of each of its samples, [B].
+
+class _Trainer:
+    """A UNet with simulated layers, and this rank's part of the batches that they are trained on.
+
+    All ranks call its methods in the same order, whatever their parts. ``SampleLosses`` is a function from the number
+    of a batch that is not empty to the weighted squared error of each of its samples, [B].
     """
 
     def __init__(
@@ -216,8 +223,10 @@ class _Trainer:
         self.settings = settings
         self.result = architecture_of(unet).result
         self.device = unet.device  # read once: diffusers visits every module for it
-        self.indices = [grid.nearest(b.timestep, b.sample.shape[0], self.device) for b in batches]
-        self.shares = [batches.share(i).to(self.device) for i in range(len(batches))]
+        self.own = [i for i in range(len(batches)) if not batches.is_empty(i)]
+        parts = ((i, batches[i]) for i in self.own)
+        self.indices = {i: grid.nearest(part.timestep, part.sample.shape[0], self.device) for i, part in parts}
+        self.shares = {i: batches.share(i).to(self.device) for i in self.own}
         self.training, self.validation = batches.training, batches.validation
         count = -(-ERROR_SAMPLES // settings.batch_size)
         self.error_batches = range(max(0, len(batches) - count), len(batches))
@@ -233,24 +242,24 @@ class _Trainer:
         def error(i: int) -> torch.Tensor:
             return squared_error(self._run_block(blocks[name], i), self.store[_target(name, i)])
 
-        if _target(name, 0) not in self.store:
+        if self.own and _target(name, self.own[0]) not in self.store:
             self._store_targets(blocks)
         start = self._feedback(blocks[name], layers) if self.settings.error_feedback else {}
         for layer in layers.values():
             layer.quantized = True
         present = self._error_of_timesteps(error)
-        weights = [1 / present[self.indices[i]] / self.shares[i] for i in range(len(self.batches))]
+        weights = {i: 1 / present[self.indices[i]] / self.shares[i] for i in self.own}
         self._train(
             name, lambda i: error(i) * weights[i], layers, start, self.settings.iterations, self.settings.learning_rate
         )
-        for i in range(len(self.batches)):
+        for i in self.own:
             del self.store[_target(name, i)]
 
     def store_inputs(self, block: nn.Module) -> None:
         """Stores the inputs that a block gets from the finished blocks before it."""
-        for i, batch in enumerate(self.batches):
+        for i in self.own:
             outputs = {finished: partial(self._output, name, i) for name, finished in self.finished.items()}
-            self.store[f"inputs_{i}"] = inputs_of(self.unet, block, batch, outputs)
+            self.store[f"inputs_{i}"] = inputs_of(self.unet, block, self.batches[i], outputs)
 
     def _output(self, name: str, i: int) -> Any:
         """A finished block's output in batch ``i``, which is read from the store if something depends on it."""
@@ -267,7 +276,7 @@ class _Trainer:
     def store_outputs(self, name: str, block: nn.Module) -> None:
         """Stores a finished block's outputs, if a later block reads them, and deletes what no later one reads."""
         self.finished[name] = block
-        for i in range(len(self.batches)):
+        for i in self.own:
             key = f"output_{name}_{i}"
             output = self._call_block(block, i)
             self.outputs[key] = on_meta(output)
@@ -278,18 +287,19 @@ class _Trainer:
                 del self.store[f"output_{read}_{i}"]
 
     def _store_targets(self, blocks: Mapping[str, nn.Module]) -> None:
-        """Stores the outputs of the first blocks in the floating-point UNet, up to ``STORED_BYTES``."""
+        """Stores the outputs of the first blocks in the floating-point UNet, up to ``STORED_BYTES`` on all ranks."""
         stored: dict[str, int] = {}  # bytes per batch
+        limit = STORED_BYTES / ranks.count() / len(self.own)
 
         def keep(name: str, output: torch.Tensor) -> bool:
             self.store[_target(name, i)] = output
             stored[name] = output.nbytes
-            return i > 0 or sum(stored.values()) * len(self.batches) < STORED_BYTES
+            return i != self.own[0] or sum(stored.values()) < limit
 
         with self._in_floating_point():
-            for i, batch in enumerate(self.batches):
-                wanted = {name: blocks[name] for name in stored} if i else blocks
-                outputs_of(self.unet, wanted, batch, keep)
+            for i in self.own:
+                wanted = {name: blocks[name] for name in stored or blocks}
+                outputs_of(self.unet, wanted, self.batches[i], keep)
 
     def polish(self) -> None:
         """Trains all layers together on the UNet's prediction."""
@@ -319,7 +329,7 @@ class _Trainer:
         """
         states = [states_of(layers)]
         errors = [self._validate(losses_of)]
-        with tqdm(total=iterations, desc=name) as progress:
+        with ranks.progress_bar(total=iterations, desc=name) as progress:
             if start:
                 for layer_name, layer in layers.items():
                     layer.unfreeze(start[layer_name])
@@ -332,7 +342,7 @@ class _Trainer:
                 states.append(states_of(layers))
                 errors.append(self._validate(losses_of))
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
-            set_states(layers, states[best])
+            set_states(layers, ranks.from_first(states[best]))  # the same bits on all ranks
             progress.set_postfix_str(f"squared error {errors[0]:.2g} -> {errors[best]:.2g}")
         if not errors[-1] <= errors[0]:
             logger.warning(
@@ -369,12 +379,15 @@ class _Trainer:
         for parameter in (*in_steps, *logarithms):
             parameter.requires_grad_(True)
         for batch in _shuffled(self.training, iterations, generator):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
-                loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss = torch.zeros((), dtype=torch.float32, device=self.device)
+            if batch in self.indices:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
+                    loss = loss_of(batch)
+                loss.backward()
+            loss = _summed_over_ranks(loss, (*in_steps, *logarithms))
             if not bool(loss.isfinite()):
                 break  # validation decides on this state
-            optimizer.zero_grad()
-            loss.backward()
             optimizer.step()
             schedule.step()
             progress.update()
@@ -388,17 +401,20 @@ class _Trainer:
         """The present mean error of each timestep, [T]. Timesteps without samples get the mean of all."""
         # On the CPU, where the order of summation is fixed.
         total, count = (torch.zeros(self.grid.num_timesteps, dtype=torch.float32) for _ in range(2))
-        for i in self.error_batches:
+        for i in self._owned(self.error_batches):
             errors, index = error(i).cpu(), self.indices[i].cpu()
             total.index_add_(0, index, errors)
             count.index_add_(0, index, torch.ones_like(errors))
+        total, count = (torch.stack(parts).sum(0) for parts in zip(*ranks.exchange((total, count)), strict=True))
         mean = torch.where(count > 0, total / count, total.sum() / count.sum())
         return mean.clamp(min=torch.finfo(torch.float32).tiny).to(self.device)
 
     @torch.no_grad()
     def _validate(self, losses_of: SampleLosses) -> float:
         """The mean over the validation samples."""
-        return torch.cat([losses_of(i) for i in self.validation]).mean().item()
+        none = torch.zeros(0, dtype=torch.float32, device=self.device)
+        own = torch.cat([none, *(losses_of(i) for i in self._owned(self.validation))])
+        return torch.cat(ranks.exchange(own)).mean().item()
 
     @torch.no_grad()
     def _feedback(
@@ -408,16 +424,28 @@ class _Trainer:
         moments = {name: SecondMoments(layer) for name, layer in layers.items()}
         handles = [layers[name].register_forward_pre_hook(moments[name].add) for name in layers]
         try:
-            for i in self.training:
+            for i in self._owned(self.training):
                 self._run_block(block, i)
         finally:
             for handle in handles:
                 handle.remove()
+        ranks.add(total for of_layer in moments.values() for total in of_layer.sums)
+        names, rounded, failure = list(layers), [], None
         try:
-            return {name: moments.pop(name).rounded() for name in layers}
+            for name in ranks.part(names):
+                rounded.append(moments.pop(name).rounded())
         except ValueError as error:
-            logger.warning("%s: no error feedback, %s", ", ".join(layers), error)
+            failure = error
+        failures = [each for each in ranks.exchange(failure) if each is not None]
+        if failures:
+            logger.warning("%s: no error feedback, %s", ", ".join(layers), failures[0])
             return {}
+        on_device = [(steps.to(self.device), ratio.to(self.device)) for steps, ratio in ranks.joined(rounded)]
+        return dict(zip(names, on_device, strict=True))
+
+    def _owned(self, batches: Iterable[int]) -> list[int]:
+        """Those in which this rank has samples."""
+        return [i for i in batches if i in self.indices]
 
     def _run_block(self, block: nn.Module, i: int) -> torch.Tensor:
         return self.result(self._call_block(block, i))
@@ -437,6 +465,17 @@ class _Trainer:
         finally:
             for layer in quantized:
                 layer.quantized = True
+
+
+def _summed_over_ranks(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the ranks' losses. Gradients are replaced by their sums; ranks without samples have none yet."""
+    loss = loss.detach()
+    if ranks.count() > 1:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add([loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)])
+    return loss
 
 
 def _target(block: str, batch: int) -> str:

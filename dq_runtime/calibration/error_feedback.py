@@ -26,14 +26,15 @@ class SecondMoments:
         taps = layer.values[0, 0].numel()
         channels = max(1, MAX_COLUMNS // taps)
         self.parts = [slice(start, start + channels) for start in range(0, layer.values.shape[1], channels)]
-        self.sums: list[Any] = [0.0 for _ in self.parts]
+        widths = [layer.values[0, part].numel() for part in self.parts]
+        self.sums = [torch.zeros(k, k, dtype=torch.float32, device=layer.values.device) for k in widths]
 
     def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """A forward pre-hook that adds the layer's input."""
         x = self.layer.quantized_input(args[0])
         for i, part in enumerate(self.parts):
             for columns in self._columns(x, part):
-                self.sums[i] = self.sums[i] + columns.T @ columns
+                self.sums[i] += columns.T @ columns
 
     def _columns(self, x: torch.Tensor, part: slice) -> Iterator[torch.Tensor]:
         """[rows, K'] of these input channels; a convolution has a column for each channel and tap."""
@@ -63,7 +64,7 @@ class SecondMoments:
         moved = steps.clone()
         products, squares = (torch.zeros(len(steps), dtype=torch.float32, device=steps.device) for _ in range(2))
         for part, total in zip(self.parts, self.sums, strict=True):
-            if isinstance(total, torch.Tensor):  # else no drawn sample reached the layer
+            if bool(total.any()):  # else no drawn sample reached the layer
                 exact = steps[:, part].flatten(1)
                 moved[:, part] = round_with_feedback(exact, total).view_as(steps[:, part])
                 values = round_to_int4(moved[:, part].flatten(1))

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, states_of
 from dq_runtime.calibration.tree_files import read_tree, write_tree
@@ -32,7 +33,7 @@ TEMPORARY = "dq_runtime_"  # prefix of temporary folders
 
 
 class FinishedBlocks:
-    """The finished blocks of an interrupted calibration, one file per block.
+    """The finished blocks of an interrupted calibration, one file per block. The first rank alone has the files.
 
     Args:
         fingerprint: digest of everything that determines the result. Each block's file holds it.
@@ -44,6 +45,8 @@ class FinishedBlocks:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder, self.fingerprint = folder, fingerprint
         record = folder / RECORD
+        if not ranks.is_first():
+            return
         if record.exists():
             try:
                 found = json.loads(record.read_text())["fingerprint"]
@@ -60,11 +63,20 @@ class FinishedBlocks:
 
     def save(self, name: str, layers: Mapping[str, SimulatedLayer]) -> None:
         """Writes a block's file atomically, with checksums."""
+        if not ranks.is_first():
+            return
         with replacing(self._file(name)) as stream:
             write_tree(stream, {"block": name, "fingerprint": self.fingerprint, "layers": states_of(layers)})
 
     def restore(self, name: str, layers: Mapping[str, SimulatedLayer]) -> bool:
         """Loads a block's file into its layers. Returns False if there is no file, or it cannot be read."""
+        if not ranks.from_first(ranks.is_first() and self._restore(name, layers)):
+            return False
+        if ranks.count() > 1:
+            set_states(layers, ranks.from_first(states_of(layers)))
+        return True
+
+    def _restore(self, name: str, layers: Mapping[str, SimulatedLayer]) -> bool:
         if not self._file(name).exists():
             return False
         try:
@@ -87,7 +99,8 @@ def work_folder(folder: Path | None) -> Iterator[tuple[Path, str]]:
     """The folder of a distillation, locked inside the ``with`` block, and a prefix for its files of activations.
 
     What a killed process left is removed: activations in the given folder, by the prefix that its lock file holds, or
-    temporary folders.
+    temporary folders. The first rank holds the lock of the given folder; the other ranks have prefixes that start with
+    its own, and may be on other machines. Each rank has a temporary folder of its own.
 
     Args:
         folder: created if it does not exist; None for a temporary folder.
@@ -97,16 +110,26 @@ def work_folder(folder: Path | None) -> Iterator[tuple[Path, str]]:
     """
     if folder is not None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _locked(folder, LOCK) as prefix:
-            yield folder, prefix
+        if ranks.is_first():
+            with _locked(folder, LOCK) as prefix:
+                ranks.from_first(prefix)
+                yield folder, prefix
+        else:
+            yield folder, f"{ranks.from_first('')}{ranks.number()}."
         return
     for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
         with suppress(OSError, ValueError):
             if left.lstat().st_uid == os.getuid() and not left.is_symlink() and (left / TEMPORARY_LOCK).exists():
                 with _locked(left, TEMPORARY_LOCK):
                     shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as temporary, _locked(Path(temporary), TEMPORARY_LOCK) as prefix:
-        yield Path(temporary), prefix
+    with ExitStack() as stack:
+        own_prefix = None
+        while own_prefix is None:  # else another process has just taken the new folder for one that was left
+            made = tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True)
+            temporary = Path(stack.enter_context(made))
+            with suppress(FileNotFoundError, ValueError):
+                own_prefix = stack.enter_context(_locked(temporary, TEMPORARY_LOCK))
+        yield temporary, own_prefix
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.timesteps import TimestepGrid
 
@@ -26,7 +26,7 @@ Samples = dict[str, list[torch.Tensor]]
 
 
 def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet) -> Samples:
-    """Replays the calibration set and keeps random rows of each layer's input.
+    """Replays the calibration set and keeps random rows of each layer's input. Ranks share the calls.
 
     Returns:
         for each layer that was reached, a list with one tensor [rows, K] fp32 on the CPU for each of the calibration
@@ -41,8 +41,8 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
     meets = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices])  # [calls, T]
     earlier_calls = meets.cumsum(0) - 1
     calls_at = meets.sum(0).tolist()
-    samples: dict[str, list[list[torch.Tensor]]] = {}
     position = 0  # of the running call
+    kept: dict[str, list[tuple[int, torch.Tensor]]] = {}  # of the running call: a timestep's index, and rows
 
     def keep(name: str, x: torch.Tensor) -> None:
         x = x.detach()
@@ -58,7 +58,7 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
                 "The timesteps of its rows are unknown: add it to modules_to_not_convert"
             )
         x = x.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x  # [B, ..., K]
-        parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
+        rows_of_layer = kept.setdefault(name, [])
         for t in index.unique().tolist():
             wanted = max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
             if earlier_calls[position, t] % -(-calls_at[t] // wanted):
@@ -69,7 +69,7 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
             chosen = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(position))
             member, *pixel = torch.unravel_index(chosen[: -(-wanted // calls_at[t])], rows)
             place = tuple(numbers.to(x.device) for numbers in (members[member], *pixel))
-            parts[t].append(x[place].float().cpu())
+            rows_of_layer.append((t, x[place].float().cpu()))
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
@@ -78,14 +78,22 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
     training = {module: module.training for module in unet.modules()}
     unet.eval()  # no dropout
     try:
-        for call in tqdm(calibration_set.calls, desc="Observing activations"):
-            call.run(unet)
-            position += 1
+        of_calls = []
+        for position in ranks.progress_bar(ranks.part(range(len(indices))), desc="Observing activations"):
+            kept = {}
+            calibration_set.calls[position].run(unet)
+            of_calls.append(kept)
     finally:
         for module, mode in training.items():
             module.training = mode
         for handle in handles:
             handle.remove()
+    samples: dict[str, list[list[torch.Tensor]]] = {}
+    for kept in ranks.joined(of_calls):
+        for name, rows_of_layer in kept.items():
+            parts = samples.setdefault(name, [[] for _ in range(grid.num_timesteps)])
+            for t, rows in rows_of_layer:
+                parts[t].append(rows)
     for name, parts in samples.items():
         if not all(parts):
             raise ValueError(

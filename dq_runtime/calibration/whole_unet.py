@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dq_runtime.architectures.supported import architecture_of
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.collect import CalibrationSet, RecordedCall
 from dq_runtime.calibration.replay import squared_error
@@ -57,7 +58,7 @@ def prediction_errors(
             for i, y, target in zip(batches.training, outputs, targets, strict=True)
         ]
         errors.append(torch.cat(weighted).mean().item())
-    return errors
+    return ranks.from_first(errors)  # so that all decide alike
 
 
 def prediction_snr(
@@ -87,8 +88,8 @@ def _predictions(
     sharing: Sequence[Sequence[str]],
     calls: Sequence[RecordedCall],
     config: DilateQuantConfig,
-) -> list[list[torch.Tensor]]:
-    """The floating-point predictions of the calls, and then those of each candidate."""
+) -> list[Sequence[torch.Tensor]]:
+    """The floating-point predictions of the calls, and then those of each candidate. Ranks share the calls."""
     assert config.timesteps is not None
     grid, result = TimestepGrid(config.timesteps).to(unet.device), architecture_of(unet).result
     predictions = []
@@ -96,5 +97,5 @@ def _predictions(
         with simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers:
             for layer in simulated_layers.values():
                 layer.quantized = quantized
-            predictions.append([result(call.run(unet)).cpu() for call in calls])
+            predictions.append(ranks.joined([result(call.run(unet)).cpu() for call in ranks.part(calls)]))
     return predictions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dq_runtime.cli.console import duration, say, show, size, table
-from dq_runtime.cli.errors import explanation
+from dq_runtime.cli.console import are_several_processes, duration, is_first_process, say, show, size, table
+from dq_runtime.cli.errors import UserError, explanation
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+FOR_SEVERAL_PROCESSES = ("quantize", "generate")
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DEVICE = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu. Default: a GPU if there is one.")]
 
@@ -59,9 +62,15 @@ app = typer.Typer(
 
 
 @app.callback()
-def _commands() -> None:
+def _commands(context: typer.Context) -> None:
     """Packed-INT4 diffusion models: quantize, inspect, run and compare them."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, which users cannot heed
+    if are_several_processes() and context.invoked_subcommand not in FOR_SEVERAL_PROCESSES:
+        raise UserError(f"{context.invoked_subcommand} runs in one process: start it without torchrun or accelerate")
+    if not is_first_process():  # libraries, too, speak in the first one alone
+        os.environ["TQDM_DISABLE"] = "1"
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
 
 
 @app.command()
@@ -83,7 +92,10 @@ def quantize(
     device: DEVICE = None,
     as_json: JSON = False,
 ) -> None:
-    """Quantizes a model to INT4. After an interruption, the same command continues."""
+    """Quantizes a model to INT4. After an interruption, the same command continues.
+
+    The processes of torchrun or accelerate launch share the work, on a GPU each.
+    """
     from dq_runtime.cli.quantize import Options
     from dq_runtime.cli.quantize import quantize as run
 
@@ -161,7 +173,10 @@ def generate(
     device: DEVICE = None,
     as_json: JSON = False,
 ) -> None:
-    """Draws images; their PNGs hold the parameters. A packed model runs fused and, on a GPU, as CUDA graphs."""
+    """Draws images; their PNGs hold the parameters. A packed model runs fused and, on a GPU, as CUDA graphs.
+
+    The processes of torchrun or accelerate launch share the prompts.
+    """
     from dq_runtime.cli.generate import Options
     from dq_runtime.cli.generate import generate as run
 
@@ -169,7 +184,7 @@ def generate(
         Options(model, prompts or (), output, seed, batch, steps, guidance, tuple(lora or ()), scheduler, device)
     )
     lines = [f"{image['file']}  seed {image['seed']}  {image['prompt'] or ''}" for image in report["images"]]
-    show(report, as_json, *lines, f"{duration(sum(report['seconds']))} in all")
+    show(report, as_json, *lines, f"{duration(sum(report['seconds']))} of drawing")
 
 
 @app.command()

@@ -1,21 +1,38 @@
-"""What commands print: progress and tables on stderr, and with ``--json`` one object on stdout."""
+"""What commands print: progress and tables on stderr, and with ``--json`` one object on stdout.
+
+Of several processes that run one command together, the first alone prints.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
+def are_several_processes() -> bool:
+    """True under ``torchrun`` or ``accelerate launch`` with more than one process."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def is_first_process() -> bool:
+    """True in one of several processes, and in a single one."""
+    return not are_several_processes() or os.environ["RANK"] == "0"
+
+
 def say(text: str) -> None:
     """One line on stderr, as it is."""
-    print(text, file=sys.stderr, flush=True)
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)
 
 
 def show(report: Mapping[str, Any], as_json: bool, *tables: Any) -> None:
     """Prints a command's result on stdout: the report as JSON, or rich's tables and texts."""
+    if not is_first_process():
+        return
     if as_json:
         print(json.dumps(_finite(report), indent=1, allow_nan=False))
         return

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 import dq_runtime
 from dq_runtime import CalibrationSet
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.cli.errors import UserError, as_user_errors
 
@@ -63,6 +64,8 @@ def record(
 ) -> CalibrationSet:
     """The calls of a model while it draws one image for each prompt or, without prompts, so many images.
 
+    Ranks share the images, and all get all calls, in the order of one process.
+
     Args:
         pipeline: None for a UNet alone, which is sampled by DDIM.
 
@@ -76,7 +79,9 @@ def record(
             for i, prompt in enumerate(prompts)
         ]
         with as_user_errors(ValueError), _without_warnings_of_diffusers():
-            return dq_runtime.collect_from_pipeline(pipeline, calls, model)
+            own = calls[_own_part(len(calls))]
+            recorded = dq_runtime.collect_from_pipeline(pipeline, own, model) if own else CalibrationSet()
+        return _of_all_ranks(recorded, getattr(pipeline, "scheduler", None))
     return _record_without_prompts(pipeline, model, images, steps, seed)
 
 
@@ -107,8 +112,24 @@ def _record_without_prompts(pipeline: Any | None, model: Any, images: int, steps
     if model.config.get("num_class_embeds") is not None:
         arguments["class_labels"] = torch.randint(model.config.num_class_embeds, (images,), generator=generator)
     scheduler = DDIMScheduler() if pipeline is None else pipeline.scheduler
-    with as_user_errors(ValueError, TypeError):
-        return dq_runtime.collect_from_scheduler(model, scheduler, noise, steps, arguments, BATCH)
+    batches = _own_part(-(-images // BATCH))  # whole ones: the rounding of a sample depends on its batch
+    rows = slice(BATCH * batches.start, BATCH * batches.stop)
+    noise, arguments = noise[rows], {name: value[rows] for name, value in arguments.items()}
+    recorded = CalibrationSet()
+    if len(noise):
+        with as_user_errors(ValueError, TypeError):
+            recorded = dq_runtime.collect_from_scheduler(model, scheduler, noise, steps, arguments, BATCH)
+    return _of_all_ranks(recorded, scheduler)
+
+
+def _own_part(count: int) -> slice:
+    """This rank's contiguous part of so many items."""
+    number, parts = ranks.number(), ranks.count()
+    return slice(count * number // parts, count * (number + 1) // parts)
+
+
+def _of_all_ranks(recorded: CalibrationSet, scheduler: Any) -> CalibrationSet:
+    return CalibrationSet([call for calls in ranks.exchange(recorded.calls) for call in calls], scheduler)
 
 
 def repeated(call: RecordedCall, times: int) -> RecordedCall:

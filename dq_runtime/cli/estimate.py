@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.collect import RecordedCall
 from dq_runtime.calibration.distillation import STORED_BYTES, Distillation
 from dq_runtime.calibration.replay import blocks_in_order, last_readers, sources_of
@@ -153,7 +154,7 @@ def _time_of_calls(model: Any, call: RecordedCall) -> tuple[float, float]:
 def estimate(
     measured: Probe, calls: int, call_rows: int, row_bytes: int, others: int, settings: Distillation
 ) -> Estimate:
-    """What recording so many calls of ``call_rows`` samples and training will take.
+    """What recording so many calls of ``call_rows`` samples and training will take, with memory for each rank.
 
     Args:
         row_bytes: of a recorded sample.
@@ -162,10 +163,12 @@ def estimate(
     rows = calls * call_rows
     samples = min(settings.samples, rows)
     batch = min(settings.batch_size, samples)
+    batches = math.ceil(samples / batch)
+    batch = math.ceil(batch / ranks.count())  # this rank's part
     forward = measured.seconds_of(batch)
-    blocks = forward * (PASSES * math.ceil(samples / batch) + TRAINING_STEP * settings.iterations)
+    blocks = forward * (PASSES * batches + TRAINING_STEP * settings.iterations)
     polish = forward * (1 + TRAINING_STEP) * settings.polish_iterations
-    collecting = calls * measured.seconds_of(call_rows)
+    collecting = math.ceil(calls / ranks.count()) * measured.seconds_of(call_rows)
     training: float = measured.weights + STATE_BYTES * measured.block_parameters
     training += 4 * KEPT_COPIES * batch * measured.block_activations
     if settings.polish_iterations:

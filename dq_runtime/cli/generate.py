@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dq_runtime import __version__
-from dq_runtime.cli import models
+from dq_runtime.calibration import ranks
+from dq_runtime.cli import models, processes
 from dq_runtime.cli.drawing import draw, takes
 from dq_runtime.cli.errors import UserError, as_user_errors
 
@@ -36,18 +38,25 @@ class Options:
 def generate(options: Options) -> dict[str, Any]:
     """Draws ``batch`` images for each prompt; the i-th of a prompt has the seed ``seed + i``.
 
+    Several processes share the prompts. The images of a prompt are drawn together, since the rounding of a sample
+    depends on its batch.
+
     Returns:
         the files with their parameters, and the seconds of each call.
 
     Raises:
         UserError: see ``dq_runtime.cli.errors``.
     """
+    with processes.together(options.device) as device:
+        return _generate(options, device)
+
+
+def _generate(options: Options, device: torch.device) -> dict[str, Any]:
     for option, value, least in (("--steps", options.steps, 1), ("--batch", options.batch, 1)):
         models.at_least(option, value, least)
     models.at_least("--seed", options.seed, 0)
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"{options.output} is a file: give a folder with -o")
-    device = models.chosen_device(options.device)
     pipeline = models.load_pipeline(models.find(options.model), device)
     if options.scheduler is not None:
         pipeline.scheduler = _scheduler(pipeline, options.scheduler)
@@ -62,22 +71,25 @@ def generate(options: Options) -> dict[str, Any]:
 
     seeds = [options.seed + i for i in range(options.batch)]
     written, seconds = [], []
-    for prompt in prompts:
-        images, spent = draw(pipeline, prompt, seeds, options.steps, options.guidance)
-        seconds.append(spent)
-        for image, seed in zip(images, seeds, strict=True):
-            parameters = {
-                "prompt": prompt,
-                "seed": seed,
-                "steps": options.steps,
-                "guidance": options.guidance,
-                "scheduler": type(pipeline.scheduler).__name__,
-                "model": options.model,
-                "lora": [str(file) for file in options.lora],
-                "batch": options.batch,
-                "dq_runtime": __version__,
-            }
-            written.append({"file": str(_save(image, options.output, parameters)), **parameters})
+    for start in range(0, len(prompts), ranks.count()):
+        at_once = prompts[start : start + ranks.count()]  # a prompt for each rank
+        drawn = [draw(pipeline, prompt, seeds, options.steps, options.guidance) for prompt in ranks.part(at_once)]
+        for prompt, (images, spent) in zip(at_once, ranks.joined(drawn), strict=True):
+            seconds.append(spent)
+            for image, seed in zip(images, seeds, strict=True):
+                parameters = {
+                    "prompt": prompt,
+                    "seed": seed,
+                    "steps": options.steps,
+                    "guidance": options.guidance,
+                    "scheduler": type(pipeline.scheduler).__name__,
+                    "model": options.model,
+                    "lora": [str(file) for file in options.lora],
+                    "batch": options.batch,
+                    "dq_runtime": __version__,
+                }
+                if ranks.is_first():
+                    written.append({"file": str(_save(image, options.output, parameters)), **parameters})
     return {"images": written, "seconds": seconds}
 
 

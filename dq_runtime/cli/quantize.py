@@ -12,8 +12,9 @@ from torch import nn
 
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation
+from dq_runtime.calibration import ranks
 from dq_runtime.calibration.distillation import ERROR_FEEDBACK
-from dq_runtime.cli import models
+from dq_runtime.cli import models, processes
 from dq_runtime.cli.console import duration, say, size
 from dq_runtime.cli.drawing import BATCH, record, takes
 from dq_runtime.cli.errors import UserError, as_user_errors
@@ -50,7 +51,7 @@ class Options:
 
 
 def quantize(options: Options) -> dict[str, Any]:
-    """Runs the command; a repeated call continues an interrupted one.
+    """Runs the command; a repeated call continues an interrupted one. Several processes share the work.
 
     Returns:
         the report: output, sizes in bytes, seconds, number of layers.
@@ -58,9 +59,13 @@ def quantize(options: Options) -> dict[str, Any]:
     Raises:
         UserError: see ``dq_runtime.cli.errors``.
     """
+    with processes.together(options.device) as device:
+        return _quantize(options, device)
+
+
+def _quantize(options: Options, device: torch.device) -> dict[str, Any]:
     start = time.perf_counter()
     prompts = _check(options)
-    device = models.chosen_device(options.device)
     settings = asdict(options) | {"prompts": prompts, "device": device.type}
     work = WorkFolder(options.output, settings | {name: str(settings[name]) for name in ("output", "lora")})
     source = models.find(options.model)
@@ -78,9 +83,13 @@ def quantize(options: Options) -> dict[str, Any]:
     row_bytes = call.sample[:1].nbytes
     expected = estimate(measured, calls, rows, row_bytes, _bytes_beside(pipeline, model), distillation)
     _announce(options, measured, expected, work, folder_size(source.path))
-    work.create()
-    if not work.calls.exists():
-        record(pipeline, model, prompts, UNCONDITIONAL_IMAGES, options.steps, options.seed).save(work.calls)
+    if ranks.is_first():  # all have looked at the folder before they recorded the call together
+        work.create()
+    if not work.resumes:
+        calibration_set = record(pipeline, model, prompts, UNCONDITIONAL_IMAGES, options.steps, options.seed)
+        if ranks.is_first():
+            calibration_set.save(work.calls)
+        ranks.exchange(None)  # the file is written
     _move_others(pipeline, model)
     remaining = Remaining(measured, expected, work.finished_blocks())
 
@@ -89,7 +98,8 @@ def quantize(options: Options) -> dict[str, Any]:
 
     with as_user_errors(ValueError, TypeError):
         dq_runtime.calibrate(model, CalibrationSet.load(work.calls), config, replace(distillation, progress=progress))
-    work.publish(source, pipeline, name, model, changed)
+    if ranks.is_first():
+        work.publish(source, pipeline, name, model, changed)
     after = folder_size(options.output if source.kind == models.MODEL else options.output / name)
     return {
         "output": str(options.output),

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import shutil
 import signal
 import tempfile
 
@@ -264,3 +265,23 @@ def test_what_a_killed_calibration_left_is_removed_next_time(tmp_path, monkeypat
         assert {path.name for path in tmp_path.iterdir()} == {"given", temporary.name}
     with finished_blocks.work_folder(given):
         assert [file.name for file in (given / "activations").iterdir()] == ["other.safetensors"]
+
+
+def test_a_new_temporary_folder_that_another_process_takes_for_one_that_was_left_is_replaced(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lock_file, taken = finished_blocks._lock_file, []
+
+    def taken_twice(file):
+        if len(taken) < 2:
+            taken.append(file.parent)
+            if len(taken) == 1:
+                raise ValueError("Another process")  # cleans this folder
+            shutil.rmtree(file.parent)  # and has removed the next one
+        return lock_file(file)
+
+    monkeypatch.setattr(finished_blocks, "_lock_file", taken_twice)
+
+    with finished_blocks.work_folder(None) as (folder, _):
+        assert folder.is_dir()
+        assert folder not in taken
+    assert not list(tmp_path.iterdir())

@@ -1030,8 +1030,8 @@ CALIBRATION = [
     ),
     Mutant(
         "distillation_keeps_the_last_state", f"{FOLDER}/distillation.py",
-        "set_states(layers, states[best])",
-        "set_states(layers, states[-1])",
+        "ranks.from_first(states[best])",
+        "ranks.from_first(states[-1])",
         (f"{TESTS}/test_distillation.py",), "test_a_polish_that_diverges_is_undone_and_named",
     ),
     Mutant(
