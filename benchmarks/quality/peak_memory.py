@@ -1,4 +1,4 @@
-"""Peak memory of a ``with`` block, above the level at its start."""
+"""Peak memory: of a ``with`` block above the level at its start, and of the whole process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-STATUS = Path("/proc/self/status")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 INTERVAL = 0.005  # seconds
 
 
@@ -64,6 +64,20 @@ def above_now() -> Iterator[dict[str, float]]:
         watcher.join()
         look()
         peak.update({name: (highest[name] - start[name]) / 1e6 for name in readers})
+
+
+def resident_peak() -> int:
+    """Bytes of resident memory, mapped files included: the peak since ``reset_resident_peak`` (Linux)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return 1024 * int(found.group(1))
+
+
+def reset_resident_peak() -> None:
+    """Sets the peak back to the present resident memory, without memory that the C library keeps."""
+    gc.collect()
+    _return_free_memory()
+    CLEAR.write_text("5")
 
 
 def _return_free_memory() -> None:

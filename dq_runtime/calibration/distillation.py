@@ -34,6 +34,7 @@ from dq_runtime.calibration.error_feedback import SecondMoments
 from dq_runtime.calibration.finished_blocks import ACTIVATIONS, FinishedBlocks, fingerprint, work_folder
 from dq_runtime.calibration.replay import (
     TensorStore,
+    activations_of,
     blocks_in_order,
     inputs_of,
     last_readers,
@@ -53,6 +54,8 @@ LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam
 FEW_SAMPLES = 4  # of one timestep
 LEARNING_RATES = 1e-12, 1e9  # the smallest and the largest
 STORED_BYTES = 2**32  # of targets, on disk; the rest is recomputed
+ACTIVATION_BYTES = 2**29  # of a block's samples that run together on a CPU
+KEPT_BYTES = 12  # for each value of a layer's output until the backward pass: three copies in fp32
 
 SampleLosses = Callable[[int], torch.Tensor]
 
@@ -128,7 +131,7 @@ ERROR_FEEDBACK = Distillation(iterations=0)
 def distil(
     unet: Any,
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    tensors: dict[str, dict[str, torch.Tensor]],
     sharing: Sequence[Sequence[str]],
     calibration_set: CalibrationSet,
     config: DilateQuantConfig,
@@ -138,12 +141,13 @@ def distil(
 
     Args:
         layers: the layers to quantize.
-        tensors: each layer's state dict after post-training quantization (see ``QuantizedLayer``).
+        tensors: each layer's state dict after post-training quantization (see ``QuantizedLayer``); the trained ones take
+            their places, block by block.
         sharing: groups of layer names. The layers of a group share their input and one input quantizer.
         config: with ``timesteps``.
 
     Returns:
-        the trained state dicts.
+        ``tensors``.
 
     Raises:
         ValueError: if ``settings.folder`` holds the blocks of another calibration, or another process calibrates in it.
@@ -151,7 +155,8 @@ def distil(
     assert config.timesteps is not None
     grid = TimestepGrid(config.timesteps).to(unet.device)
     samples = min(settings.samples, calibration_set.num_samples)
-    batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed)
+    at_once = _samples_at_once(unet, layers, calibration_set, settings)
+    batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed, at_once)
     if batches.validation == batches.training:
         logger.warning(
             "Too few samples of some timesteps to hold any out: validation uses the training samples. Record more runs"
@@ -187,14 +192,32 @@ def distil(
                     layer.quantized = True
                     trainer.free_quantizers.discard(layer.input_quantizer)
                 trainer.store_outputs(name, blocks.pop(name))
+                if not settings.polish_iterations:
+                    tensors |= {n: layer.pack() for n, layer in block_layers.items()}
                 report(name, done, count)
         finally:
             trainer.store.clear()
         if settings.polish_iterations:
             wanted = settings.polish_iterations * settings.batch_size
-            batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed)
+            batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed, at_once)
             _Trainer(unet, simulated_layers, batches, trainer.store, grid, settings).polish()
-        return {name: layer.tensors() for name, layer in simulated_layers.items()}
+            tensors |= {name: layer.pack() for name, layer in simulated_layers.items()}
+        return tensors
+
+
+def _samples_at_once(
+    unet: Any, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet, settings: Distillation
+) -> int:
+    """So many of a batch's samples run together that the activations of a block take ``ACTIVATION_BYTES`` at most.
+
+    A GPU needs whole batches for its speed, and its memory is the user's choice by ``batch_size``.
+    """
+    if unet.device.type != "cpu":
+        return settings.batch_size
+    call = calibration_set.calls[0]
+    blocks = blocks_in_order(unet, layers.values(), call)
+    most = max(activations_of(unet, blocks, call).values())
+    return max(1, min(settings.batch_size, ACTIVATION_BYTES // (KEPT_BYTES * max(1, most))))
 
 
 class _Trainer:
@@ -219,7 +242,7 @@ class _Trainer:
         self.indices = [grid.nearest(b.timestep, b.sample.shape[0], self.device) for b in batches]
         self.shares = [batches.share(i).to(self.device) for i in range(len(batches))]
         self.training, self.validation = batches.training, batches.validation
-        count = -(-ERROR_SAMPLES // settings.batch_size)
+        count = -(-ERROR_SAMPLES // batches.at_once)
         self.error_batches = range(max(0, len(batches) - count), len(batches))
         self.finished: dict[str, nn.Module] = {}  # blocks by name, whose outputs are read by later ones
         self.last_readers: Mapping[str, str] = {}  # block -> the last one that reads its output
@@ -237,6 +260,7 @@ class _Trainer:
             self._store_targets(blocks)
         start = self._feedback(blocks[name], layers) if self.settings.error_feedback else {}
         for layer in layers.values():
+            layer.unpack()
             layer.quantized = True
         present = self._error_of_timesteps(error)
         weights = [1 / present[self.indices[i]] / self.shares[i] for i in range(len(self.batches))]
@@ -308,14 +332,15 @@ class _Trainer:
         name: str,
         losses_of: SampleLosses,
         layers: Mapping[str, SimulatedLayer],
-        start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        start: dict[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
         learning_rate: float,
     ) -> None:
         """Applies error feedback and training to layers, and keeps the best of the initial and the resulting states.
 
         Args:
-            start: weights after error feedback, where training starts. If empty, it starts from the present weights.
+            start: weights after error feedback, where training starts; emptied. If it is empty, training starts from the
+                present weights.
         """
         states = [states_of(layers)]
         errors = [self._validate(losses_of)]
@@ -345,7 +370,7 @@ class _Trainer:
         self,
         loss_of: Callable[[int], torch.Tensor],
         layers: Mapping[str, SimulatedLayer],
-        start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        start: dict[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
         learning_rate: float,
         progress: Any,
@@ -356,7 +381,7 @@ class _Trainer:
         in_steps: list[torch.Tensor] = [quantizer.zero_point for quantizer in quantizers]
         logarithms: list[torch.Tensor] = [quantizer.log_ratio for quantizer in quantizers]
         for name, layer in layers.items():
-            layer_in_steps, layer_logarithms = layer.unfreeze(start.get(name))
+            layer_in_steps, layer_logarithms = layer.unfreeze(start.pop(name, None))
             in_steps += layer_in_steps
             logarithms += layer_logarithms
         groups = [
@@ -368,16 +393,19 @@ class _Trainer:
         generator = torch.Generator().manual_seed(self.settings.seed)
         for parameter in (*in_steps, *logarithms):
             parameter.requires_grad_(True)
-        for batch in _shuffled(self.training, iterations, generator):
+        in_a_step = -(-self.settings.batch_size // self.batches.at_once)  # batches, whose gradients add up
+        for number, batch in enumerate(_shuffled(self.training, iterations * in_a_step, generator), start=1):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
                 loss = loss_of(batch)
             if not bool(loss.isfinite()):
                 break  # validation decides on this state
-            optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            schedule.step()
-            progress.update()
+            if number % in_a_step == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                progress.update()
+        del optimizer, schedule, groups, in_steps, logarithms  # before rounding, which needs memory, too
         for quantizer in quantizers:
             quantizer.requires_grad_(False)
         for layer in layers.values():

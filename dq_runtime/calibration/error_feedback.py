@@ -23,9 +23,9 @@ class SecondMoments:
 
     def __init__(self, layer: SimulatedLayer) -> None:
         self.layer = layer
-        taps = layer.values[0, 0].numel()
+        taps = layer.weight[0, 0].numel()
         channels = max(1, MAX_COLUMNS // taps)
-        self.parts = [slice(start, start + channels) for start in range(0, layer.values.shape[1], channels)]
+        self.parts = [slice(start, start + channels) for start in range(0, layer.weight.shape[1], channels)]
         self.sums: list[Any] = [0.0 for _ in self.parts]
 
     def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -41,7 +41,7 @@ class SecondMoments:
         if isinstance(conv, nn.Linear):
             yield x[..., part].flatten(0, -2)
             return
-        taps = self.layer.values[0, 0].numel()
+        taps = self.layer.weight[0, 0].numel()
         at_once = max(1, PATCH_ELEMENTS // (x[0, part].numel() * taps))
         for images in x[:, part].split(at_once):
             padding: Any = conv.padding

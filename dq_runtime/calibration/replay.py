@@ -65,6 +65,26 @@ def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: Recorde
     return reached
 
 
+def activations_of(model: nn.Module, blocks: Mapping[str, nn.Module], call: RecordedCall) -> dict[str, int]:
+    """The number of values for one sample in the outputs of each block's layers, in a call of the model.
+
+    Layers are the modules without children.
+    """
+    values: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            values[module] = values.get(module, 0) + output.numel() // call.sample.shape[0]
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
+    try:
+        call.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sum(values.get(m, 0) for m in block.modules()) for name, block in blocks.items()}
+
+
 @torch.no_grad()
 def inputs_of(
     model: nn.Module,
