@@ -1,12 +1,12 @@
 """What calibration costs for a UNet of real size, stage by stage: seconds, resident memory, disk.
 
-    python -m benchmarks.quality.large_unet_cost [--unet sd15] [--latent 64] [--prompts 2] [--steps 2] [--output FILE]
+    python -m benchmarks.quality.large_unet_cost [--latent 64] [--prompts 2] [--steps 2] [--iterations 0]
 
-The UNet has its published configuration and random weights in fp32, on the CPU, on one thread. It is sampled by DDIM with
-guidance, so each of ``prompts`` images gives ``steps`` calls of two samples. The time of a stage grows with the
-number of samples, its memory does not. A row has the peak of the process's resident memory (``VmHWM`` of Linux, which is
-set back before each stage) and of the bytes in the folder of the activations; it is written as soon as it is known.
-The estimate that ``dq-runtime quantize`` prints for the same work stands beside the rows.
+SD1.5's UNet has its published configuration and random weights in fp32, on the CPU, on one thread. It is sampled by
+DDIM with guidance, so each of ``prompts`` images gives ``steps`` calls of two samples. A row has the seconds of the
+processor (not those of a wall clock, since the machine may do other work), the peak of the process's resident memory
+(``VmHWM`` of Linux, which is set back before each stage) and the most bytes in the folder of the activations. It is
+written as soon as it is known. The estimate that ``dq-runtime quantize`` prints for the same work stands beside them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,13 +28,14 @@ import dq_runtime
 from benchmarks.command_line import new_parser
 from benchmarks.quality.peak_memory import reset_resident_peak, resident_peak
 from benchmarks.quality.study import write_report
-from benchmarks.unets import CONFIGS, TEXT_TOKENS, build
+from benchmarks.unets import TEXT_TOKENS, build
 from dq_runtime import DilateQuantConfig, Distillation
 from dq_runtime.calibration import calibrate as calibration
 from dq_runtime.cli.estimate import estimate, probe
 from dq_runtime.cli.work_folder import folder_size
 from dq_runtime.convert import plan_conversion
 
+UNET = "sd15"
 GUIDANCE = 7.5
 STAGES = {  # functions of the module ``calibrate`` -> the name of the stage
     "sample_inputs": "samples of all layers' inputs",
@@ -45,16 +47,21 @@ STAGES = {  # functions of the module ``calibrate`` -> the name of the stage
 INTERVAL = 0.1  # seconds between two looks at the disk
 
 
+class Enough(Exception):
+    """So many blocks are finished as were wanted."""
+
+
 class Stages:
     """The rows of the stages and of the blocks.
 
     Args:
         folder: whose bytes are the disk that a stage takes.
         write: is called after each new row.
+        most: blocks; None for all.
     """
 
-    def __init__(self, folder: Path, write: Any) -> None:
-        self.folder, self.write = folder, write
+    def __init__(self, folder: Path, write: Any, most: int | None) -> None:
+        self.folder, self.write, self.most = folder, write, most
         self.rows: list[dict[str, Any]] = []
         self.blocks: list[dict[str, Any]] = []
         self._peak = 0
@@ -66,20 +73,18 @@ class Stages:
 
         def watch() -> None:
             while not done.wait(INTERVAL):
-                try:
-                    disk.append(max(disk.pop(), folder_size(self.folder)))
-                except FileNotFoundError:  # a file went away between the listing and the look at its size
-                    disk.append(0)
+                with suppress(FileNotFoundError):  # a file may go away between the listing and the look at its size
+                    disk[0] = max(disk[0], folder_size(self.folder))
 
         self._peak = 0
         reset_resident_peak()
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             done.set()
             watcher.join()
         peak = max(self._peak, resident_peak())
@@ -89,7 +94,7 @@ class Stages:
 
     def block(self, name: str, number: int, count: int) -> None:
         """Notes a block's seconds and peak (``Distillation(progress=...)``)."""
-        peak, now = resident_peak(), time.perf_counter()
+        peak, now = resident_peak(), time.process_time()
         self._peak = max(self._peak, peak)
         reset_resident_peak()
         if name:
@@ -97,7 +102,9 @@ class Stages:
             self.blocks.append({"block": name, "seconds": seconds, "peak_resident_mb": peak / 1e6})
             print(f"  {number} of {count}, {name}: {seconds:.1f} s, peak {peak / 1e6:.0f} MB", flush=True)
             self.write()
-        self._block_start = time.perf_counter()
+        if number == self.most:
+            raise Enough
+        self._block_start = time.process_time()
 
 
 @torch.no_grad()
@@ -121,32 +128,33 @@ def record(unet: Any, latent: int, prompts: int, steps: int) -> dq_runtime.Calib
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--unet", choices=[name for name in CONFIGS if name == "sd15"], default="sd15")
     parser.add_argument("--latent", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=0, help="training steps of each block")
+    parser.add_argument("--batch-size", type=int, default=4, help="samples of a training step")
+    parser.add_argument("--blocks", type=int, help="stop after so many blocks")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    options = f"--unet {arguments.unet}" + "".join(
-        f" --{name} {getattr(arguments, name)}" for name in ("latent", "prompts", "steps", "iterations")
-    )
+    given = {name: value for name, value in vars(arguments).items() if name != "output" and value is not None}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
     results: dict[str, Any] = {"resident_after_imports_mb": resident_peak() / 1e6}
-    unet = build(arguments.unet, dtype=torch.float32)
+    unet = build(UNET, dtype=torch.float32)
     results["model_mb"] = sum(parameter.nbytes for parameter in unet.parameters()) / 1e6
 
     def write() -> None:
         rows = {"rows": stages.rows, "blocks": stages.blocks}
-        write_report("large_unet_cost", options, arguments.unet, results | rows, arguments.output, threads=1)
+        write_report("large_unet_cost", options, UNET, results | rows, arguments.output, threads=1)
 
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as patches:
-        stages = Stages(Path(temporary), write)
+        stages = Stages(Path(temporary), write, arguments.blocks)
         with stages.stage("recording"):
             calls = record(unet, arguments.latent, arguments.prompts, arguments.steps)
         settings = Distillation(
-            iterations=arguments.iterations, gradient_checkpointing=True, folder=temporary, progress=stages.block
-        )
+            batch_size=arguments.batch_size, iterations=arguments.iterations, gradient_checkpointing=True,
+            folder=temporary, progress=stages.block,
+        )  # fmt: skip
         config = DilateQuantConfig()
         call = calls.calls[-1]
         with stages.stage("estimate"):
@@ -156,7 +164,8 @@ def main() -> None:
         results["estimate"] = {
             "seconds": expected.seconds, "memory_mb": expected.memory / 1e6, "disk_mb": expected.disk / 1e6,
         }  # fmt: skip
-        print(results, flush=True)
+        results["probe"] = asdict(measured)
+        print(results["estimate"], flush=True)
         for function, name in STAGES.items():
             original = getattr(calibration, function)
 
@@ -165,9 +174,11 @@ def main() -> None:
                     return original(*args)
 
             patches.enter_context(mock.patch.object(calibration, function, measured_stage))
-        dq_runtime.calibrate(unet, calls, config, settings)
-    with tempfile.TemporaryDirectory() as temporary, stages.stage("saving"):
-        unet.save_pretrained(temporary)
+        with suppress(Enough):
+            dq_runtime.calibrate(unet, calls, config, settings)
+    if not stages.most:
+        with tempfile.TemporaryDirectory() as temporary, stages.stage("saving"):
+            unet.save_pretrained(temporary)
     highest = max(row["peak_resident_mb"] for row in stages.rows)
     print(f"peak {highest:.0f} MB, the model {results['model_mb']:.0f} MB", flush=True)
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.quality.loading_memory [--unet sd15] [--shard-mb 1000 4000] [--output FILE]
 
-A floating-point checkpoint in fp16 is written in shards of each size, the last of which holds it whole, then loaded with
-``quantization_config`` in a process of its own. The bound is the memory of the process before (Python, torch, diffusers),
-the largest shard and the packed model. The peak is all resident memory, the pages of mapped shards included, which the
-system may drop.
+A floating-point checkpoint in fp16 is written in shards of each size, the last of which holds it whole, then loaded
+with ``quantization_config`` in a process of its own. The bound is the memory of the process before (Python, torch,
+diffusers), the largest shard and the packed model. The peak is all resident memory, the pages of mapped shards
+included, which the system may drop.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def main() -> None:
     for most in arguments.shard_mb:
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(arguments.unet, Path(folder), 1e6 * most)
-            done = subprocess.run([*command, folder], stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT, check=True)
+            done = subprocess.run(
+                [*command, folder], stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT, check=True
+            )
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1], indent=1), flush=True)
     options = f"--unet {arguments.unet} --shard-mb {' '.join(f'{most:g}' for most in arguments.shard_mb)}"

@@ -38,6 +38,7 @@ from dq_runtime.calibration.replay import (
     blocks_in_order,
     inputs_of,
     last_readers,
+    most_activations,
     outputs_of,
     sources_of,
     squared_error,
@@ -141,8 +142,8 @@ def distil(
 
     Args:
         layers: the layers to quantize.
-        tensors: each layer's state dict after post-training quantization (see ``QuantizedLayer``); the trained ones take
-            their places, block by block.
+        tensors: each layer's state dict after post-training quantization (see ``QuantizedLayer``). The trained ones
+            take their places, block by block.
         sharing: groups of layer names. The layers of a group share their input and one input quantizer.
         config: with ``timesteps``.
 
@@ -208,16 +209,24 @@ def distil(
 def _samples_at_once(
     unet: Any, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet, settings: Distillation
 ) -> int:
-    """So many of a batch's samples run together that the activations of a block take ``ACTIVATION_BYTES`` at most.
-
-    A GPU needs whole batches for its speed, and its memory is the user's choice by ``batch_size``.
-    """
-    if unet.device.type != "cpu":
-        return settings.batch_size
     call = calibration_set.calls[0]
     blocks = blocks_in_order(unet, layers.values(), call)
-    most = max(activations_of(unet, blocks, call).values())
-    return max(1, min(settings.batch_size, ACTIVATION_BYTES // (KEPT_BYTES * max(1, most))))
+    most = most_activations(blocks.values(), activations_of(unet, call))
+    return samples_at_once(unet.device, most, settings.batch_size)
+
+
+def samples_at_once(device: torch.device, activations: int, batch_size: int) -> int:
+    """The number of a batch's samples that run together.
+
+    A CPU is as fast with a few, so that their activations take ``ACTIVATION_BYTES`` at most. A GPU is not, and its
+    memory is the user's choice by ``batch_size``.
+
+    Args:
+        activations: values for one sample in the outputs of the largest block's layers.
+    """
+    if device.type != "cpu":
+        return batch_size
+    return max(1, min(batch_size, ACTIVATION_BYTES // (KEPT_BYTES * max(1, activations))))
 
 
 class _Trainer:
@@ -339,8 +348,8 @@ class _Trainer:
         """Applies error feedback and training to layers, and keeps the best of the initial and the resulting states.
 
         Args:
-            start: weights after error feedback, where training starts; emptied. If it is empty, training starts from the
-                present weights.
+            start: weights after error feedback, where training starts; it is emptied. If there are none, training
+                starts from the present weights.
         """
         states = [states_of(layers)]
         errors = [self._validate(losses_of)]
@@ -394,13 +403,13 @@ class _Trainer:
         for parameter in (*in_steps, *logarithms):
             parameter.requires_grad_(True)
         in_a_step = -(-self.settings.batch_size // self.batches.at_once)  # batches, whose gradients add up
-        for number, batch in enumerate(_shuffled(self.training, iterations * in_a_step, generator), start=1):
+        for i, batch in enumerate(_shuffled(self.training, iterations * in_a_step, generator), start=1):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
                 loss = loss_of(batch)
             if not bool(loss.isfinite()):
                 break  # validation decides on this state
             loss.backward()
-            if number % in_a_step == 0:
+            if i % in_a_step == 0:
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()

@@ -65,11 +65,8 @@ def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: Recorde
     return reached
 
 
-def activations_of(model: nn.Module, blocks: Mapping[str, nn.Module], call: RecordedCall) -> dict[str, int]:
-    """The number of values for one sample in the outputs of each block's layers, in a call of the model.
-
-    Layers are the modules without children.
-    """
+def activations_of(model: nn.Module, call: RecordedCall) -> dict[nn.Module, int]:
+    """The number of values for one sample in the outputs of each module without children, in a call of the model."""
     values: dict[nn.Module, int] = {}
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
@@ -82,7 +79,12 @@ def activations_of(model: nn.Module, blocks: Mapping[str, nn.Module], call: Reco
     finally:
         for handle in handles:
             handle.remove()
-    return {name: sum(values.get(m, 0) for m in block.modules()) for name, block in blocks.items()}
+    return values
+
+
+def most_activations(blocks: Iterable[nn.Module], activations: Mapping[nn.Module, int]) -> int:
+    """Those of the block that has the most."""
+    return max(sum(activations.get(module, 0) for module in block.modules()) for block in blocks)
 
 
 @torch.no_grad()

@@ -18,8 +18,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dq_runtime.calibration.collect import RecordedCall
-from dq_runtime.calibration.distillation import STORED_BYTES, Distillation
-from dq_runtime.calibration.replay import blocks_in_order, last_readers, sources_of
+from dq_runtime.calibration.distillation import KEPT_BYTES, STORED_BYTES, Distillation, samples_at_once
+from dq_runtime.calibration.replay import (
+    activations_of,
+    blocks_in_order,
+    last_readers,
+    most_activations,
+    sources_of,
+)
 from dq_runtime.cli.console import duration, say
 from dq_runtime.cli.drawing import repeated
 
@@ -29,7 +35,9 @@ STATE_BYTES = 20  # a trained weight: it, its gradient, Adam's two moments and t
 # A call is timed with its own samples and, unless that takes long, with so many times as many.
 LARGER, SLOW = 4, 2.0  # times; seconds
 MOST_OVERHEAD = 100  # a sample's time is at least this fraction of a call's time for each sample
-KEPT_COPIES = 3  # of each layer's output, in fp32, until the backward pass
+PACKED_BYTES = 0.5  # a weight that is not trained at the moment
+FILE_BYTES = 2  # a weight in a finished block's file
+PROCESS_BYTES = 6e8  # Python, torch and diffusers, on a CPU
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Probe:
 
     Attributes:
         overhead, seconds: of a call of B samples, which takes ``overhead + B seconds``.
+        device: of the model.
         blocks: seconds of each block in the call, in their order; only ratios are used.
         weights: bytes of the model.
         parameters, activations: of the whole model: number of weights, and of values in all layers' outputs for one
@@ -47,6 +56,7 @@ class Probe:
         block_parameters, block_activations: the largest over the blocks.
     """
 
+    device: torch.device
     overhead: float
     seconds: float
     blocks: dict[str, float]
@@ -87,13 +97,8 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
     blocks = blocks_in_order(model, layers.values(), call)  # also the first, slower call
     overhead, seconds = _time_of_calls(model, call)
     rows = call.sample.shape[0]
-    values: dict[nn.Module, int] = {}
     returned = dict.fromkeys(blocks, 0)  # bytes for one sample
     spent, started = dict.fromkeys(blocks, 0.0), dict.fromkeys(blocks, 0.0)
-
-    def count(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            values[module] = values.get(module, 0) + output.numel() // rows
 
     def start(name: str) -> Callable[..., None]:
         return lambda *_: started.__setitem__(name, _now(model.device))
@@ -106,15 +111,13 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
         return note
 
     with ExitStack() as stack:
-        for module in model.modules():
-            if not list(module.children()):
-                stack.callback(module.register_forward_hook(count).remove)
         for name, block in blocks.items():
             stack.callback(block.register_forward_pre_hook(start(name)).remove)
             stack.callback(block.register_forward_hook(stop(name)).remove)
-        call.run(model)
+        values = activations_of(model, call)
     tensors = [*model.parameters(), *model.buffers()]
     return Probe(
+        device=model.device,
         overhead=overhead,
         seconds=seconds,
         blocks=spent,
@@ -123,7 +126,7 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
         activations=sum(values.values()),
         stored=_stored(returned, sources_of(model, blocks, call)),
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks.values()),
-        block_activations=max(sum(values.get(m, 0) for m in block.modules()) for block in blocks.values()),
+        block_activations=most_activations(blocks.values(), values),
     )
 
 

@@ -284,6 +284,23 @@ def test_unfreezing_and_freezing_without_a_step_changes_nothing(kind):
     assert stand_in.values.dtype == torch.int8
 
 
+def test_packed_it_computes_the_same_from_four_bits(kind):
+    stand_in, _ = simulated_layer(kind, 8)
+    stand_in.unfreeze((stand_in.unrounded + 1.2, torch.full_like(stand_in.weight_scale, 1.1)))
+    stand_in.freeze()
+    stand_in.quantized = True
+    x = inputs(stand_in, LAYERS[kind][1])
+    expected, tensors = stand_in(x), stand_in.tensors()
+
+    packed = stand_in.pack()
+
+    assert torch.equal(stand_in(x), expected)
+    assert (stand_in._values, stand_in._unrounded) == (None, None)
+    assert packed.keys() == tensors.keys()
+    assert all(torch.equal(packed[name], tensors[name]) for name in tensors)
+    assert stand_in._packed is packed["packed_weight"]
+
+
 def test_weight_just_below_the_middle_of_two_values_keeps_its_value():
     """In fp16, in which the unrounded weights are kept, it lies on the middle and would be rounded up."""
     stand_in, _ = simulated_layer("linear", 8)
