@@ -224,6 +224,7 @@ class DilateQuantizer(DiffusersQuantizer):
         return digest.with_digest(tensors, self.quantization_config, self.model_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        is_packed_now = self._on_loading is not None
         if self._on_loading is not None:
             self._on_loading.finish()
             self._on_loading = None
@@ -236,7 +237,7 @@ class DilateQuantizer(DiffusersQuantizer):
         except ValueError:
             _check_values(model)  # tells more, if the values of a tensor are impossible
             raise
-        _check_values(model, weights=not is_verified)
+        _check_values(model, weights=not (is_verified or is_packed_now))
         self._checksums, self._empty_layers = {}, {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.

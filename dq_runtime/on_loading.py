@@ -15,6 +15,7 @@ from torch import nn
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import empty_layer, finish_conversion, plan_conversion, replace_layers
+from dq_runtime.free_memory import return_free_memory
 from dq_runtime.layers import QuantizedLayer
 from dq_runtime.weights import in_parts, layer_tensors, quantize_dilated, shared_weight_dilation
 
@@ -83,6 +84,7 @@ class WeightsOnLoading:
             layer._parameters["bias"] = stock._parameters["bias"]  # loaded before or later, by its name
             replace_layers(self._model, {stock: layer.train(stock.training)})
             del self._names[stock]
+        return_free_memory()
 
     def finish(self) -> None:
         """Completes the conversion.

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dq_runtime.free_memory import return_free_memory
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 INTERVAL = 0.005  # seconds
 
@@ -44,7 +46,7 @@ def above_now() -> Iterator[dict[str, float]]:
         after = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         peak.update(zip(readers, ((high - low) / 1e6 for low, high in zip(before, after, strict=True)), strict=True))
         return
-    _return_free_memory()
+    return_free_memory()
     start = {name: read() for name, read in readers.items()}
     highest, done = dict(start), threading.Event()
 
@@ -76,15 +78,8 @@ def resident_peak() -> int:
 def reset_resident_peak() -> None:
     """Sets the peak back to the present resident memory, without memory that the C library keeps."""
     gc.collect()
-    _return_free_memory()
+    return_free_memory()
     CLEAR.write_text("5")
-
-
-def _return_free_memory() -> None:
-    """Returns freed memory of the C library to the system: its reuse would not show in the resident memory."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
 
 
 def _allocated_bytes() -> Callable[[], float]:

@@ -22,6 +22,7 @@ from dq_runtime.calibration.whole_unet import prediction_errors, prediction_snr
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, follow_timesteps, for_model, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
+from dq_runtime.free_memory import return_free_memory
 from dq_runtime.layers import quantized_layers
 from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.timesteps import TimestepGrid, grouped
@@ -196,6 +197,7 @@ def _quantize_layers(
                 tensors |= _quantize_group(group, samples[names[0]], importance, groups, config)
             for name in names:
                 del samples[name]
+            return_free_memory()
             progress.update(len(names))
     return quantized
 

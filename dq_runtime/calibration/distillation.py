@@ -45,6 +45,7 @@ from dq_runtime.calibration.replay import (
 )
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
 from dq_runtime.config import DilateQuantConfig
+from dq_runtime.free_memory import return_free_memory
 from dq_runtime.timesteps import TimestepGrid
 from dq_runtime.validation import boolean, integer, number, path, shown
 
@@ -195,6 +196,7 @@ def distil(
                 trainer.store_outputs(name, blocks.pop(name))
                 if not settings.polish_iterations:
                     tensors |= {n: layer.pack() for n, layer in block_layers.items()}
+                return_free_memory()
                 report(name, done, count)
         finally:
             trainer.store.clear()
