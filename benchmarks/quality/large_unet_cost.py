@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=0, help="training steps of each block")
+    parser.add_argument("--dilation", choices=("joint", "weight", "none"), default="joint")
     parser.add_argument("--batch-size", type=int, default=4, help="samples of a training step")
     parser.add_argument("--blocks", type=int, help="stop after so many blocks")
     parser.add_argument("--output", type=Path)
@@ -155,7 +156,7 @@ def main() -> None:
             batch_size=arguments.batch_size, iterations=arguments.iterations, gradient_checkpointing=True,
             folder=temporary, progress=stages.block,
         )  # fmt: skip
-        config = DilateQuantConfig()
+        config = DilateQuantConfig(dilation=arguments.dilation)
         call = calls.calls[-1]
         with stages.stage("estimate"):
             measured = probe(unet, plan_conversion(unet, config).layers, call)

@@ -198,13 +198,14 @@ def distil(
                     tensors |= {n: layer.pack() for n, layer in block_layers.items()}
                 return_free_memory()
                 report(name, done, count)
+            if settings.polish_iterations:
+                store.clear()
+                wanted = settings.polish_iterations * settings.batch_size
+                batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed, at_once)
+                _Trainer(unet, simulated_layers, batches, store, grid, settings).polish()
+                tensors |= {name: layer.pack() for name, layer in simulated_layers.items()}
         finally:
-            trainer.store.clear()
-        if settings.polish_iterations:
-            wanted = settings.polish_iterations * settings.batch_size
-            batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed, at_once)
-            _Trainer(unet, simulated_layers, batches, trainer.store, grid, settings).polish()
-            tensors |= {name: layer.pack() for name, layer in simulated_layers.items()}
+            store.clear()
         return tensors
 
 
@@ -353,22 +354,28 @@ class _Trainer:
             start: weights after error feedback, where training starts; it is emptied. If there are none, training
                 starts from the present weights.
         """
-        states = [states_of(layers)]
-        errors = [self._validate(losses_of)]
+        errors: list[float] = []
+
+        def keep() -> None:
+            """Notes the present state, on disk, and its error."""
+            self.store[_state(len(errors))] = states_of(layers)
+            errors.append(self._validate(losses_of))
+
+        keep()
         with tqdm(total=iterations, desc=name) as progress:
             if start:
                 for layer_name, layer in layers.items():
                     layer.unfreeze(start[layer_name])
                     layer.freeze()
-                states.append(states_of(layers))
-                errors.append(self._validate(losses_of))
+                keep()
             if iterations:
                 scale = LOSS_SCALE / self.settings.batch_size / max(errors[0], torch.finfo(torch.float32).tiny)
                 self._descend(lambda i: scale * losses_of(i).sum(), layers, start, iterations, learning_rate, progress)
-                states.append(states_of(layers))
-                errors.append(self._validate(losses_of))
+                keep()
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
-            set_states(layers, states[best])
+            set_states(layers, self.store[_state(best)])
+            for i in range(len(errors)):
+                del self.store[_state(i)]
             progress.set_postfix_str(f"squared error {errors[0]:.2g} -> {errors[best]:.2g}")
         if not errors[-1] <= errors[0]:
             logger.warning(
@@ -481,6 +488,11 @@ class _Trainer:
 def _target(block: str, batch: int) -> str:
     """The key of a block's target in the store."""
     return f"target_{block}_{batch}"
+
+
+def _state(number: int) -> str:
+    """The key of a state of the layers in training in the store."""
+    return f"state_{number}"
 
 
 def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) -> Iterator[int]:

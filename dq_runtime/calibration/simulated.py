@@ -229,6 +229,7 @@ class SimulatedLayer(nn.Module):
         steps, ratio = start or (self.unrounded, torch.ones_like(self.weight_scale))
         self.steps = steps.to(torch.float32, copy=True).requires_grad_()
         self.log_ratio = ratio.log().requires_grad_()
+        self._values = self._unrounded = None  # ``freeze`` makes others
         in_steps = [self.steps]
         if self.fixed_bias is not None:
             self.bias_steps = torch.zeros_like(self.fixed_bias).requires_grad_()
@@ -259,11 +260,11 @@ class SimulatedLayer(nn.Module):
 
     @torch.no_grad()
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restores tensors that ``state`` returned."""
+        """Restores tensors that ``state`` returned. They are copied: those of a mapped file would keep it in memory."""
         device = self.weight_scale.device
         self._fix(state["unrounded"].to(device))
-        self.weight_scale = state["weight_scale"].to(device)
-        self.fixed_bias = state["bias"].to(device) if "bias" in state else None
+        self.weight_scale = state["weight_scale"].to(device, copy=True)
+        self.fixed_bias = state["bias"].to(device, copy=True) if "bias" in state else None
         self.input_quantizer.log_ratio.copy_(state["act_log_ratio"])
         self.input_quantizer.zero_point.copy_(state["act_zero_point"])
 

@@ -107,6 +107,7 @@ def learn(stand_in, seed=2):
     def uniform(parameter, width):
         return width * (2 * torch.rand(parameter.shape, generator=generator) - 1)
 
+    values = stand_in.values
     stand_in.unfreeze()
     quantizer = stand_in.input_quantizer
     with torch.no_grad():
@@ -115,7 +116,7 @@ def learn(stand_in, seed=2):
             torch.tensor([quantizer.low - 2.3, quantizer.high + 1.2, (quantizer.low + quantizer.high) // 2 + 0.3])
         )
         stand_in.log_ratio.copy_(uniform(stand_in.log_ratio, 0.3))
-        whole = stand_in.values + torch.randint(-4, 5, stand_in.values.shape, generator=generator)
+        whole = values + torch.randint(-4, 5, values.shape, generator=generator)
         stand_in.steps.copy_(between(whole, generator) * stand_in.log_ratio.exp())
         if stand_in.bias_steps is not None:
             stand_in.bias_steps.copy_(uniform(stand_in.bias_steps, 3.0))
