@@ -136,15 +136,14 @@ class DilateQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """True if a tensor is a packed weight or a table, which must not be cast.
+        """True if a tensor is a packed weight or a table, which must not be cast, and for all of a stock checkpoint.
 
         Tensors are checksummed here, too: older versions of diffusers do not call ``maybe_update_state_dict``.
         """
         module_name, _, tensor_name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
         if self._on_loading is not None:
-            # diffusers casts other tensors, but not those of float8.
-            return self._on_loading.takes(module, tensor_name) or param_value.dtype == torch.float8_e4m3fn
+            return True
         if param_name in state_dict:
             self._add_checksum(param_name, state_dict[param_name])
         return isinstance(module, QuantizedLayer) and tensor_name != "bias"
@@ -178,12 +177,18 @@ class DilateQuantizer(DiffusersQuantizer):
         module_name, _, tensor_name = param_name.rpartition(".")
         module = model.get_submodule(module_name)
         if self._on_loading is not None:
-            value = state_dict[param_name].to(target_device)
             if self._on_loading.takes(module, tensor_name):
-                self._on_loading.add(module, value)
-            else:
+                self._on_loading.add(module, state_dict[param_name].to(target_device))
+                return
+            dtype = param_value.dtype
+            if dtype == torch.float8_e4m3fn:  # which diffusers does not cast
                 dtype = kwargs.get("dtype") or getattr(module, tensor_name).dtype
-                module._parameters[tensor_name] = nn.Parameter(value.to(dtype), requires_grad=False)
+            # A tensor of a mapped file would keep all of it in memory.
+            value = param_value.to(target_device, dtype, copy=True)
+            if tensor_name in module._buffers:
+                module._buffers[tensor_name] = value
+            else:
+                module._parameters[tensor_name] = nn.Parameter(value, requires_grad=False)
             return
         self._refuse("unexpected", unexpected_keys or [])
         stored, empty = state_dict[param_name], getattr(module, tensor_name)
@@ -219,6 +224,7 @@ class DilateQuantizer(DiffusersQuantizer):
         return digest.with_digest(tensors, self.quantization_config, self.model_config), {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        is_packed_now = self._on_loading is not None
         if self._on_loading is not None:
             self._on_loading.finish()
             self._on_loading = None
@@ -231,7 +237,7 @@ class DilateQuantizer(DiffusersQuantizer):
         except ValueError:
             _check_values(model)  # tells more, if the values of a tensor are impossible
             raise
-        _check_values(model, weights=not is_verified)
+        _check_values(model, weights=not (is_verified or is_packed_now))
         self._checksums, self._empty_layers = {}, {}
         model.requires_grad_(False)
         # If this flag is True, diffusers refuses half(), to(dtype) and IP-Adapters, which all work here.

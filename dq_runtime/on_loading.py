@@ -15,8 +15,9 @@ from torch import nn
 from dq_runtime.architectures.supported import architecture_of
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import empty_layer, finish_conversion, plan_conversion, replace_layers
+from dq_runtime.free_memory import return_free_memory
 from dq_runtime.layers import QuantizedLayer
-from dq_runtime.weights import layer_tensors, quantize_weight, shared_weight_dilation
+from dq_runtime.weights import in_parts, layer_tensors, quantize_dilated, shared_weight_dilation
 
 SELF_ATTENTION = ("to_q", "to_k", "to_v")
 
@@ -60,10 +61,11 @@ class WeightsOnLoading:
         if isinstance(module, QuantizedLayer):
             return
         name = self._names[module]
-        if not bool(weight.float().isfinite().all()):  # float8 has no isfinite
+        if not all(bool(rows.float().isfinite().all()) for rows in in_parts(weight)):  # float8 has no isfinite
             raise ValueError(f"{name}.weight holds NaN or infinity: download the checkpoint again")
-        self._waiting[name] = weight
         group = self._groups.get(name, [name])
+        # A tensor of a mapped file keeps all of it in memory, so those that wait are copies.
+        self._waiting[name] = weight.clone() if len(group) > 1 else weight
         if all(member in self._waiting for member in group):
             self._quantize(group, [self._waiting.pop(member) for member in group])
 
@@ -75,13 +77,14 @@ class WeightsOnLoading:
             dilation = shared_weight_dilation(weights, self._config.max_dilation)
         for name, weight in zip(names, weights, strict=True):
             stock = self._plan.layers[name]
-            values, weight_scale = quantize_weight(weight.float().movedim(1, -1) * dilation)
+            values, weight_scale = quantize_dilated(weight, dilation)
             layer = empty_layer(stock, name, self._config, None)
             tensors = layer_tensors(stock, values, weight_scale, dilation, None, None, None)
             layer.load_state_dict(tensors, strict=False, assign=True)
             layer._parameters["bias"] = stock._parameters["bias"]  # loaded before or later, by its name
             replace_layers(self._model, {stock: layer.train(stock.training)})
             del self._names[stock]
+        return_free_memory()
 
     def finish(self) -> None:
         """Completes the conversion.

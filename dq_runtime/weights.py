@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from dq_kernels.ops import INT4_MAX, INT4_MIN, pack_int4
 
 CANDIDATES = 64
 SMALLEST_CLIP = 0.4  # relative to the largest magnitude
+WEIGHTS_AT_ONCE = 2**18  # of which there are copies in fp32 at a time; these fit into a processor's cache
 
 
 def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
@@ -23,10 +24,12 @@ def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
     Returns:
         [K] fp32, at least 1; exactly 1 for saturated channels and for channels whose weights are all zero.
     """
-    magnitude = weight.detach().float().abs().reshape(*weight.shape[:2], -1)  # [N, K, taps]
-    largest = magnitude.amax((1, 2))
-    ratio = torch.where(magnitude > 0, largest[:, None, None] / magnitude, torch.inf)
-    dilation = ratio.amin((0, 2))
+    dilation = torch.full(weight.shape[1:2], torch.inf, dtype=torch.float32, device=weight.device)
+    for rows in in_parts(weight):
+        magnitude = rows.float().abs().reshape(*rows.shape[:2], -1)  # [rows, K, taps]
+        largest = magnitude.amax((1, 2))
+        ratio = torch.where(magnitude > 0, largest[:, None, None] / magnitude, torch.inf)
+        dilation = torch.minimum(dilation, ratio.amin((0, 2)))
     return torch.where(dilation.isfinite(), dilation, 1.0).clamp(1.0, max_dilation)
 
 
@@ -35,11 +38,33 @@ def shared_weight_dilation(weights: Sequence[torch.Tensor], max_dilation: float)
     return torch.stack([weight_dilation(weight, max_dilation) for weight in weights]).amin(0)
 
 
+def in_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some output channels of a weight [N, ...] after the others, so that copies of a large one are never whole."""
+    yield from weight.detach().split(max(1, WEIGHTS_AT_ONCE // max(1, weight[0].numel())))
+
+
+def quantize_dilated(
+    weight: torch.Tensor, dilation: torch.Tensor, candidates: int = CANDIDATES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dilates a layer's weights and rounds them (see ``quantize_weight``), a part of them at a time.
+
+    Args:
+        weight: [N, K, ...] float.
+        dilation: [K] fp32.
+
+    Returns:
+        values [N, ..., K] int8, and weight_scale [N] fp32.
+    """
+    parts = [quantize_weight(rows.float().movedim(1, -1) * dilation, candidates) for rows in in_parts(weight)]
+    values, scales = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(scales)
+
+
 def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds (dilated) weights to 4 bits, with the scale of least squared error.
 
     Args:
-        weight: [N, ...] float.
+        weight: [N, ...] float; there are several copies of it in fp32 during the search.
         candidates: number of scales tried for each output channel; with one, the largest magnitude becomes 7.
 
     Returns:
@@ -49,9 +74,11 @@ def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple
     largest = rows.abs().amax(1, keepdim=True)
     rows = torch.where(largest > 0, rows / largest, 0.0)  # in [-1, 1], so that no square underflows
     best_clip, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
+    steps = torch.empty_like(rows)  # changed in place: allocation would take longer than the arithmetic
     for clip in torch.linspace(1.0, SMALLEST_CLIP, candidates, dtype=torch.float32):
         scale = clip.to(rows) / INT4_MAX
-        error = (round_to_int4(rows / scale) * scale - rows).square().sum(1, keepdim=True)
+        rounded = torch.div(rows, scale, out=steps).add_(0.5).floor_().clamp_(INT4_MIN, INT4_MAX)
+        error = rounded.mul_(scale).sub_(rows).square_().sum(1, keepdim=True)
         best_clip = torch.where(error < best_error, clip.to(rows), best_clip)
         best_error = torch.minimum(error, best_error)
     weight_scale = (best_clip * largest / INT4_MAX).clamp(min=torch.finfo(torch.float32).tiny).flatten()

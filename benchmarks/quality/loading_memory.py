@@ -1,27 +1,34 @@
 """Peak host memory of quantization on loading, with random weights in the shape of a large UNet.
 
-    python -m benchmarks.quality.loading_memory [--unet sd15] [--shard-mb 500] [--output FILE]
+    python -m benchmarks.quality.loading_memory [--unet sd15] [--shard-mb 1000 4000] [--output FILE]
 
-A floating-point checkpoint in fp16 is written shard by shard, then loaded with ``quantization_config``. The bound is
-one shard, the packed model, and the fp32 copies of the largest weight that the search for its scales makes. Shards are
-mapped files, whose pages the system may drop; they are in neither peak.
+A floating-point checkpoint in fp16 is written in shards of each size, the last of which holds it whole, then loaded
+with ``quantization_config`` in a process of its own. The bound is the memory of the process before (Python, torch,
+diffusers), the largest shard and the packed model. The peak is all resident memory, the pages of mapped shards
+included, which the system may drop.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 import dq_runtime
 from benchmarks.command_line import new_parser
-from benchmarks.quality.peak_memory import above_now
+from benchmarks.quality.peak_memory import above_now, reset_resident_peak, resident_peak
 from benchmarks.quality.study import write_report
+from benchmarks.result_files import ROOT
 from benchmarks.unets import CONFIGS
 from dq_runtime.layers import quantized_layers
 
@@ -55,35 +62,55 @@ def write_checkpoint(name: str, folder: Path, most_bytes: float) -> None:
     (folder / f"{NAME}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Loads a checkpoint and measures the process."""
+    torch.set_num_threads(1)
+    sizes = [file.stat().st_size / 1e6 for file in folder.glob("*.safetensors")]
+    reset_resident_peak()
+    before, start = resident_peak() / 1e6, time.perf_counter()
+    with above_now() as peak:
+        unet = CONFIGS[name][0].from_pretrained(
+            folder, quantization_config=dq_runtime.DilateQuantConfig(), torch_dtype=torch.float16
+        )
+    seconds = time.perf_counter() - start
+    packed = sum(tensor.nbytes for tensor in [*unet.parameters(), *unet.buffers()]) / 1e6
+    return {
+        "shards": len(sizes),
+        "checkpoint_mb": sum(sizes),
+        "largest_shard_mb": max(sizes),
+        "packed_model_mb": packed,
+        "largest_weight_fp32_mb": max(4 * layer.weight.numel() for layer in quantized_layers(unet).values()) / 1e6,
+        "resident_before_mb": before,
+        "peak_resident_mb": resident_peak() / 1e6,
+        "bound_mb": before + max(sizes) + packed,
+        "peak_without_mapped_files_mb": peak["resident_mb"],  # above the level before
+        "seconds": seconds,
+    }
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--unet", choices=CONFIGS, default="sd15")
-    parser.add_argument("--shard-mb", type=float, default=500)
+    parser.add_argument("--shard-mb", type=float, nargs="+", default=[1000, 4000])
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the folder of a measurement's process
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_checkpoint(arguments.unet, folder, 1e6 * arguments.shard_mb)
-        sizes = [file.stat().st_size / 1e6 for file in folder.glob("*.safetensors")]
-        start = time.perf_counter()
-        with above_now() as peak:
-            unet = CONFIGS[arguments.unet][0].from_pretrained(
-                folder, quantization_config=dq_runtime.DilateQuantConfig(), torch_dtype=torch.float16
+    if arguments.measure:
+        print(json.dumps(measure(arguments.unet, arguments.measure)))
+        return
+    command = [sys.executable, "-m", "benchmarks.quality.loading_memory", "--unet", arguments.unet, "--measure"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rows = []
+    for most in arguments.shard_mb:
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(arguments.unet, Path(folder), 1e6 * most)
+            done = subprocess.run(
+                [*command, folder], stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT, check=True
             )
-        seconds = time.perf_counter() - start
-        layers = quantized_layers(unet).values()
-        tensors = [*unet.parameters(), *unet.buffers()]
-        results = {
-            "checkpoint_mb": sum(sizes),
-            "largest_shard_mb": max(sizes),
-            "packed_model_mb": sum(tensor.nbytes for tensor in tensors) / 1e6,
-            "largest_weight_fp32_mb": max(4 * layer.weight.numel() for layer in layers) / 1e6,
-            "seconds": seconds,
-            **{f"peak_{name}": value for name, value in peak.items()},
-        }
-        print(json.dumps(results, indent=1))
-        options = f"--unet {arguments.unet} --shard-mb {arguments.shard_mb:g}"
-        write_report("loading_memory", options, arguments.unet, results, arguments.output)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(rows[-1], indent=1), flush=True)
+    options = f"--unet {arguments.unet} --shard-mb {' '.join(f'{most:g}' for most in arguments.shard_mb)}"
+    write_report("loading_memory", options, arguments.unet, {"rows": rows}, arguments.output, threads=1)
 
 
 if __name__ == "__main__":

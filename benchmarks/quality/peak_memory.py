@@ -1,4 +1,4 @@
-"""Peak memory of a ``with`` block, above the level at its start."""
+"""Peak memory: of a ``with`` block above the level at its start, and of the whole process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-STATUS = Path("/proc/self/status")
+from dq_runtime.free_memory import return_free_memory
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 INTERVAL = 0.005  # seconds
 
 
@@ -44,7 +46,7 @@ def above_now() -> Iterator[dict[str, float]]:
         after = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         peak.update(zip(readers, ((high - low) / 1e6 for low, high in zip(before, after, strict=True)), strict=True))
         return
-    _return_free_memory()
+    return_free_memory()
     start = {name: read() for name, read in readers.items()}
     highest, done = dict(start), threading.Event()
 
@@ -66,11 +68,18 @@ def above_now() -> Iterator[dict[str, float]]:
         peak.update({name: (highest[name] - start[name]) / 1e6 for name in readers})
 
 
-def _return_free_memory() -> None:
-    """Returns freed memory of the C library to the system: its reuse would not show in the resident memory."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+def resident_peak() -> int:
+    """Bytes of resident memory, mapped files included: the peak since ``reset_resident_peak`` (Linux)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+    assert found is not None
+    return 1024 * int(found.group(1))
+
+
+def reset_resident_peak() -> None:
+    """Sets the peak back to the present resident memory, without memory that the C library keeps."""
+    gc.collect()
+    return_free_memory()
+    CLEAR.write_text("5")
 
 
 def _allocated_bytes() -> Callable[[], float]:

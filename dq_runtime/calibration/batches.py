@@ -37,6 +37,7 @@ class MixedBatches:
     Args:
         samples: approximate number of training samples. An eighth of that, of other samples, is drawn for validation.
         batch_size: samples per batch. Samples share a batch only if their arguments have equal shapes.
+        at_once: samples per batch instead, if memory has no room for ``batch_size``. The samples are the same.
 
     Attributes:
         training: numbers of the training batches.
@@ -44,7 +45,10 @@ class MixedBatches:
         fewest: the least number of different training samples of any timestep.
     """
 
-    def __init__(self, calibration_set: CalibrationSet, samples: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, calibration_set: CalibrationSet, samples: int, batch_size: int, seed: int, at_once: int | None = None
+    ) -> None:
+        self.at_once = at_once or batch_size
         generator = torch.Generator().manual_seed(seed)
         timesteps = calibration_set.timesteps
         importance = timestep_importance(calibration_set.scheduler, timesteps)
@@ -53,12 +57,12 @@ class MixedBatches:
 
         counts = self._counts(samples)
         self.fewest = min(min(counts[timestep], len(rows)) for timestep, rows in for_training.items())
-        self._batches = _draw(for_training, counts, batch_size, generator)
+        self._batches = _draw(for_training, counts, self.at_once, generator)
         self._training_share = self._validation_share = _shares(counts)
         self.training = self.validation = range(len(self._batches))
         if for_validation:
             counts = self._counts(min(-(-samples // HELD_OUT), MAX_VALIDATION_BATCHES * batch_size))
-            self._batches += _draw(for_validation, counts, batch_size, generator)
+            self._batches += _draw(for_validation, counts, self.at_once, generator)
             self._validation_share = _shares(counts)
             self.validation = range(len(self.training), len(self._batches))
 

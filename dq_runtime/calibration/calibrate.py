@@ -24,11 +24,12 @@ from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import convert, follow_timesteps, for_model, plan_conversion
 from dq_runtime.diffusers_quantizer import attach_quantizer
 from dq_runtime.digest import checksum
+from dq_runtime.free_memory import return_free_memory
 from dq_runtime.layers import quantized_layers
 from dq_runtime.rollback import unchanged_on_error
 from dq_runtime.timesteps import TimestepGrid, grouped
 from dq_runtime.validation import instance
-from dq_runtime.weights import layer_tensors, quantize_weight, shared_weight_dilation
+from dq_runtime.weights import in_parts, layer_tensors, quantize_dilated, shared_weight_dilation
 
 logger = logging.getLogger("dq_runtime")
 
@@ -167,7 +168,7 @@ def _check_weights(layers: Mapping[str, nn.Module]) -> None:
                     f"{name}.{tensor} is stored in {parameter.dtype}: load the original weights in float16, bfloat16 "
                     "or float32, calibrate, and enable layerwise casting after that"
                 )
-            if not bool(parameter.isfinite().all()):
+            if not all(bool(rows.isfinite().all()) for rows in in_parts(parameter)):
                 raise ValueError(f"{name}.{tensor} holds NaN or infinity; load the original weights again")
 
 
@@ -231,6 +232,7 @@ def _quantize_layers(
             )
             for name in names:
                 del samples[name]
+            return_free_memory()
             progress.update(len(names))
     samples.clear()
     quantized: list[dict[str, dict[str, torch.Tensor]]] = [{} for _ in configs]
@@ -270,7 +272,6 @@ def _quantize_group(
 
     tensors = {}
     for name, layer in layers.items():
-        weight = layer.weight.detach().float().movedim(1, -1) * dilation  # [N, K] or [N, KH, KW, K]
-        values, weight_scale = quantize_weight(weight)
+        values, weight_scale = quantize_dilated(layer.weight, dilation)
         tensors[name] = layer_tensors(layer, values, weight_scale, dilation, act_scale, act_zero_point, layer.bias)
     return tensors

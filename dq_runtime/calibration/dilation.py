@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from dq_runtime.calibration.temporal import by_group, rounded, temporal_quantizer
-from dq_runtime.weights import quantize_weight, shared_weight_dilation
+from dq_runtime.weights import in_parts, quantize_dilated, shared_weight_dilation
 
 # (a, b): s_k = (size of x_k)^a / (size of w_k)^b
 EXPONENTS = ((0.0, 0.5), (0.0, 0.75), (0.25, 0.25), (0.25, 0.5), (0.5, 0.25), (0.5, 0.5))
@@ -53,7 +53,7 @@ def joint_dilation(
     few = max(LEAST_ROWS, VALUES_PER_TIMESTEP // weights[0].shape[1])
     some = [part[:few] for part in per_timestep]
     size_x = torch.cat(some).square().mean(0).sqrt()
-    size_w = torch.stack([_rows(weight).abs().amax(0) for weight in weights]).amax(0)
+    size_w = torch.stack([_rows(part).abs().amax(0) for weight in weights for part in in_parts(weight)]).amax(0)
     none = torch.ones_like(size_x)
     candidates = [none, shared_weight_dilation(weights, max_dilation)]
     candidates += [_from_sizes(size_x, size_w, a, b, max_dilation) for a, b in EXPONENTS]
@@ -92,26 +92,22 @@ def _output_errors(
     factor = factors.repeat_interleave(rows)[:, None]
     group = torch.tensor(list(groups), device=x.device).repeat_interleave(rows)
     inputs = by_group(per_timestep, groups)
-    expected = [x @ _rows(weight).T for weight in weights]
+    parts = [part for weight in weights for part in in_parts(weight)]
+    expected = [x @ _rows(part).T for part in parts]
     errors = []
     for dilation in dilations:
         tables = temporal_quantizer(inputs, dilation, bits, scales)
         scale, zero_point = (table[group, None] for table in tables)
         quantized = rounded(x / dilation, scale, zero_point, bits)
         error = torch.zeros((), dtype=torch.float32, device=x.device)
-        for weight, y in zip(weights, expected, strict=True):
-            values, weight_scale = quantize_weight(_channels_last(weight) * dilation, scales)
-            restored = values * weight_scale.view(-1, *[1] * (weight.ndim - 1))
+        for part, y in zip(parts, expected, strict=True):
+            values, weight_scale = quantize_dilated(part, dilation, scales)
+            restored = values * weight_scale.view(-1, *[1] * (part.ndim - 1))
             error += ((quantized @ restored.flatten(0, -2).T - y).square() * factor).sum()
         errors.append(error)
     return torch.stack(errors)
 
 
-def _channels_last(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K, ...] -> [N, ..., K] fp32."""
-    return weight.detach().float().movedim(1, -1)
-
-
 def _rows(weight: torch.Tensor) -> torch.Tensor:
     """[N, K, ...] -> [N x taps, K] fp32."""
-    return _channels_last(weight).flatten(0, -2)
+    return weight.detach().float().movedim(1, -1).flatten(0, -2)

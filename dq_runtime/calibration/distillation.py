@@ -36,15 +36,18 @@ from dq_runtime.calibration.error_feedback import SecondMoments
 from dq_runtime.calibration.finished_blocks import ACTIVATIONS, FinishedBlocks, fingerprint, work_folder
 from dq_runtime.calibration.replay import (
     TensorStore,
+    activations_of,
     blocks_in_order,
     inputs_of,
     last_readers,
+    most_activations,
     outputs_of,
     sources_of,
     squared_error,
 )
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, simulated, states_of
 from dq_runtime.config import DilateQuantConfig
+from dq_runtime.free_memory import return_free_memory
 from dq_runtime.timesteps import TimestepGrid
 from dq_runtime.validation import boolean, integer, number, path, shown
 
@@ -55,6 +58,8 @@ LOSS_SCALE = 2.0**10  # keeps gradients of float16 UNets from underflowing; Adam
 FEW_SAMPLES = 4  # of one timestep
 LEARNING_RATES = 1e-12, 1e9  # the smallest and the largest
 STORED_BYTES = 2**32  # of targets, on disk; the rest is recomputed
+ACTIVATION_BYTES = 2**29  # of a block's samples that run together on a CPU
+KEPT_BYTES = 12  # for each value of a layer's output until the backward pass: three copies in fp32
 
 SampleLosses = Callable[[int], torch.Tensor]
 
@@ -130,7 +135,7 @@ ERROR_FEEDBACK = Distillation(iterations=0)
 def distil(
     unet: Any,
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    tensors: dict[str, dict[str, torch.Tensor]],
     sharing: Sequence[Sequence[str]],
     calibration_set: CalibrationSet,
     config: DilateQuantConfig,
@@ -140,12 +145,13 @@ def distil(
 
     Args:
         layers: the layers to quantize.
-        tensors: each layer's state dict after post-training quantization (see ``QuantizedLayer``).
+        tensors: each layer's state dict after post-training quantization (see ``QuantizedLayer``). The trained ones
+            take their places, block by block.
         sharing: groups of layer names. The layers of a group share their input and one input quantizer.
         config: with ``timesteps``.
 
     Returns:
-        the trained state dicts.
+        ``tensors``.
 
     Raises:
         ValueError: if ``settings.folder`` holds the blocks of another calibration, or another process calibrates in it.
@@ -153,7 +159,8 @@ def distil(
     assert config.timesteps is not None
     grid = TimestepGrid(config.timesteps).to(unet.device)
     samples = min(settings.samples, calibration_set.num_samples)
-    batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed)
+    at_once = _samples_at_once(unet, layers, calibration_set, settings)
+    batches = MixedBatches(calibration_set, samples, settings.batch_size, settings.seed, at_once)
     if batches.validation == batches.training:
         logger.warning(
             "Too few samples of some timesteps to hold any out: validation uses the training samples. Record more runs"
@@ -189,14 +196,42 @@ def distil(
                     layer.quantized = True
                     trainer.free_quantizers.discard(layer.input_quantizer)
                 trainer.store_outputs(name, blocks.pop(name))
+                if not settings.polish_iterations:
+                    tensors |= {n: layer.pack() for n, layer in block_layers.items()}
+                return_free_memory()
                 report(name, done, count)
+            if settings.polish_iterations:
+                store.clear()
+                wanted = settings.polish_iterations * settings.batch_size
+                batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed, at_once)
+                _Trainer(unet, simulated_layers, _own_part(batches), store, grid, settings).polish()
+                tensors |= {name: layer.pack() for name, layer in simulated_layers.items()}
         finally:
-            trainer.store.clear()
-        if settings.polish_iterations:
-            wanted = settings.polish_iterations * settings.batch_size
-            batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed)
-            _Trainer(unet, simulated_layers, _own_part(batches), trainer.store, grid, settings).polish()
-        return {name: layer.tensors() for name, layer in simulated_layers.items()}
+            store.clear()
+        return tensors
+
+
+def _samples_at_once(
+    unet: Any, layers: Mapping[str, nn.Module], calibration_set: CalibrationSet, settings: Distillation
+) -> int:
+    call = calibration_set.calls[0]
+    blocks = blocks_in_order(unet, layers.values(), call)
+    most = most_activations(blocks.values(), activations_of(unet, call))
+    return samples_at_once(unet.device, most, settings.batch_size)
+
+
+def samples_at_once(device: torch.device, activations: int, batch_size: int) -> int:
+    """The number of a batch's samples that run together.
+
+    A CPU is as fast with a few, so that their activations take ``ACTIVATION_BYTES`` at most. A GPU is not, and its
+    memory is the user's choice by ``batch_size``.
+
+    Args:
+        activations: values for one sample in the outputs of the largest block's layers.
+    """
+    if device.type != "cpu":
+        return batch_size
+    return max(1, min(batch_size, ACTIVATION_BYTES // (KEPT_BYTES * max(1, activations))))
 
 
 def _own_part(batches: MixedBatches) -> MixedBatches:
@@ -228,7 +263,7 @@ class _Trainer:
         self.indices = {i: grid.nearest(part.timestep, part.sample.shape[0], self.device) for i, part in parts}
         self.shares = {i: batches.share(i).to(self.device) for i in self.own}
         self.training, self.validation = batches.training, batches.validation
-        count = -(-ERROR_SAMPLES // settings.batch_size)
+        count = -(-ERROR_SAMPLES // batches.at_once)
         self.error_batches = range(max(0, len(batches) - count), len(batches))
         self.finished: dict[str, nn.Module] = {}  # blocks by name, whose outputs are read by later ones
         self.last_readers: Mapping[str, str] = {}  # block -> the last one that reads its output
@@ -246,6 +281,7 @@ class _Trainer:
             self._store_targets(blocks)
         start = self._feedback(blocks[name], layers) if self.settings.error_feedback else {}
         for layer in layers.values():
+            layer.unpack()
             layer.quantized = True
         present = self._error_of_timesteps(error)
         weights = {i: 1 / present[self.indices[i]] / self.shares[i] for i in self.own}
@@ -318,31 +354,38 @@ class _Trainer:
         name: str,
         losses_of: SampleLosses,
         layers: Mapping[str, SimulatedLayer],
-        start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        start: dict[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
         learning_rate: float,
     ) -> None:
         """Applies error feedback and training to layers, and keeps the best of the initial and the resulting states.
 
         Args:
-            start: weights after error feedback, where training starts. If empty, it starts from the present weights.
+            start: weights after error feedback, where training starts; it is emptied. If there are none, training
+                starts from the present weights.
         """
-        states = [states_of(layers)]
-        errors = [self._validate(losses_of)]
+        errors: list[float] = []
+
+        def keep() -> None:
+            """Notes the present state, on disk, and its error."""
+            self.store[_state(len(errors))] = states_of(layers)
+            errors.append(self._validate(losses_of))
+
+        keep()
         with ranks.progress_bar(total=iterations, desc=name) as progress:
             if start:
                 for layer_name, layer in layers.items():
                     layer.unfreeze(start[layer_name])
                     layer.freeze()
-                states.append(states_of(layers))
-                errors.append(self._validate(losses_of))
+                keep()
             if iterations:
                 scale = LOSS_SCALE / self.settings.batch_size / max(errors[0], torch.finfo(torch.float32).tiny)
                 self._descend(lambda i: scale * losses_of(i).sum(), layers, start, iterations, learning_rate, progress)
-                states.append(states_of(layers))
-                errors.append(self._validate(losses_of))
+                keep()
             best = min(range(len(errors)), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
-            set_states(layers, ranks.from_first(states[best]))  # the same bits on all ranks
+            set_states(layers, ranks.from_first(self.store[_state(best)]))  # the same bits on all ranks
+            for i in range(len(errors)):
+                del self.store[_state(i)]
             progress.set_postfix_str(f"squared error {errors[0]:.2g} -> {errors[best]:.2g}")
         if not errors[-1] <= errors[0]:
             logger.warning(
@@ -355,7 +398,7 @@ class _Trainer:
         self,
         loss_of: Callable[[int], torch.Tensor],
         layers: Mapping[str, SimulatedLayer],
-        start: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        start: dict[str, tuple[torch.Tensor, torch.Tensor]],
         iterations: int,
         learning_rate: float,
         progress: Any,
@@ -366,7 +409,7 @@ class _Trainer:
         in_steps: list[torch.Tensor] = [quantizer.zero_point for quantizer in quantizers]
         logarithms: list[torch.Tensor] = [quantizer.log_ratio for quantizer in quantizers]
         for name, layer in layers.items():
-            layer_in_steps, layer_logarithms = layer.unfreeze(start.get(name))
+            layer_in_steps, layer_logarithms = layer.unfreeze(start.pop(name, None))
             in_steps += layer_in_steps
             logarithms += layer_logarithms
         groups = [
@@ -378,19 +421,24 @@ class _Trainer:
         generator = torch.Generator().manual_seed(self.settings.seed)
         for parameter in (*in_steps, *logarithms):
             parameter.requires_grad_(True)
-        for batch in _shuffled(self.training, iterations, generator):
-            optimizer.zero_grad()
-            loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        in_a_step = -(-self.settings.batch_size // self.batches.at_once)  # batches, whose gradients add up
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        for i, batch in enumerate(_shuffled(self.training, iterations * in_a_step, generator), start=1):
             if batch in self.indices:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.autocast):
-                    loss = loss_of(batch)
-                loss.backward()
-            loss = _summed_over_ranks(loss, (*in_steps, *logarithms))
-            if not bool(loss.isfinite()):
-                break  # validation decides on this state
-            optimizer.step()
-            schedule.step()
-            progress.update()
+                    of_batch = loss_of(batch)
+                of_batch.backward()
+                loss += of_batch.detach()
+            if i % in_a_step == 0:
+                _add_over_ranks(loss, (*in_steps, *logarithms))
+                if not bool(loss.isfinite()):
+                    break  # validation decides on this state
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                progress.update()
+                loss.zero_()
+        del optimizer, schedule, groups, in_steps, logarithms  # before rounding, which needs memory, too
         for quantizer in quantizers:
             quantizer.requires_grad_(False)
         for layer in layers.values():
@@ -467,20 +515,23 @@ class _Trainer:
                 layer.quantized = True
 
 
-def _summed_over_ranks(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the ranks' losses. Gradients are replaced by their sums; ranks without samples have none yet."""
-    loss = loss.detach()
+def _add_over_ranks(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    """Replaces the loss and the gradients by their sums; ranks without samples have no gradients yet."""
     if ranks.count() > 1:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         ranks.add([loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)])
-    return loss
 
 
 def _target(block: str, batch: int) -> str:
     """The key of a block's target in the store."""
     return f"target_{block}_{batch}"
+
+
+def _state(number: int) -> str:
+    """The key of a state of the layers in training in the store."""
+    return f"state_{number}"
 
 
 def _shuffled(batches: Sequence[int], count: int, generator: torch.Generator) -> Iterator[int]:

@@ -23,11 +23,11 @@ class SecondMoments:
 
     def __init__(self, layer: SimulatedLayer) -> None:
         self.layer = layer
-        taps = layer.values[0, 0].numel()
+        taps = layer.weight[0, 0].numel()
         channels = max(1, MAX_COLUMNS // taps)
-        self.parts = [slice(start, start + channels) for start in range(0, layer.values.shape[1], channels)]
-        widths = [layer.values[0, part].numel() for part in self.parts]
-        self.sums = [torch.zeros(k, k, dtype=torch.float32, device=layer.values.device) for k in widths]
+        self.parts = [slice(start, start + channels) for start in range(0, layer.weight.shape[1], channels)]
+        widths = [layer.weight[0, part].numel() for part in self.parts]
+        self.sums = [torch.zeros(k, k, dtype=torch.float32, device=layer.weight.device) for k in widths]
 
     def add(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """A forward pre-hook that adds the layer's input."""
@@ -42,7 +42,7 @@ class SecondMoments:
         if isinstance(conv, nn.Linear):
             yield x[..., part].flatten(0, -2)
             return
-        taps = self.layer.values[0, 0].numel()
+        taps = self.layer.weight[0, 0].numel()
         at_once = max(1, PATCH_ELEMENTS // (x[0, part].numel() * taps))
         for images in x[:, part].split(at_once):
             padding: Any = conv.padding

@@ -180,5 +180,5 @@ def fingerprint(unet: nn.Module, batches: Iterable[RecordedCall], settings: Mapp
     return digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

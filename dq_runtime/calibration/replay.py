@@ -65,6 +65,28 @@ def blocks_in_order(model: nn.Module, layers: Iterable[nn.Module], call: Recorde
     return reached
 
 
+def activations_of(model: nn.Module, call: RecordedCall) -> dict[nn.Module, int]:
+    """The number of values for one sample in the outputs of each module without children, in a call of the model."""
+    values: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            values[module] = values.get(module, 0) + output.numel() // call.sample.shape[0]
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
+    try:
+        call.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return values
+
+
+def most_activations(blocks: Iterable[nn.Module], activations: Mapping[nn.Module, int]) -> int:
+    """Those of the block that has the most."""
+    return max(sum(activations.get(module, 0) for module in block.modules()) for block in blocks)
+
+
 @torch.no_grad()
 def inputs_of(
     model: nn.Module,

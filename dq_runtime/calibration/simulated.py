@@ -20,7 +20,7 @@ from dq_kernels.ops import unpack_int4
 from dq_runtime.config import DilateQuantConfig
 from dq_runtime.convert import replace_layers
 from dq_runtime.timesteps import TimestepGrid
-from dq_runtime.weights import layer_tensors, round_to_int4
+from dq_runtime.weights import in_parts, layer_tensors, round_to_int4
 
 TYPICAL_INPUT = 1 / 8  # relative to an activation quantizer's range
 
@@ -78,21 +78,35 @@ class _RoundWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, steps: torch.Tensor, ratio: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(steps, ratio, scale)
-        return round_to_int4(steps / ratio).mul_(ratio * scale)
+        weight = torch.empty_like(steps)
+        for some, part in _numbered_parts(steps):
+            weight[some] = round_to_int4(part / ratio[some]).mul_(ratio[some] * scale[some])
+        return weight
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         steps, ratio, scale = ctx.saved_tensors
-        grad = grad * scale
-        exact = steps / ratio
-        clamped = round_to_int4(exact)
-        through = (exact + 0.5).floor_().eq_(clamped).mul_(grad)
-        grad_ratio = _row_sum(clamped.mul_(grad).sub_(exact.mul_(through)))
-        return through, grad_ratio, None
+        grad_steps, grad_ratio = torch.empty_like(steps), torch.empty_like(ratio)
+        for some, part in _numbered_parts(steps):
+            part_grad = grad[some] * scale[some]
+            exact = part / ratio[some]
+            clamped = round_to_int4(exact)
+            through = (exact + 0.5).floor_().eq_(clamped).mul_(part_grad)
+            grad_ratio[some] = _row_sum(clamped.mul_(part_grad).sub_(exact.mul_(through)))
+            grad_steps[some] = through
+        return grad_steps, grad_ratio, None
 
 
 def _row_sum(x: torch.Tensor) -> torch.Tensor:
     return x.sum(tuple(range(1, x.ndim)), keepdim=True)
+
+
+def _numbered_parts(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The parts of ``in_parts``, each with its place among the rows."""
+    start = 0
+    for part in in_parts(weight):
+        yield slice(start, start + len(part)), part
+        start += len(part)
 
 
 class InputQuantizer(nn.Module):
@@ -136,11 +150,10 @@ class SimulatedLayer(nn.Module):
 
     Its weights are constant except between ``unfreeze`` and ``freeze``, when ``steps`` is trained. Constant weights are
     ``values``, int8, and ``unrounded``, fp16, where training resumes: weights close to the midpoint between two values
-    are the first to move.
+    are the first to move. Before ``unpack`` and after ``pack`` a layer holds four bits for a weight instead, since all
+    layers of a large model are there together.
     """
 
-    values: torch.Tensor
-    unrounded: torch.Tensor
     weight_scale: torch.Tensor
 
     def __init__(
@@ -155,8 +168,9 @@ class SimulatedLayer(nn.Module):
         self.log_ratio: torch.Tensor | None = None
         self.bias_steps: torch.Tensor | None = None
         self.register_buffer("weight_scale", _per_output(tensors["weight_scale"], layer.weight))
-        values = unpack_int4(tensors["packed_weight"])[..., : layer.weight.shape[1]].movedim(-1, 1).contiguous()
-        self._fix(self.dilated_weight() / self.weight_scale, values)
+        self._packed: torch.Tensor | None = tensors["packed_weight"]
+        self._values: torch.Tensor | None = None
+        self._unrounded: torch.Tensor | None = None
         self.register_buffer("fixed_bias", None if layer.bias is None else layer.bias.detach().float())
 
     @property
@@ -168,6 +182,32 @@ class SimulatedLayer(nn.Module):
     def bias(self) -> torch.Tensor | None:
         """The floating-point bias."""
         return self.layer.bias
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The constant weights in steps of their scale, int8, in the layout of the layer's own weights."""
+        if self._values is not None:
+            return self._values
+        assert self._packed is not None
+        return unpack_int4(self._packed)[..., : self.layer.weight.shape[1]].movedim(-1, 1).contiguous()
+
+    @property
+    def unrounded(self) -> torch.Tensor:
+        """The same before rounding, fp16."""
+        self.unpack()
+        assert self._unrounded is not None
+        return self._unrounded
+
+    def unpack(self) -> None:
+        """Holds the constant weights ready for passes and for training."""
+        if self._unrounded is None:
+            self._fix(self.dilated_weight() / self.weight_scale, self.values)
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """Holds four bits for a weight alone: the layer is not trained again. Returns its state dict (``tensors``)."""
+        tensors = self.tensors()
+        self._packed, self._values, self._unrounded = tensors["packed_weight"], None, None
+        return tensors
 
     def dilated_weight(self) -> torch.Tensor:
         """s_k w_nk, fp32, in the layout of the layer's own weights."""
@@ -189,6 +229,7 @@ class SimulatedLayer(nn.Module):
         steps, ratio = start or (self.unrounded, torch.ones_like(self.weight_scale))
         self.steps = steps.to(torch.float32, copy=True).requires_grad_()
         self.log_ratio = ratio.log().requires_grad_()
+        self._values = self._unrounded = None  # ``freeze`` makes others
         in_steps = [self.steps]
         if self.fixed_bias is not None:
             self.bias_steps = torch.zeros_like(self.fixed_bias).requires_grad_()
@@ -219,11 +260,11 @@ class SimulatedLayer(nn.Module):
 
     @torch.no_grad()
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restores tensors that ``state`` returned."""
-        device = self.values.device
+        """Restores tensors that ``state`` returned. They are copied: those of a mapped file would keep it in memory."""
+        device = self.weight_scale.device
         self._fix(state["unrounded"].to(device))
-        self.weight_scale = state["weight_scale"].to(device)
-        self.fixed_bias = state["bias"].to(device) if "bias" in state else None
+        self.weight_scale = state["weight_scale"].to(device, copy=True)
+        self.fixed_bias = state["bias"].to(device, copy=True) if "bias" in state else None
         self.input_quantizer.log_ratio.copy_(state["act_log_ratio"])
         self.input_quantizer.zero_point.copy_(state["act_zero_point"])
 
@@ -263,10 +304,14 @@ class SimulatedLayer(nn.Module):
 
     def _fix(self, steps: torch.Tensor, values: torch.Tensor | None = None) -> None:
         """Sets both forms of the weights; rounding to fp16 must not move one across the midpoint of two values."""
-        values = round_to_int4(steps.float()).to(torch.int8) if values is None else values
-        halves = steps.half()
-        self.register_buffer("values", values)
-        self.register_buffer("unrounded", torch.where(round_to_int4(halves.float()) == values, halves, values.half()))
+        fixed = torch.empty_like(steps, dtype=torch.int8) if values is None else values
+        unrounded = torch.empty_like(steps, dtype=torch.float16)
+        for some, part in _numbered_parts(steps):
+            if values is None:
+                fixed[some] = round_to_int4(part.float()).to(torch.int8)
+            halves = part.half()
+            unrounded[some] = torch.where(round_to_int4(halves.float()) == fixed[some], halves, fixed[some].half())
+        self._packed, self._values, self._unrounded = None, fixed, unrounded
 
 
 def _per_output(table: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

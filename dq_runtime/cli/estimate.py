@@ -1,7 +1,7 @@
 """Time and memory that a quantization will take, estimated from one measured call of the model.
 
-The estimates count forward and backward passes; the searches in each layer are left out, which are short for large
-models. The time of the blocks is corrected by each block that is finished.
+The estimates count forward and backward passes, and the candidates of the search for each weight's scale. The time of
+the blocks is corrected by each block that is finished.
 """
 
 from __future__ import annotations
@@ -18,19 +18,31 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dq_runtime.calibration import ranks
+from dq_runtime.calibration.batches import HELD_OUT
 from dq_runtime.calibration.collect import RecordedCall
-from dq_runtime.calibration.distillation import STORED_BYTES, Distillation
-from dq_runtime.calibration.replay import blocks_in_order, last_readers, sources_of
+from dq_runtime.calibration.distillation import KEPT_BYTES, STORED_BYTES, Distillation, samples_at_once
+from dq_runtime.calibration.replay import (
+    activations_of,
+    blocks_in_order,
+    last_readers,
+    most_activations,
+    sources_of,
+)
 from dq_runtime.cli.console import duration, say
 from dq_runtime.cli.drawing import repeated
+from dq_runtime.weights import in_parts, quantize_dilated
 
+CANDIDATES = 160  # scales of the weights in the comparison of dilations and in rounding
 TRAINING_STEP = 5.0  # forward passes: a forward and a backward pass with simulated quantizers
 PASSES = 8.0  # over all training samples: targets, second moments, errors, validations and outputs
 STATE_BYTES = 20  # a trained weight: it, its gradient, Adam's two moments and the original, in fp32
 # A call is timed with its own samples and, unless that takes long, with so many times as many.
 LARGER, SLOW = 4, 2.0  # times; seconds
+TIMED = 4  # candidates of a search that is timed
 MOST_OVERHEAD = 100  # a sample's time is at least this fraction of a call's time for each sample
-KEPT_COPIES = 3  # of each layer's output, in fp32, until the backward pass
+PACKED_BYTES = 0.5  # a weight that is not trained at the moment
+FILE_BYTES = 2  # a weight in a finished block's file
+PROCESS_BYTES = 6e8  # Python, torch and diffusers, on a CPU
 
 
 @dataclass(frozen=True)
@@ -39,21 +51,27 @@ class Probe:
 
     Attributes:
         overhead, seconds: of a call of B samples, which takes ``overhead + B seconds``.
+        device: of the model.
         blocks: seconds of each block in the call, in their order; only ratios are used.
+        search: seconds for one scale of each weight.
         weights: bytes of the model.
         parameters, activations: of the whole model: number of weights, and of values in all layers' outputs for one
             sample.
+        targets: bytes of all blocks' outputs for one sample.
         stored: bytes of finished blocks' outputs that are kept for later blocks, at most, and of a block's inputs, for
             one sample.
         block_parameters, block_activations: the largest over the blocks.
     """
 
+    device: torch.device
     overhead: float
     seconds: float
     blocks: dict[str, float]
+    search: float
     weights: int
     parameters: int
     activations: int
+    targets: int
     stored: int
     block_parameters: int
     block_activations: int
@@ -68,6 +86,7 @@ class Estimate:
     """Seconds of each part, and bytes."""
 
     collecting: float
+    searching: float
     blocks: float
     polish: float
     memory: float
@@ -76,7 +95,7 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """All parts together."""
-        return self.collecting + self.blocks + self.polish
+        return self.collecting + self.searching + self.blocks + self.polish
 
 
 def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Probe:
@@ -88,13 +107,8 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
     blocks = blocks_in_order(model, layers.values(), call)  # also the first, slower call
     overhead, seconds = _time_of_calls(model, call)
     rows = call.sample.shape[0]
-    values: dict[nn.Module, int] = {}
     returned = dict.fromkeys(blocks, 0)  # bytes for one sample
     spent, started = dict.fromkeys(blocks, 0.0), dict.fromkeys(blocks, 0.0)
-
-    def count(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            values[module] = values.get(module, 0) + output.numel() // rows
 
     def start(name: str) -> Callable[..., None]:
         return lambda *_: started.__setitem__(name, _now(model.device))
@@ -107,24 +121,24 @@ def probe(model: Any, layers: Mapping[str, nn.Module], call: RecordedCall) -> Pr
         return note
 
     with ExitStack() as stack:
-        for module in model.modules():
-            if not list(module.children()):
-                stack.callback(module.register_forward_hook(count).remove)
         for name, block in blocks.items():
             stack.callback(block.register_forward_pre_hook(start(name)).remove)
             stack.callback(block.register_forward_hook(stop(name)).remove)
-        call.run(model)
+        values = activations_of(model, call)
     tensors = [*model.parameters(), *model.buffers()]
     return Probe(
+        device=model.device,
         overhead=overhead,
         seconds=seconds,
         blocks=spent,
+        search=_time_of_search(layers),
         weights=sum(tensor.nbytes for tensor in tensors),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         activations=sum(values.values()),
+        targets=sum(returned.values()),
         stored=_stored(returned, sources_of(model, blocks, call)),
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks.values()),
-        block_activations=max(sum(values.get(m, 0) for m in block.modules()) for block in blocks.values()),
+        block_activations=most_activations(blocks.values(), values),
     )
 
 
@@ -137,6 +151,15 @@ def _stored(returned: Mapping[str, int], sources: Mapping[str, set[str]]) -> int
         + sum(returned[source] for source in sources[name])
         for name in returned
     )
+
+
+def _time_of_search(layers: Mapping[str, nn.Module]) -> float:
+    """Seconds for one candidate of the scale of each weight, from a part of the largest."""
+    weights: list[Any] = [layer.weight for layer in layers.values()]
+    part = next(in_parts(max(weights, key=lambda weight: weight.numel())))
+    dilation = torch.ones(part.shape[1], device=part.device)
+    seconds = min(_seconds(lambda: quantize_dilated(part, dilation, TIMED), part.device) for _ in range(2)) / TIMED
+    return seconds / part.numel() * sum(weight.numel() for weight in weights)
 
 
 def _time_of_calls(model: Any, call: RecordedCall) -> tuple[float, float]:
@@ -163,22 +186,26 @@ def estimate(
     rows = calls * call_rows
     samples = min(settings.samples, rows)
     batch = min(settings.batch_size, samples)
-    batches = math.ceil(samples / batch)
-    batch = math.ceil(batch / ranks.count())  # this rank's part
-    forward = measured.seconds_of(batch)
-    blocks = forward * (PASSES * batches + TRAINING_STEP * settings.iterations)
+    own = math.ceil(batch / ranks.count())  # this rank's part
+    at_once = min(own, samples_at_once(measured.device, measured.block_activations, batch))
+    forward = own / at_once * measured.seconds_of(at_once)
+    blocks = forward * (PASSES * math.ceil(samples / batch) + TRAINING_STEP * settings.iterations)
     polish = forward * (1 + TRAINING_STEP) * settings.polish_iterations
     collecting = math.ceil(calls / ranks.count()) * measured.seconds_of(call_rows)
-    training: float = measured.weights + STATE_BYTES * measured.block_parameters
-    training += 4 * KEPT_COPIES * batch * measured.block_activations
+    searching = (
+        collecting + CANDIDATES * measured.search / ranks.count()
+    )  # the calls run once more, for the layers' inputs
+    held = measured.weights + (PROCESS_BYTES if measured.device.type == "cpu" else 0)
+    training = held + PACKED_BYTES * measured.parameters + STATE_BYTES * measured.block_parameters
+    training += KEPT_BYTES * at_once * measured.block_activations
     if settings.polish_iterations:
         # With gradient checkpointing a block's activations are computed again.
         kept = measured.activations / max(1, len(measured.blocks)) + measured.block_activations
-        whole = measured.weights + STATE_BYTES * measured.parameters + 4 * KEPT_COPIES * batch * kept
-        training = max(training, whole)
-    targets = min(STORED_BYTES, 4 * samples * measured.activations)
-    disk = rows * row_bytes + targets + samples * measured.stored
-    return Estimate(collecting, blocks, polish, max(training, measured.weights + others), disk)
+        training = max(training, held + STATE_BYTES * measured.parameters + KEPT_BYTES * at_once * kept)
+    drawn = samples + samples / HELD_OUT
+    disk = rows * row_bytes + min(STORED_BYTES, drawn * measured.targets) + drawn * measured.stored
+    disk += FILE_BYTES * measured.parameters
+    return Estimate(collecting, searching, blocks, polish, max(training, held + others), disk)
 
 
 class Remaining:

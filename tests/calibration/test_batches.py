@@ -56,6 +56,15 @@ def timestep_of_each(calls):
     return found
 
 
+def test_fewer_at_once_are_the_same_samples():
+    calls = CalibrationSet(numbered_calls([10.0, 500.0], batch=40))
+    whole, apart = MixedBatches(calls, 32, 8, seed=3), MixedBatches(calls, 32, 8, seed=3, at_once=3)
+
+    assert {len(numbers(batch)) for batch in apart} <= {1, 2, 3}
+    for part in ("training", "validation"):
+        assert drawn(whole, getattr(whole, part)) == drawn(apart, getattr(apart, part))
+
+
 def scheduler_with_roots(roots):
     """A scheduler under which the importances of these timesteps are the squares of ``roots``."""
     alphas, level = torch.full((1000,), 0.5, dtype=torch.float64), 0.0

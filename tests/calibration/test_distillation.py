@@ -397,6 +397,37 @@ def test_blocks_run_once_for_each_batch_before_their_training_and_once_after(pla
     assert len(set(numbers.values())) == 1
 
 
+def test_layers_hold_more_than_four_bits_a_weight_in_their_block_alone(plain, monkeypatch):
+    unpacked, original = [], distillation._Trainer.distil
+
+    def distil(self, name, blocks, layers):
+        original(self, name, blocks, layers)
+        held = {other for other, layer in self.layers.items() if layer._values is not None}
+        unpacked.append(held == layers.keys())
+
+    monkeypatch.setattr(distillation._Trainer, "distil", distil)
+    assert_same_state(plain.distil(), plain.distilled)
+    assert unpacked == [True] * 6
+
+
+def test_samples_whose_activations_do_not_fit_run_apart_and_train_together(plain, monkeypatch):
+    batches, steps = [], []
+    call_block, step = distillation._Trainer._call_block, torch.optim.Adam.step
+
+    def counted(self, block, i):
+        batches.append(len(self.indices[i]))
+        return call_block(self, block, i)
+
+    monkeypatch.setattr(distillation._Trainer, "_call_block", counted)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: steps.append(self) or step(self, *args))
+    monkeypatch.setattr(distillation, "ACTIVATION_BYTES", 1)
+    apart = plain.distil()
+
+    assert set(batches) == {1}
+    assert len(steps) == 2 * 6
+    assert plain.error(apart) == pytest.approx(plain.error(plain.distilled), rel=0.1)
+
+
 def test_what_no_later_block_reads_is_deleted(plain, monkeypatch):
     """At the end of the last block nothing is left."""
     left = []

@@ -107,6 +107,7 @@ def learn(stand_in, seed=2):
     def uniform(parameter, width):
         return width * (2 * torch.rand(parameter.shape, generator=generator) - 1)
 
+    values = stand_in.values
     stand_in.unfreeze()
     quantizer = stand_in.input_quantizer
     with torch.no_grad():
@@ -115,7 +116,7 @@ def learn(stand_in, seed=2):
             torch.tensor([quantizer.low - 2.3, quantizer.high + 1.2, (quantizer.low + quantizer.high) // 2 + 0.3])
         )
         stand_in.log_ratio.copy_(uniform(stand_in.log_ratio, 0.3))
-        whole = stand_in.values + torch.randint(-4, 5, stand_in.values.shape, generator=generator)
+        whole = values + torch.randint(-4, 5, values.shape, generator=generator)
         stand_in.steps.copy_(between(whole, generator) * stand_in.log_ratio.exp())
         if stand_in.bias_steps is not None:
             stand_in.bias_steps.copy_(uniform(stand_in.bias_steps, 3.0))
@@ -282,6 +283,23 @@ def test_unfreezing_and_freezing_without_a_step_changes_nothing(kind):
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert stand_in.values.dtype == torch.int8
+
+
+def test_packed_it_computes_the_same_from_four_bits(kind):
+    stand_in, _ = simulated_layer(kind, 8)
+    stand_in.unfreeze((stand_in.unrounded + 1.2, torch.full_like(stand_in.weight_scale, 1.1)))
+    stand_in.freeze()
+    stand_in.quantized = True
+    x = inputs(stand_in, LAYERS[kind][1])
+    expected, tensors = stand_in(x), stand_in.tensors()
+
+    packed = stand_in.pack()
+
+    assert torch.equal(stand_in(x), expected)
+    assert (stand_in._values, stand_in._unrounded) == (None, None)
+    assert packed.keys() == tensors.keys()
+    assert all(torch.equal(packed[name], tensors[name]) for name in tensors)
+    assert stand_in._packed is packed["packed_weight"]
 
 
 def test_weight_just_below_the_middle_of_two_values_keeps_its_value():

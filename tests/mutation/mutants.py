@@ -940,8 +940,8 @@ CALIBRATION = [
     ),
     Mutant(
         "weights_symmetric_range", "dq_runtime/weights.py",
-        "clamp_(INT4_MIN, INT4_MAX)",
-        "clamp_(-INT4_MAX, INT4_MAX)",
+        "(steps + 0.5).floor_().clamp_(INT4_MIN, INT4_MAX)",
+        "(steps + 0.5).floor_().clamp_(-INT4_MAX, INT4_MAX)",
         ("tests/runtime/test_weights.py",), "test_the_negative_end_of_four_bits_is_used",
     ),
     Mutant(

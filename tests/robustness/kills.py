@@ -1,10 +1,12 @@
 """Kills saves, and calibrations that can be resumed, at random moments; prints what they leave.
 
-    PYTHONPATH=tests/support python tests/robustness/kills.py [--kills 50]
+    PYTHONPATH=tests/support python tests/robustness/kills.py [--kills 50] [--only quantize]
 
 Saves of a checkpoint, in a single file and in shards, and of a calibration set replace an older one: the old or the new
 one must be there, whole. A killed block-wise distillation is repeated: the result must be that of an undisturbed one,
-bit for bit. Half of the kills of a distillation come at a file operation, and so do more of a save, one at each.
+bit for bit. Half of the kills of a distillation come at a file operation, and so do more of a save, one at each. The
+command ``dq-runtime quantize`` is killed at random moments of a whole run and repeated: its folder must hold the bytes
+of an undisturbed run's, and nothing may lie beside it.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import collections
 import copy
 import logging
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +24,7 @@ import distilling
 import torch
 from diffusers.utils import logging as diffusers_logging
 from killed_saves import killed_after, killed_at_event, loaded_from, number_of_events
+from tiny_pipeline import SHORT, save_pipeline
 from tiny_unets import unet2d_condition
 
 import dq_runtime
@@ -116,22 +120,76 @@ def kill_distillations(kills, results):
             check_left(folder / "activations", [])
 
 
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def kill_commands(kills, results):
+    with tempfile.TemporaryDirectory() as parent:
+        outputs, errors = Path(parent) / "outputs", Path(parent) / "errors"
+        outputs.mkdir()
+        source = save_pipeline(Path(parent), block_out_channels=(16, 32), norm_num_groups=4)
+        prompts = Path(parent) / "prompts.txt"
+        prompts.write_text("a cat\na dog\na hat\n")
+
+        def start(output):
+            command = [sys.executable, "-m", "dq_runtime", "quantize", source, "-o", output, "--prompts", prompts]
+            return subprocess.Popen([*command, *SHORT, "--preset", "balanced"], stderr=errors.open("w"))
+
+        def run(output):
+            if start(output).wait():
+                sys.exit(f"quantize failed: {errors.read_text()}")
+
+        seconds = seconds_of(lambda: run(outputs / "undisturbed"))
+        expected, draw = contents(outputs / "undisturbed"), random.Random(0)
+        for number in range(kills):
+            output = outputs / str(number)
+            process = start(output)
+            try:
+                process.wait(draw.uniform(0, seconds))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            work = output.with_name(f"{output.name}.work")
+            if output.exists():
+                moment = "at its end"
+            elif list((work / "blocks").glob("*.safetensors")):
+                moment = "with finished blocks"
+            else:
+                moment = "with recorded calls" if (work / "calls.safetensors").exists() else "before its calls"
+            if not output.exists():
+                run(output)
+            found = "new" if contents(output) == expected else "another result"
+            results["quantize", f"killed {moment}", found] += 1
+        check_left(outputs, sorted(["undisturbed", *map(str, range(kills))]))
+
+
 def check_left(folder, names):
     left = sorted(path.name for path in folder.iterdir())
     if left != names:
         sys.exit(f"left behind: {left}")
 
 
+KINDS = {
+    "checkpoints": kill_checkpoints,
+    "calibration sets": kill_calibration_sets,
+    "distillations": kill_distillations,
+    "quantize": kill_commands,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="at random, of each of the four kinds")
-    kills = parser.parse_args().kills
+    parser.add_argument("--kills", type=int, default=50, help="at random, of each of the five kinds")
+    parser.add_argument("--only", choices=KINDS)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     diffusers_logging.disable_progress_bar()
     results = collections.Counter()
-    for kill in (kill_checkpoints, kill_calibration_sets, kill_distillations):
-        kill(kills, results)
+    for kind, kill in KINDS.items():
+        if arguments.only in (None, kind):
+            kill(arguments.kills, results)
     for (kind, way, found), count in sorted(results.items()):
         print(f"{kind}, {way}: {found} {count}")
     if {found for _, _, found in results} - {"old", "new"}:

@@ -86,6 +86,16 @@ def test_layers_that_read_one_tensor_have_one_dilation(folder):
     assert dilated
 
 
+def is_alone(tensor):
+    """True if nothing but the tensor is in its memory: one of a mapped file would keep all of that there."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_no_tensor_keeps_its_file_in_memory(folder):
+    unet = load(folder, modules_to_not_convert=["conv_in", "mid_block"])
+    assert [name for name, tensor in unet.state_dict().items() if not is_alone(tensor)] == []
+
+
 def test_weights_wait_for_their_group_alone(unet2d_condition, monkeypatch, folder):
     """So the peak of memory is a shard, and the packed model."""
     waiting, add = [], WeightsOnLoading.add
@@ -93,6 +103,7 @@ def test_weights_wait_for_their_group_alone(unet2d_condition, monkeypatch, folde
     def counted(self, *arguments):
         add(self, *arguments)
         waiting.append(len(self._waiting))
+        assert all(is_alone(weight) for weight in self._waiting.values())
 
     monkeypatch.setattr(WeightsOnLoading, "add", counted)
     load(folder)

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dq_kernels import reference
 from dq_kernels.packing import pack_int4
-from dq_runtime import QuantConv2d, QuantLinear
+from dq_runtime import QuantConv2d, QuantLinear, weights
 from dq_runtime.timesteps import TimestepGrid
-from dq_runtime.weights import layer_tensors, quantize_weight
+from dq_runtime.weights import in_parts, layer_tensors, quantize_dilated, quantize_weight, weight_dilation
 
 
 def random_weight(*shape, seed=0):
@@ -100,6 +102,44 @@ def test_each_output_channel_is_on_its_own():
         alone_values, alone_scale = quantize_weight(weight[n : n + 1])
         assert torch.equal(alone_values[0], values[n])
         assert torch.equal(alone_scale[0], scale[n])
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (7, 5, 3, 3), (1, 9)], ids=str)
+def test_a_weight_in_parts_has_the_values_of_the_whole(shape, monkeypatch):
+    weight = random_weight(*shape)
+    dilation = weight_dilation(weight, 8.0)
+    values, scale = quantize_dilated(weight, dilation)
+    expected_values, expected_scale = quantize_weight(weight.movedim(1, -1) * dilation)
+
+    monkeypatch.setattr(weights, "WEIGHTS_AT_ONCE", 2 * weight[0].numel())
+    assert len(list(in_parts(weight))) == -(-len(weight) // 2)
+
+    assert torch.equal(weight_dilation(weight, 8.0), dilation)
+    for found in ((values, scale), quantize_dilated(weight, dilation)):
+        assert torch.equal(found[0], expected_values)
+        assert torch.equal(found[1], expected_scale)
+
+
+class LargestInFp32(TorchDispatchMode):
+    """The largest number of elements of any fp32 tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        in_fp32 = [leaf for leaf in tree_leaves(result) if getattr(leaf, "dtype", None) == torch.float32]
+        self.elements = max([self.elements, *(leaf.numel() for leaf in in_fp32)])
+        return result
+
+
+def test_a_large_weight_has_no_copies_in_fp32(monkeypatch):
+    weight = random_weight(40, 10, 3, 3).half()
+    monkeypatch.setattr(weights, "WEIGHTS_AT_ONCE", 500)
+
+    with LargestInFp32() as largest:
+        quantize_dilated(weight, weight_dilation(weight, 8.0))
+
+    assert 90 <= largest.elements <= 500
 
 
 def test_a_channel_times_a_power_of_two_has_the_same_values():
