@@ -210,3 +210,16 @@ def test_an_interrupted_report_compares_the_modes_that_ran(tmp_path):
     file.write_text(json.dumps({"a": PASSED}))
 
     assert run.compare(tmp_path, MODULE)["counts"] == {"stock": {"tests": 1, "passed": 1, "with_quantized": 0}}
+
+
+@pytest.mark.parametrize(("tests_version", "kept"), [("1.0", True), ("0.9", False)])
+def test_a_report_keeps_files_of_tests_that_ran_before_with_the_same_versions(tmp_path, tests_version, kept):
+    init = tmp_path / "src/diffusers/__init__.py"
+    init.parent.mkdir(parents=True)
+    init.write_text('__version__ = "1.0"')
+    report = run.new_report(tmp_path, tmp_path / "report.json")
+    report["environment"]["date"] = "2026-01-01"
+    earlier = report | {"tests_version": tests_version, "modules": {MODULE: {"counts": {}, "differences": []}}}
+    (tmp_path / "report.json").write_text(json.dumps(earlier))
+
+    assert (MODULE in run.new_report(tmp_path, tmp_path / "report.json")["modules"]) is kept
