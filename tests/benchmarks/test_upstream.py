@@ -16,6 +16,9 @@ from pathlib import Path
 vars(sys)["path"].insert(1, str(Path(__file__).parents[1] / "src"))  # as diffusers' does
 """
 TESTS = """
+import random
+
+import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
@@ -47,6 +50,15 @@ def test_random_numbers_and_mode_are_those_of_a_stock_unet():
     UNet2DModel.__init__.__wrapped__(UNet2DModel.__new__(UNet2DModel), **SMALL, **BLOCKS)
     expected = torch.rand(1)
     assert unet().training and torch.equal(torch.rand(1), expected)
+
+
+def test_begins_with_the_random_numbers_of_every_test():
+    torch.rand(1), np.random.rand(), random.random()
+
+
+def test_begins_with_the_random_numbers_of_every_test_again():
+    assert torch.initial_seed() == 0 and torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(0))
+    assert np.random.rand() == np.random.RandomState(0).rand() and random.random() == random.Random(0).random()
 
 
 def test_the_same_weights_give_the_same_tensors():
