@@ -46,6 +46,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # many tests collect garbage: not the imported libraries again each time
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 class Outcomes:
     """Collects the outcomes: test -> outcome, the error, and what happened to its UNets."""
 

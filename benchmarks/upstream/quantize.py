@@ -91,6 +91,7 @@ class Quantization:
         self.quantized += 1
         if self.fused:
             dq_runtime.fuse(unet)
+            unet.eval()  # as from_pretrained does: in training mode no block would run fused
 
     def _quantize(self, unet: Any) -> None:
         """Calibrates; a UNet with known weights gets the tensors of the first one."""
