@@ -87,6 +87,11 @@ def test_a_unet_whose_inputs_are_unknown_stays_as_it_is():
     assert not is_quantized(model)
 
 
+def test_a_unet_that_appends_an_image_to_the_sample_is_quantized():
+    image = {"encoder_hid_dim": 8, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image_hint"}
+    assert is_quantized(UNet2DConditionModel(**SMALL, **BLOCKS, **image, in_channels=8, cross_attention_dim=8))
+
+
 def test_a_large_unet_stays_as_it_is(monkeypatch):
     monkeypatch.setattr("benchmarks.upstream.quantize.MOST_PARAMETERS", 10)
     assert not is_quantized(unet())
