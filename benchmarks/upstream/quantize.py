@@ -24,6 +24,7 @@ from dq_runtime.layers import is_quantized, quantized_layers
 
 TIMESTEPS = (1, 999)
 BATCH, TOKENS, LARGEST_SIDE = 2, 7, 16
+HINT_CHANNELS = 4  # of the channels that conv_in reads, those that the UNet makes of an image
 MOST_PARAMETERS = 20_000_000  # a few tests create UNets of the size of Stable Diffusion's
 CONFIG = dq_runtime.DilateQuantConfig(dilation="none")
 
@@ -91,6 +92,7 @@ class Quantization:
         self.quantized += 1
         if self.fused:
             dq_runtime.fuse(unet)
+            unet.eval()  # as from_pretrained does: in training mode no block would run fused
 
     def _quantize(self, unet: Any) -> None:
         """Calibrates; a UNet with known weights gets the tensors of the first one."""
@@ -170,6 +172,7 @@ def _add_conditions(config: Any, inputs: dict[str, Any], side: int) -> None:
         added["image_embeds"] = torch.randn(BATCH, width)
         if kind == "image_hint":
             added["hint"] = torch.rand(BATCH, 3, 8 * side, 8 * side)
+            inputs["sample"] = inputs["sample"][:, :-HINT_CHANNELS]
         if kind == "text_image":
             added["text_embeds"] = torch.randn(BATCH, width)
     elif kind not in (None, "text"):

@@ -5,7 +5,8 @@
 The checkout gives the tests; the library is the installed diffusers. Nothing is downloaded, and nothing is written into
 the checkout. Each file of tests runs once in each mode, in a process of one thread. Outcomes are kept in ``--folder``;
 after an interruption, or a change of ``verdicts.json``, the same command runs only what is missing there. The report is
-written after each file, to ``--output``. The exit code is 1 if a difference is a bug or has no verdict.
+written after each file, to ``--output``; files of tests that did not run this time keep their part of a report of the
+same versions. The exit code is 1 if a difference is a bug or has no verdict.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,25 @@ def version_of(checkout: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
+def new_report(checkout: Path, output: Path) -> dict[str, Any]:
+    """A report with the modules of the one in ``output`` if that is of the same tests, machine and versions."""
+    report: dict[str, Any] = {
+        "environment": environment.describe() | {"threads": 1},
+        "tests_version": version_of(checkout),
+        "modules": {},
+    }
+    if output.exists():
+        earlier = json.loads(output.read_text())
+        if _origin(earlier) == _origin(report):
+            report["modules"] = earlier["modules"]
+    return report
+
+
+def _origin(report: Mapping[str, Any]) -> dict[str, Any]:
+    """All that two runs must share for their outcomes to stand in one report: everything but the date."""
+    return {**report["environment"], "date": None, "tests_version": report["tests_version"]}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--diffusers", type=Path, required=True, help="a checkout of diffusers")
@@ -131,11 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "upstream.json")
     options = parser.parse_args(arguments)
     checkout = options.diffusers.resolve()
-    report: dict[str, Any] = {
-        "environment": environment.describe() | {"threads": 1},
-        "tests_version": version_of(checkout),
-        "modules": {},
-    }
+    report = new_report(checkout, options.output)
     for module in options.module or MODULES:
         for mode in ("stock",) if module == QUANTIZATION else MODES:
             outcomes = outcomes_of(options.folder, module, mode)

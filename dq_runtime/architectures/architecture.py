@@ -73,6 +73,10 @@ class Architecture:
         """The module whose calls are recorded and whose layers are quantized."""
         return model.get_submodule(self.entry_name)
 
+    def looks_up_timestep(self, model: nn.Module) -> bool:
+        """True if the timestep is an index, so an integer, into learned embeddings."""
+        return isinstance(getattr(self.entry(model), "time_proj", None), nn.Embedding)
+
     def is_block(self, module: nn.Module) -> bool:
         """True if distillation trains the module as one block."""
         return is_a(module, *self.blocks) and not self.taken_apart(module)

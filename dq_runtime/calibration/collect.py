@@ -79,7 +79,8 @@ class RecordedCall:
         arguments = {architecture.sample: self.sample, **self.arguments}
         arguments = tree_map_only(torch.Tensor, place, arguments)
         if architecture.timestep is not None:
-            arguments[architecture.timestep] = self.timestep.to(device)
+            index = architecture.looks_up_timestep(model)
+            arguments[architecture.timestep] = self.timestep.to(device, torch.long if index else None)
         return architecture.entry(model)(**arguments)
 
 

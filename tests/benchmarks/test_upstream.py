@@ -16,6 +16,9 @@ from pathlib import Path
 vars(sys)["path"].insert(1, str(Path(__file__).parents[1] / "src"))  # as diffusers' does
 """
 TESTS = """
+import random
+
+import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
@@ -42,11 +45,21 @@ def test_a_new_unet_is_quantized_and_fused():
     assert is_quantized(unet()) and is_fused(unet())
 
 
-def test_random_numbers_and_mode_are_those_of_a_stock_unet():
+def test_random_numbers_are_those_of_a_stock_unet():
     torch.manual_seed(0)
     UNet2DModel.__init__.__wrapped__(UNet2DModel.__new__(UNet2DModel), **SMALL, **BLOCKS)
     expected = torch.rand(1)
-    assert unet().training and torch.equal(torch.rand(1), expected)
+    assert not unet().training, "it would run unfused"
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_begins_with_the_random_numbers_of_every_test():
+    torch.rand(1), np.random.rand(), random.random()
+
+
+def test_begins_with_the_random_numbers_of_every_test_again():
+    assert torch.initial_seed() == 0 and torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(0))
+    assert np.random.rand() == np.random.RandomState(0).rand() and random.random() == random.Random(0).random()
 
 
 def test_the_same_weights_give_the_same_tensors():
@@ -72,6 +85,11 @@ def test_a_unet_whose_inputs_are_unknown_stays_as_it_is():
         **SMALL, **BLOCKS, **text_time, cross_attention_dim=8, projection_class_embeddings_input_dim=8
     )
     assert not is_quantized(model)
+
+
+def test_a_unet_that_appends_an_image_to_the_sample_is_quantized():
+    image = {"encoder_hid_dim": 8, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image_hint"}
+    assert is_quantized(UNet2DConditionModel(**SMALL, **BLOCKS, **image, in_channels=8, cross_attention_dim=8))
 
 
 def test_a_large_unet_stays_as_it_is(monkeypatch):
@@ -210,3 +228,16 @@ def test_an_interrupted_report_compares_the_modes_that_ran(tmp_path):
     file.write_text(json.dumps({"a": PASSED}))
 
     assert run.compare(tmp_path, MODULE)["counts"] == {"stock": {"tests": 1, "passed": 1, "with_quantized": 0}}
+
+
+@pytest.mark.parametrize(("tests_version", "kept"), [("1.0", True), ("0.9", False)])
+def test_a_report_keeps_files_of_tests_that_ran_before_with_the_same_versions(tmp_path, tests_version, kept):
+    init = tmp_path / "src/diffusers/__init__.py"
+    init.parent.mkdir(parents=True)
+    init.write_text('__version__ = "1.0"')
+    report = run.new_report(tmp_path, tmp_path / "report.json")
+    report["environment"]["date"] = "2026-01-01"
+    earlier = report | {"tests_version": tests_version, "modules": {MODULE: {"counts": {}, "differences": []}}}
+    (tmp_path / "report.json").write_text(json.dumps(earlier))
+
+    assert (MODULE in run.new_report(tmp_path, tmp_path / "report.json")["modules"]) is kept

@@ -7,6 +7,7 @@ from dataclasses import replace
 import distilling
 import pytest
 import tiny_models
+import tiny_unets
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.models.autoencoders.vae import Decoder
@@ -105,6 +106,18 @@ def test_joint_dilation_judges_by_all_that_the_model_returns():
     subject = subject_of("controlnet")
 
     assert 0 < subject.error(subject.calibrated(dilation="joint")) < 0.05
+
+
+def test_timesteps_are_looked_up_in_a_table_of_learned_embeddings():
+    unet = tiny_unets.unet2d(time_embedding_type="learned", num_train_timesteps=1000)
+    with torch.no_grad(), dq_runtime.record(unet) as calibration_set:
+        expected = [unet(normal(2, 3, 8, 8), timestep).sample for timestep in (1, torch.tensor([999, 1]))]
+
+    for call, output in zip(calibration_set.calls, expected, strict=True):
+        assert torch.equal(call.run(unet).sample, output)
+    fuse(dq_runtime.calibrate(unet, calibration_set, DilateQuantConfig(dilation="none"), distillation=None))
+    for call, output in zip(calibration_set.calls, expected, strict=True):
+        assert 0 < squared_error(call.run(unet).sample, output).mean() < 0.05 * output.square().mean()
 
 
 def test_a_short_distillation_helps(subject):
