@@ -37,7 +37,7 @@ PASSES = 8.0  # over all training samples: targets, second moments, errors, vali
 STATE_BYTES = 20  # a trained weight: it, its gradient, Adam's two moments and the original, in fp32
 # A call is timed with its own samples and, unless that takes long, with so many times as many.
 LARGER, SLOW = 4, 2.0  # times; seconds
-TIMED = 4  # candidates of a search that is timed
+TIMED = 16  # candidates of a search that is timed
 MOST_OVERHEAD = 100  # a sample's time is at least this fraction of a call's time for each sample
 PACKED_BYTES = 0.5  # a weight that is not trained at the moment
 FILE_BYTES = 2  # a weight in a finished block's file
