@@ -165,7 +165,7 @@ def main() -> None:
         results["estimate"] = {
             "seconds": expected.seconds, "memory_mb": expected.memory / 1e6, "disk_mb": expected.disk / 1e6,
         }  # fmt: skip
-        results["probe"] = asdict(measured)
+        results["probe"] = asdict(measured) | {"device": str(measured.device)}
         print(results["estimate"], flush=True)
         for function, name in STAGES.items():
             original = getattr(calibration, function)

@@ -33,15 +33,18 @@ from dq_runtime.cli.drawing import repeated
 from dq_runtime.weights import in_parts, quantize_dilated
 
 CANDIDATES = 160  # scales of the weights in the comparison of dilations and in rounding
+FEEDBACK = 250  # error feedback takes the time of so many candidates, measured on SD1.5's UNet
 TRAINING_STEP = 5.0  # forward passes: a forward and a backward pass with simulated quantizers
 PASSES = 8.0  # over all training samples: targets, second moments, errors, validations and outputs
 STATE_BYTES = 20  # a trained weight: it, its gradient, Adam's two moments and the original, in fp32
 # A call is timed with its own samples and, unless that takes long, with so many times as many.
 LARGER, SLOW = 4, 2.0  # times; seconds
-TIMED = 4  # candidates of a search that is timed
+TIMED = 16  # candidates of a search that is timed
 MOST_OVERHEAD = 100  # a sample's time is at least this fraction of a call's time for each sample
+BLOCK_BYTES = 32  # a weight of the block in training, with the temporary copies of its largest layer
 PACKED_BYTES = 0.5  # a weight that is not trained at the moment
 FILE_BYTES = 2  # a weight in a finished block's file
+KEPT_STATES = 3  # of the block in training, on disk
 PROCESS_BYTES = 6e8  # Python, torch and diffusers, on a CPU
 
 
@@ -190,13 +193,14 @@ def estimate(
     at_once = min(own, samples_at_once(measured.device, measured.block_activations, batch))
     forward = own / at_once * measured.seconds_of(at_once)
     blocks = forward * (PASSES * math.ceil(samples / batch) + TRAINING_STEP * settings.iterations)
+    blocks += FEEDBACK * measured.search
     polish = forward * (1 + TRAINING_STEP) * settings.polish_iterations
     collecting = math.ceil(calls / ranks.count()) * measured.seconds_of(call_rows)
     searching = (
         collecting + CANDIDATES * measured.search / ranks.count()
     )  # the calls run once more, for the layers' inputs
     held = measured.weights + (PROCESS_BYTES if measured.device.type == "cpu" else 0)
-    training = held + PACKED_BYTES * measured.parameters + STATE_BYTES * measured.block_parameters
+    training = held + PACKED_BYTES * measured.parameters + BLOCK_BYTES * measured.block_parameters
     training += KEPT_BYTES * at_once * measured.block_activations
     if settings.polish_iterations:
         # With gradient checkpointing a block's activations are computed again.
@@ -204,7 +208,7 @@ def estimate(
         training = max(training, held + STATE_BYTES * measured.parameters + KEPT_BYTES * at_once * kept)
     drawn = samples + samples / HELD_OUT
     disk = rows * row_bytes + min(STORED_BYTES, drawn * measured.targets) + drawn * measured.stored
-    disk += FILE_BYTES * measured.parameters
+    disk += FILE_BYTES * (measured.parameters + KEPT_STATES * measured.block_parameters)
     return Estimate(collecting, searching, blocks, polish, max(training, held + others), disk)
 
 

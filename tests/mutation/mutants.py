@@ -1024,14 +1024,14 @@ CALIBRATION = [
     ),
     Mutant(
         "simulated_weight_crosses_the_middle", f"{FOLDER}/simulated.py",
-        "torch.where(round_to_int4(halves.float()) == values, halves, values.half())",
+        "torch.where(round_to_int4(halves.float()) == fixed[some], halves, fixed[some].half())",
         "halves",
         (f"{TESTS}/test_simulated.py",), "test_weight_just_below_the_middle_of_two_values_keeps_its_value",
     ),
     Mutant(
         "distillation_keeps_the_last_state", f"{FOLDER}/distillation.py",
-        "ranks.from_first(states[best])",
-        "ranks.from_first(states[-1])",
+        "ranks.from_first(self.store[_state(best)])",
+        "ranks.from_first(self.store[_state(len(errors) - 1)])",
         (f"{TESTS}/test_distillation.py",), "test_a_polish_that_diverges_is_undone_and_named",
     ),
     Mutant(
