@@ -82,6 +82,17 @@ class Coverage:
     weight_share: float
 
 
+def late_layers(unet: Any) -> list[str]:
+    """The last up block, and of the one before it the attentions, the upsampler and the shortcuts.
+
+    These have few of the weights, and their errors reach the prediction almost unchanged.
+    """
+    last = len(unet.up_blocks) - 1
+    before = f"up_blocks.{last - 1}"
+    shortcuts = [f"{before}.resnets.{i}.conv_shortcut" for i in range(len(unet.up_blocks[-2].resnets))]
+    return [f"up_blocks.{last}", f"{before}.attentions", f"{before}.upsamplers", *shortcuts]
+
+
 def _torchao(unet: Any, config: Any, layers: Any = LAYERS) -> Any:
     from torchao.quantization import quantize_
 
@@ -134,7 +145,7 @@ def _quanto(weights: str, activations: str | None = None) -> Quantize:
     return quantize
 
 
-def _sdnq(weights_dtype: str, matmul: bool) -> Quantize:
+def _sdnq(weights_dtype: str, matmul: bool, late_layers_kept: bool = False) -> Quantize:
     """SDNQ's dtypes by name; ``matmul``: int8 x int8, with one scale per row of activations, computed at run time.
 
     SDNQ chooses the groups: 64 4-bit weights in linears, 32 in convolutions, separately for each tap. Its int8 product
@@ -152,6 +163,8 @@ def _sdnq(weights_dtype: str, matmul: bool) -> Quantize:
             if matmul and weights_dtype == "int4" and name not in KEPT
             if isinstance(module, nn.Conv2d) and module.in_channels <= SDNQ_CONVOLUTION_GROUP_SIZE
         }
+        # A leading dot makes a prefix of a name
+        late = [f".{name}." for name in late_layers(unet)] if late_layers_kept else []
         return sdnq_post_load_quant(
             deepcopy(unet),
             weights_dtype=weights_dtype,
@@ -160,7 +173,7 @@ def _sdnq(weights_dtype: str, matmul: bool) -> Quantize:
             use_quantized_matmul_conv=matmul,
             add_skip_keys=False,
             minimum_allowed_numel=0,
-            modules_to_not_convert=list(KEPT),
+            modules_to_not_convert=[*KEPT, *late],
             modules_quant_config=halves,
         )
 
@@ -170,6 +183,7 @@ def _sdnq(weights_dtype: str, matmul: bool) -> Quantize:
 CONVOLUTIONS = "convolutions stay in floating point"
 UNPACKED = "4-bit values lie in int8"
 CONVOLUTION_INPUTS = "inputs of convolutions stay in floating point"
+LATE_LAYERS = "layers close to the output stay in floating point (``late_layers``)"
 FEW_ROWS = "inputs of fewer than 32 rows stay in floating point"
 
 PEERS: dict[str, Peer] = {
@@ -186,6 +200,15 @@ PEERS: dict[str, Peer] = {
         Peer("sdnq int8 dynamic", "sdnq", 8, 8, _sdnq("int8", matmul=True), (FEW_ROWS,)),
         Peer("sdnq uint4 weight-only", "sdnq", 4, 32, _sdnq("uint4", matmul=False)),
         Peer("sdnq int4, int8 dynamic", "sdnq", 4, 8, _sdnq("int4", matmul=True), (FEW_ROWS,)),
+        Peer("sdnq uint4 weight-only, late layers kept", "sdnq", 4, 32, _sdnq("uint4", False, True), (LATE_LAYERS,)),
+        Peer(
+            "sdnq int4, int8 dynamic, late layers kept",
+            "sdnq",
+            4,
+            8,
+            _sdnq("int4", True, True),
+            (FEW_ROWS, LATE_LAYERS),
+        ),
     )
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.peers.unets import late_layers
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
 from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.config import NOT_CONVERTED
@@ -52,17 +53,6 @@ def dilatequant(
         return calibrate(deepcopy(unet), calibration_set, config, settings)
 
     return quantize
-
-
-def late_layers(unet: Any) -> list[str]:
-    """The last up block, and of the one before it the attentions, the upsampler and the shortcuts.
-
-    These have few of the weights, and their errors reach the prediction almost unchanged.
-    """
-    last = len(unet.up_blocks) - 1
-    before = f"up_blocks.{last - 1}"
-    shortcuts = [f"{before}.resnets.{i}.conv_shortcut" for i in range(len(unet.up_blocks[-2].resnets))]
-    return [f"up_blocks.{last}", f"{before}.attentions", f"{before}.upsamplers", *shortcuts]
 
 
 def min_max(smoothing: float | None) -> Quantize:
