@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
+from functools import partialmethod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +68,9 @@ def _commands(context: typer.Context) -> None:
     if are_several_processes() and context.invoked_subcommand not in FOR_SEVERAL_PROCESSES:
         raise UserError(f"{context.invoked_subcommand} runs in one process: start it without torchrun or accelerate")
     if not is_first_process():  # libraries, too, speak in the first one alone
-        os.environ["TQDM_DISABLE"] = "1"
+        from tqdm import tqdm
+
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
 

@@ -168,7 +168,7 @@ def stand_in(weight, scale):
     """What error feedback needs of a simulated layer, without an input quantizer."""
     return SimpleNamespace(
         layer=nn.Linear(*reversed(weight.shape), bias=False),
-        values=torch.zeros(weight.shape, dtype=torch.int8),
+        weight=weight,
         weight_scale=scale,
         dilated_weight=lambda: weight,
         quantized_input=lambda x: x,
