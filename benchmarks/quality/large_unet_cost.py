@@ -25,8 +25,8 @@ import torch
 from diffusers import DDIMScheduler
 
 import dq_runtime
+from benchmarks import process_memory
 from benchmarks.command_line import new_parser
-from benchmarks.quality.peak_memory import reset_resident_peak, resident_peak
 from benchmarks.quality.study import write_report
 from benchmarks.unets import TEXT_TOKENS, build
 from dq_runtime import DilateQuantConfig, Distillation
@@ -77,7 +77,7 @@ class Stages:
                     disk[0] = max(disk[0], folder_size(self.folder))
 
         self._peak = 0
-        reset_resident_peak()
+        process_memory.reset_peak()
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         start = time.process_time()
@@ -87,16 +87,16 @@ class Stages:
             seconds = time.process_time() - start
             done.set()
             watcher.join()
-        peak = max(self._peak, resident_peak())
+        peak = max(self._peak, process_memory.peak())
         self.rows.append({"stage": name, "seconds": seconds, "peak_resident_mb": peak / 1e6, "disk_mb": disk[0] / 1e6})
         print(f"{name}: {seconds:.0f} s, peak {peak / 1e6:.0f} MB, disk {disk[0] / 1e6:.0f} MB", flush=True)
         self.write()
 
     def block(self, name: str, number: int, count: int) -> None:
         """Notes a block's seconds and peak (``Distillation(progress=...)``)."""
-        peak, now = resident_peak(), time.process_time()
+        peak, now = process_memory.peak(), time.process_time()
         self._peak = max(self._peak, peak)
-        reset_resident_peak()
+        process_memory.reset_peak()
         if name:
             seconds = now - self._block_start
             self.blocks.append({"block": name, "seconds": seconds, "peak_resident_mb": peak / 1e6})
@@ -140,7 +140,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given = {name: value for name, value in vars(arguments).items() if name != "output" and value is not None}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-    results: dict[str, Any] = {"resident_after_imports_mb": resident_peak() / 1e6}
+    results: dict[str, Any] = {"resident_after_imports_mb": process_memory.peak() / 1e6}
     unet = build(UNET, dtype=torch.float32)
     results["model_mb"] = sum(parameter.nbytes for parameter in unet.parameters()) / 1e6
 

@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import save_file
 
 import dq_runtime
+from benchmarks import process_memory
 from benchmarks.command_line import new_parser
-from benchmarks.quality.peak_memory import above_now, reset_resident_peak, resident_peak
+from benchmarks.quality.peak_memory import above_now
 from benchmarks.quality.study import write_report
 from benchmarks.result_files import ROOT
 from benchmarks.unets import CONFIGS
@@ -71,8 +72,7 @@ def measure(name: str, folder: Path, candidates: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     few = partial(quantize_dilated, candidates=candidates)
     sizes = [file.stat().st_size / 1e6 for file in folder.glob("*.safetensors")]
-    reset_resident_peak()
-    before, start = resident_peak() / 1e6, time.perf_counter()
+    before, start = process_memory.reset_peak() / 1e6, time.perf_counter()
     with mock.patch.object(on_loading, "quantize_dilated", few), above_now() as peak:
         unet = CONFIGS[name][0].from_pretrained(
             folder, quantization_config=dq_runtime.DilateQuantConfig(), torch_dtype=torch.float16
@@ -86,7 +86,7 @@ def measure(name: str, folder: Path, candidates: int) -> dict[str, Any]:
         "packed_model_mb": packed,
         "largest_weight_fp32_mb": max(4 * layer.weight.numel() for layer in quantized_layers(unet).values()) / 1e6,
         "resident_before_mb": before,
-        "peak_resident_mb": resident_peak() / 1e6,
+        "peak_resident_mb": process_memory.peak() / 1e6,
         "bound_mb": before + max(sizes) + packed,
         "peak_without_mapped_files_mb": peak["resident_mb"],  # above the level before
         "seconds": seconds,

@@ -1,20 +1,18 @@
-"""Peak memory: of a ``with`` block above the level at its start, and of the whole process."""
+"""Peak memory of a ``with`` block, above the level at its start."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
+from benchmarks.process_memory import status
 from dq_runtime.free_memory import return_free_memory
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 INTERVAL = 0.005  # seconds
 
 
@@ -68,20 +66,6 @@ def above_now() -> Iterator[dict[str, float]]:
         peak.update({name: (highest[name] - start[name]) / 1e6 for name in readers})
 
 
-def resident_peak() -> int:
-    """Bytes of resident memory, mapped files included: the peak since ``reset_resident_peak`` (Linux)."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-    assert found is not None
-    return 1024 * int(found.group(1))
-
-
-def reset_resident_peak() -> None:
-    """Sets the peak back to the present resident memory, without memory that the C library keeps."""
-    gc.collect()
-    return_free_memory()
-    CLEAR.write_text("5")
-
-
 def _allocated_bytes() -> Callable[[], float]:
     """A function that returns the bytes in use, in all arenas and in separate mappings."""
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
@@ -97,5 +81,5 @@ def _allocated_bytes() -> Callable[[], float]:
 
 
 def _anonymous_bytes() -> float:
-    found = re.search(r"RssAnon:\s+(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
-    return 1024.0 * int(found.group(1)) if found else float("nan")
+    anonymous = status("RssAnon")
+    return float("nan") if anonymous is None else float(anonymous)

@@ -14,7 +14,6 @@ counts the kernels of one call. All main rows stay in memory to the end of a bat
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import environment, unets
+from benchmarks import environment, process_memory, unets
 from benchmarks.command_line import new_parser
 from benchmarks.result_files import write_whole
 from benchmarks.speed.unet_rows import Row, rows
@@ -85,26 +84,17 @@ class PeakMemory:
         self._before = 0
 
     def start(self) -> None:
-        gc.collect()
         if self._device == "cpu":
-            with contextlib.suppress(OSError):  # on other systems the peak is that since the process's start
-                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self._before = _status("VmRSS")
+            self._before = process_memory.reset_peak()
         else:
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
 
     def growth(self) -> int:
-        peak = _status("VmHWM") if self._device == "cpu" else torch.cuda.max_memory_allocated()
+        peak = process_memory.peak() if self._device == "cpu" else torch.cuda.max_memory_allocated()
         return peak - self._before
-
-
-def _status(name: str) -> int:
-    """A field of /proc/self/status, in bytes; 0 without such a file."""
-    path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
 def kernel_launches(call: Callable[[], Any], device: str) -> int | None:

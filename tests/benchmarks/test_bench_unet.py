@@ -123,7 +123,8 @@ def test_memory_is_the_growth_of_the_process():
     memory.start()
 
     with mmap.mmap(-1, 2**26) as pages:  # not a tensor: malloc may have free memory that is resident
-        pages.write(bytes(2**20) * 64)
+        for _ in range(64):
+            pages.write(bytes(2**20))
 
     assert 0.9 * 2**26 < memory.growth() < 2**27
 
