@@ -153,9 +153,9 @@ class ModelState:
 
 
 def constants_of(modules: Sequence[nn.Module]) -> list[tuple[Any, list[dict[str, Any]]]]:
-    """What reads the constants of PyTorch's modules of one class, and the attributes of these modules.
+    """For each set of names in ``__constants__``: a function that reads these attributes, and the modules' dicts.
 
-    Those of ``QuantLinear`` cannot be set.
+    ``QuantLinear`` is left out, whose constants cannot be set.
     """
     owners: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for module in modules:

@@ -36,7 +36,7 @@ def explanation(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if NO_SPACE in text or getattr(error, "errno", None) == errno.ENOSPC:
         return f"The disk is full ({text}). Free some space and repeat the command"
-    if isinstance(error, UserError) or type(error).__name__ == "RankFailed":
+    if isinstance(error, UserError):
         return text
     if isinstance(error, PermissionError):
         return f"{error.filename or text}: no permission. Give another folder, or change its owner"

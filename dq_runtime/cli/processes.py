@@ -29,8 +29,8 @@ def together(device_name: str | None) -> Iterator[torch.device]:
         the device of this process. On GPUs it has the number of the process on its machine.
 
     Raises:
-        UserError: if several processes are given the same GPU, the launcher's variables are incomplete, or there is no
-            such device.
+        UserError: if another process failed, several processes are given the same GPU, the launcher's variables are
+            incomplete, or there is no such device.
     """
     if not are_several_processes():
         yield chosen_device(device_name)
@@ -43,6 +43,8 @@ def together(device_name: str | None) -> Iterator[torch.device]:
     try:
         with ranks.together():
             yield device
+    except ranks.RankFailed as error:
+        raise UserError(str(error)) from error
     finally:
         dist.destroy_process_group()
 
