@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dq_runtime.attention import Int8AttnProcessor
     from dq_runtime.calibration.calibrate import calibrate
     from dq_runtime.calibration.collect import CalibrationSet, collect_from_pipeline, collect_from_scheduler, record
-    from dq_runtime.calibration.distillation import Distillation
+    from dq_runtime.calibration.settings import Distillation
     from dq_runtime.config import DilateQuantConfig
     from dq_runtime.dequantization import dequantize
     from dq_runtime.fused import fuse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "CalibrationSet": "calibration.collect",
     "DilateQuantConfig": "config",
-    "Distillation": "calibration.distillation",
+    "Distillation": "calibration.settings",
     "Int8AttnProcessor": "attention",
     "QuantConv2d": "layers",
     "QuantLinear": "layers",

@@ -37,7 +37,7 @@ from benchmarks.result_files import ROOT
 from dq_runtime import Distillation
 from dq_runtime.architectures.architecture import result_tensor
 from dq_runtime.calibration import calibrate as calibration
-from dq_runtime.calibration import distillation
+from dq_runtime.calibration import training
 from dq_runtime.calibration.batches import MixedBatches
 from dq_runtime.calibration.replay import squared_error
 from dq_runtime.calibration.simulated import simulated
@@ -113,14 +113,14 @@ def training_by(train: Any, record: dict[str, float]) -> Iterator[None]:
 @contextmanager
 def timing_blocks(seconds: dict[str, float]) -> Iterator[None]:
     """Records the seconds of each block."""
-    original = distillation._Trainer.distil
+    original = training.Trainer.distil
 
     def timed(self: Any, name: str, *arguments: Any) -> None:
         start = time.perf_counter()
         original(self, name, *arguments)
         seconds[name] = time.perf_counter() - start
 
-    with mock.patch.object(distillation._Trainer, "distil", timed):
+    with mock.patch.object(training.Trainer, "distil", timed):
         yield
 
 

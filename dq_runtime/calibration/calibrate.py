@@ -16,8 +16,9 @@ from dq_runtime.architectures.supported import architecture_of, without_compilat
 from dq_runtime.calibration import ranks
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.calibration.dilation import joint_dilation
-from dq_runtime.calibration.distillation import ERROR_FEEDBACK, Distillation, distil
+from dq_runtime.calibration.distillation import distil
 from dq_runtime.calibration.importance import timestep_importance
+from dq_runtime.calibration.settings import ERROR_FEEDBACK, Distillation
 from dq_runtime.calibration.temporal import Samples, by_group, layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.calibration.whole_unet import prediction_errors, prediction_snr
 from dq_runtime.config import DilateQuantConfig

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from dq_runtime.calibration import ranks
 from dq_runtime.calibration.batches import HELD_OUT
 from dq_runtime.calibration.collect import RecordedCall
-from dq_runtime.calibration.distillation import KEPT_BYTES, STORED_BYTES, Distillation, samples_at_once
+from dq_runtime.calibration.distillation import KEPT_BYTES, samples_at_once
 from dq_runtime.calibration.replay import (
     activations_of,
     blocks_in_order,
@@ -28,6 +28,8 @@ from dq_runtime.calibration.replay import (
     most_activations,
     sources_of,
 )
+from dq_runtime.calibration.settings import Distillation
+from dq_runtime.calibration.training import STORED_BYTES
 from dq_runtime.cli.console import duration, say
 from dq_runtime.cli.drawing import repeated
 from dq_runtime.weights import in_parts, quantize_dilated

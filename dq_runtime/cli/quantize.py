@@ -13,7 +13,7 @@ from torch import nn
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation
 from dq_runtime.calibration import ranks
-from dq_runtime.calibration.distillation import ERROR_FEEDBACK
+from dq_runtime.calibration.settings import ERROR_FEEDBACK
 from dq_runtime.cli import models, processes
 from dq_runtime.cli.console import duration, say, size
 from dq_runtime.cli.drawing import BATCH, record, takes

@@ -26,7 +26,7 @@ from distilling import (
 
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, calibrate, record
-from dq_runtime.calibration import distillation
+from dq_runtime.calibration import distillation, training
 from dq_runtime.calibration.replay import TensorStore
 
 
@@ -176,7 +176,7 @@ def test_half_precision_unets_are_distilled(dtype):
 def first_gradients(monkeypatch, unet, calibration_set, block, **settings):
     """Of all that a block learns in steps, at its first step."""
     gradients, names = {}, []
-    original_distil, original_step = distillation._Trainer.distil, torch.optim.Adam.step
+    original_distil, original_step = training.Trainer.distil, torch.optim.Adam.step
 
     def distil(self, name, *args):
         names.append(name)
@@ -188,7 +188,7 @@ def first_gradients(monkeypatch, unet, calibration_set, block, **settings):
         return original_step(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(distillation._Trainer, "distil", distil)
+        patch.setattr(training.Trainer, "distil", distil)
         patch.setattr(torch.optim.Adam, "step", step)
         distilled(unet, calibration_set, iterations=1, error_feedback=False, **settings)
     return gradients[block]
@@ -322,14 +322,14 @@ def test_autocast_trains_nearly_as_well(plain):
 
 
 def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plain, monkeypatch, tmp_path):
-    original, sizes = distillation._Trainer._train, {}
+    original, sizes = training.Trainer._train, {}
 
     def train(self, name, *args):
         files = list((tmp_path / "activations").iterdir())
         sizes[name] = sum(file.stat().st_size for file in files)
         return original(self, name, *args)
 
-    monkeypatch.setattr(distillation._Trainer, "_train", train)
+    monkeypatch.setattr(training.Trainer, "_train", train)
     plain.distil(folder=tmp_path, iterations=0)
     # Inputs and target of 24 samples, 8 x 8: 16 channels each, and the time embedding of 64.
     assert sizes["down_blocks.0.resnets.0"] >= 4 * 24 * (2 * 16 * 64 + 64)
@@ -337,19 +337,19 @@ def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plai
 
 
 def test_targets_of_many_blocks_at_once_are_those_of_each_by_itself(plain, monkeypatch):
-    original, wanted = distillation.outputs_of, []
+    original, wanted = training.outputs_of, []
 
     def outputs_of(unet, blocks, *args):
         wanted.append(len(blocks))
         return original(unet, blocks, *args)
 
-    monkeypatch.setattr(distillation, "outputs_of", outputs_of)
+    monkeypatch.setattr(training, "outputs_of", outputs_of)
     plain.distil(iterations=0)
     batches = len(wanted)
     assert wanted == batches * [6]
 
     wanted.clear()
-    monkeypatch.setattr(distillation, "STORED_BYTES", 1)
+    monkeypatch.setattr(training, "STORED_BYTES", 1)
     one_by_one = plain.distil()
     later = [1] * (batches - 1)
     assert wanted == [6, *later, 5, *later, 4, *later, 3, *later, 2, *later, 1, *later]
@@ -384,13 +384,13 @@ def test_each_block_reads_what_it_depends_on_alone(plain, results):
 
 def test_blocks_run_once_for_each_batch_before_their_training_and_once_after(plain, monkeypatch):
     """However many blocks come after them."""
-    calls, original = [], distillation._Trainer._call_block
+    calls, original = [], training.Trainer._call_block
 
     def call_block(self, block, i):
         calls.append(block)
         return original(self, block, i)
 
-    monkeypatch.setattr(distillation._Trainer, "_call_block", call_block)
+    monkeypatch.setattr(training.Trainer, "_call_block", call_block)
     plain.distil(**UNTRAINED | {"error_feedback": False})
     numbers = {block: calls.count(block) for block in calls}
     assert len(numbers) == 6
@@ -398,27 +398,27 @@ def test_blocks_run_once_for_each_batch_before_their_training_and_once_after(pla
 
 
 def test_layers_hold_more_than_four_bits_a_weight_in_their_block_alone(plain, monkeypatch):
-    unpacked, original = [], distillation._Trainer.distil
+    unpacked, original = [], training.Trainer.distil
 
     def distil(self, name, blocks, layers):
         original(self, name, blocks, layers)
         held = {other for other, layer in self.layers.items() if layer._values is not None}
         unpacked.append(held == layers.keys())
 
-    monkeypatch.setattr(distillation._Trainer, "distil", distil)
+    monkeypatch.setattr(training.Trainer, "distil", distil)
     assert_same_state(plain.distil(), plain.distilled)
     assert unpacked == [True] * 6
 
 
 def test_samples_whose_activations_do_not_fit_run_apart_and_train_together(plain, monkeypatch):
     batches, steps = [], []
-    call_block, step = distillation._Trainer._call_block, torch.optim.Adam.step
+    call_block, step = training.Trainer._call_block, torch.optim.Adam.step
 
     def counted(self, block, i):
         batches.append(len(self.indices[i]))
         return call_block(self, block, i)
 
-    monkeypatch.setattr(distillation._Trainer, "_call_block", counted)
+    monkeypatch.setattr(training.Trainer, "_call_block", counted)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: steps.append(self) or step(self, *args))
     monkeypatch.setattr(distillation, "ACTIVATION_BYTES", 1)
     apart = plain.distil()
@@ -431,13 +431,13 @@ def test_samples_whose_activations_do_not_fit_run_apart_and_train_together(plain
 def test_what_no_later_block_reads_is_deleted(plain, monkeypatch):
     """At the end of the last block nothing is left."""
     left = []
-    original = distillation._Trainer.store_outputs
+    original = training.Trainer.store_outputs
 
     def store_outputs(self, name, block):
         original(self, name, block)
         left.append(sorted({key.rpartition("_")[0] for key in self.store._trees if key.startswith("output_")}))
 
-    monkeypatch.setattr(distillation._Trainer, "store_outputs", store_outputs)
+    monkeypatch.setattr(training.Trainer, "store_outputs", store_outputs)
     plain.distil(**UNTRAINED)
     assert len(left) == 6
     assert max(map(len, left)) <= 3
@@ -446,11 +446,11 @@ def test_what_no_later_block_reads_is_deleted(plain, monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 200_000])
 def test_targets_that_do_not_fit_on_the_disk_are_computed_again(plain, monkeypatch, tmp_path, most):
-    monkeypatch.setattr(distillation, "STORED_BYTES", most)
+    monkeypatch.setattr(training, "STORED_BYTES", most)
     assert_same_state(plain.distil(), plain.distilled)
 
     with monkeypatch.context() as patch:
-        interrupt(patch, distillation._Trainer, "distil", 3)
+        interrupt(patch, training.Trainer, "distil", 3)
         with pytest.raises(KeyboardInterrupt):
             plain.distil(folder=tmp_path)
     assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
@@ -458,13 +458,13 @@ def test_targets_that_do_not_fit_on_the_disk_are_computed_again(plain, monkeypat
 
 def test_the_temporary_folder_is_removed(plain, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    original, seen = distillation._Trainer.distil, set()
+    original, seen = training.Trainer.distil, set()
 
     def distil(self, *args):
         seen.update(tmp_path.iterdir())
         return original(self, *args)
 
-    monkeypatch.setattr(distillation._Trainer, "distil", distil)
+    monkeypatch.setattr(training.Trainer, "distil", distil)
     plain.distil(**UNTRAINED)
     assert len(seen) == 1
     assert isinstance(next(iter(seen)), Path)
@@ -508,14 +508,14 @@ def test_progress_must_be_a_function():
 
 def test_convolutions_keep_their_library_while_it_trains(plain, monkeypatch):
     # torch.backends.cudnn.flags turns off what it is not told about.
-    seen, original = [], distillation._Trainer.distil
+    seen, original = [], training.Trainer.distil
 
     def distil(self, *arguments):
         cudnn = torch.backends.cudnn
         seen.append((cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32))
         original(self, *arguments)
 
-    monkeypatch.setattr(distillation._Trainer, "distil", distil)
+    monkeypatch.setattr(training.Trainer, "distil", distil)
     plain.distil(iterations=0)
     assert set(seen) == {(True, False, True, False)}
 
@@ -546,7 +546,7 @@ def test_a_block_without_finite_second_moments_does_without_error_feedback(plain
     def overflow(self):
         raise ValueError("the inputs' second moments hold NaN or infinity")
 
-    monkeypatch.setattr(distillation.SecondMoments, "rounded", overflow)
+    monkeypatch.setattr(training.SecondMoments, "rounded", overflow)
     result = plain.distil()
 
     assert plain.error(result) < plain.error(plain.rounded)

@@ -24,7 +24,7 @@ from distilling import (
 from killed_saves import killed_after
 
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
-from dq_runtime.calibration import distillation, error_feedback, finished_blocks
+from dq_runtime.calibration import error_feedback, finished_blocks, training
 from dq_runtime.calibration.replay import TensorStore
 
 
@@ -34,11 +34,11 @@ def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_pa
     unet.conv_in.requires_grad_(False)
     before = snapshot(unet)
     for owner, method, at in (
-        (distillation._Trainer, "distil", 3),
+        (training.Trainer, "distil", 3),
         (torch.optim.Adam, "step", 5),
         (error_feedback, "round_with_feedback", 4),
-        (distillation, "outputs_of", 2),
-        (distillation._Trainer, "polish", 0),
+        (training, "outputs_of", 2),
+        (training.Trainer, "polish", 0),
     ):
         with monkeypatch.context() as patch:
             calls = interrupt(patch, owner, method, at)
@@ -51,27 +51,27 @@ def test_an_interruption_leaves_the_unet_and_no_files(plain, monkeypatch, tmp_pa
 
 def test_an_interrupted_calibration_goes_on_behind_the_last_finished_block(plain, monkeypatch, tmp_path, log):
     with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        calls = interrupt(patch, training.Trainer, "distil", -1)
         expected = plain.distil(polish_iterations=1)
         blocks = [args[1] for args in calls]
     assert len(blocks) == 6
 
     for expected_calls in (blocks[:3], blocks[2:5]):  # interrupted twice
         with monkeypatch.context() as patch:
-            calls = interrupt(patch, distillation._Trainer, "distil", 2)
+            calls = interrupt(patch, training.Trainer, "distil", 2)
             with pytest.raises(KeyboardInterrupt):
                 plain.distil(polish_iterations=1, folder=tmp_path)
             assert [args[1] for args in calls] == expected_calls
 
     with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        calls = interrupt(patch, training.Trainer, "distil", -1)
         result = plain.distil(polish_iterations=1, folder=str(tmp_path))
         assert [args[1] for args in calls] == blocks[4:]
     assert_same_state(result, expected)
     assert f"{blocks[0]}: taken from {tmp_path}" in messages(log, logging.INFO)
 
     with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        calls = interrupt(patch, training.Trainer, "distil", -1)
         assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
         assert not calls  # and how it is polished is no matter
 
@@ -81,12 +81,12 @@ def test_another_process_goes_on_with_the_calibration_set_that_was_saved(plain, 
     calibration_set.save(tmp_path / "calls.pt")
     expected = distilled(plain.unet, calibration_set, plain.config)
     with monkeypatch.context() as patch:
-        interrupt(patch, distillation._Trainer, "distil", 2)
+        interrupt(patch, training.Trainer, "distil", 2)
         with pytest.raises(KeyboardInterrupt):
             distilled(plain.unet, calibration_set, plain.config, folder=folder)
 
     with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        calls = interrupt(patch, training.Trainer, "distil", -1)
         loaded = CalibrationSet.load(tmp_path / "calls.pt")
         result = distilled(plain.unet, loaded, plain.config, folder=folder)
         assert len(calls) == 4
@@ -97,8 +97,8 @@ def test_another_process_goes_on_with_the_calibration_set_that_was_saved(plain, 
     ("owner", "method", "at"),
     [
         (torch.optim.Adam, "step", 5),
-        (distillation, "inputs_of", 6),
-        (distillation._Trainer, "_validate", 6),
+        (training, "inputs_of", 6),
+        (training.Trainer, "_validate", 6),
         (finished_blocks, "write_tree", 3),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -113,7 +113,7 @@ def test_an_interruption_inside_a_block_costs_that_block_alone(plain, monkeypatc
     assert not list((tmp_path / "activations").iterdir())
 
     with monkeypatch.context() as patch:
-        calls = interrupt(patch, distillation._Trainer, "distil", -1)
+        calls = interrupt(patch, training.Trainer, "distil", -1)
         result = plain.distil(folder=tmp_path)
         assert finished.isdisjoint(args[1] for args in calls)
     assert_same_state(result, plain.distilled)
@@ -150,7 +150,7 @@ def test_a_block_that_cannot_be_read_is_done_again(plain, folder, monkeypatch, l
         }[damage]
     )
 
-    calls = interrupt(monkeypatch, distillation._Trainer, "distil", -1)
+    calls = interrupt(monkeypatch, training.Trainer, "distil", -1)
     result = plain.distil(folder=folder)
     assert [args[1] for args in calls] == [name]
     assert_same_state(result, plain.distilled)

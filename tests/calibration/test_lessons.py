@@ -6,20 +6,20 @@ from diffusers import DDPMScheduler
 from distilling import FEW_BLOCKS, TIMESTEPS, UNTRAINED, distilled, recorded, unet2d
 
 from dq_runtime import DilateQuantConfig
-from dq_runtime.calibration import distillation
+from dq_runtime.calibration import training
 from dq_runtime.calibration.importance import timestep_importance
 
 
 def train_losses(monkeypatch):
     """The losses of each call of ``_train``, by name: trainer and losses."""
-    original, seen = distillation._Trainer._train, {}
+    original, seen = training.Trainer._train, {}
 
     def train(self, name, losses_of, *arguments):
         with torch.no_grad():
             seen[name] = self, [losses_of(i) for i in range(len(self.batches))]
         original(self, name, losses_of, *arguments)
 
-    monkeypatch.setattr(distillation._Trainer, "_train", train)
+    monkeypatch.setattr(training.Trainer, "_train", train)
     return seen
 
 
@@ -63,13 +63,13 @@ def test_a_polish_weighs_timesteps_by_what_they_do_to_the_image(monkeypatch):
 def test_held_out_samples_are_judged_and_not_trained_on(monkeypatch):
     unet = unet2d()
     trained, replayed = set(), set()
-    original = distillation._Trainer._run_block
+    original = training.Trainer._run_block
 
     def run_block(self, block, i):
         (trained if torch.is_grad_enabled() else replayed).update(self.batches[i].sample[:, 0, 0, 0].tolist())
         return original(self, block, i)
 
-    monkeypatch.setattr(distillation._Trainer, "_run_block", run_block)
+    monkeypatch.setattr(training.Trainer, "_run_block", run_block)
     calibration_set = recorded(unet, rows=32)
     distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), batch_size=24, samples=96, iterations=5)
     assert len(trained) == 3 * 28
@@ -78,13 +78,13 @@ def test_held_out_samples_are_judged_and_not_trained_on(monkeypatch):
 
 def test_a_polish_holds_out_the_same_samples(monkeypatch):
     unet, sets = unet2d(), []
-    original = distillation._Trainer.__init__
+    original = training.Trainer.__init__
 
     def init(self, unet, stand_ins, batches, *arguments):
         sets.append(batches)
         original(self, unet, stand_ins, batches, *arguments)
 
-    monkeypatch.setattr(distillation._Trainer, "__init__", init)
+    monkeypatch.setattr(training.Trainer, "__init__", init)
     calibration_set = recorded(unet, rows=32)
     settings = {"samples": 24, "batch_size": 24, "iterations": 0, "polish_iterations": 3}
     distilled(unet, calibration_set, DilateQuantConfig(**FEW_BLOCKS), **settings)
@@ -102,13 +102,13 @@ def test_a_polish_holds_out_the_same_samples(monkeypatch):
 
 def test_a_batch_counts_as_much_as_it_has_samples(monkeypatch):
     unet, losses = unet2d(), []
-    original = distillation._Trainer._descend
+    original = training.Trainer._descend
 
     def descend(self, loss_of, *arguments):
         losses.append([(len(self.batches[i].sample), loss_of(i).item()) for i in self.training])
         original(self, loss_of, *arguments)
 
-    monkeypatch.setattr(distillation._Trainer, "_descend", descend)
+    monkeypatch.setattr(training.Trainer, "_descend", descend)
     calibration_set = recorded(unet)
     for batch_size in (5, 48):
         settings = {"samples": 48, "batch_size": batch_size, "iterations": 1, "error_feedback": False}

@@ -29,7 +29,7 @@ from distilling import (
 from several_ranks import on_ranks
 
 from dq_runtime import DilateQuantConfig, Distillation, calibrate
-from dq_runtime.calibration import distillation, ranks
+from dq_runtime.calibration import ranks, training
 from dq_runtime.calibration.batches import MixedBatches
 
 KEPT = [*FEW_BLOCKS["modules_to_not_convert"], "time_embedding", "resnets"]  # all but a downsampler and an attention
@@ -83,7 +83,7 @@ def measured(subject, **settings):
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_error_of_timesteps", "_validate"):
-            patch.setattr(distillation._Trainer, name, keeping(getattr(distillation._Trainer, name)))
+            patch.setattr(training.Trainer, name, keeping(getattr(training.Trainer, name)))
         return subject.distil(polish_iterations=1, **settings), errors
 
 
@@ -141,7 +141,7 @@ def test_a_batch_may_have_fewer_samples_than_there_are_ranks(subject, two):
 
 def test_one_process_goes_on_with_the_blocks_of_two_ranks(subject, two, monkeypatch):
     (first, _), folder, *_ = two
-    calls = interrupt(monkeypatch, distillation._Trainer, "distil", -1)
+    calls = interrupt(monkeypatch, training.Trainer, "distil", -1)
 
     resumed = subject.distil(folder=folder, polish_iterations=1)
 
@@ -155,11 +155,11 @@ def test_one_process_goes_on_with_the_blocks_of_two_ranks(subject, two, monkeypa
 
 def test_two_ranks_go_on_with_the_blocks_of_one_process_and_share_the_calls(subject, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        interrupt(patch, distillation._Trainer, "distil", 1)
+        interrupt(patch, training.Trainer, "distil", 1)
         with pytest.raises(KeyboardInterrupt):
             subject.distil(folder=tmp_path)
-    calls = interrupt(monkeypatch, distillation._Trainer, "distil", -1)
-    replayed = interrupt(monkeypatch, distillation, "inputs_of", -1)
+    calls = interrupt(monkeypatch, training.Trainer, "distil", -1)
+    replayed = interrupt(monkeypatch, training, "inputs_of", -1)
     (tmp_path / "group").mkdir()
 
     def work(rank):
@@ -198,7 +198,7 @@ def test_an_error_of_one_rank_ends_all_and_leaves_the_models(subject, monkeypatc
 
     def work(rank):
         if rank == 1:
-            interrupt(monkeypatch, distillation._Trainer, "_descend", 1)
+            interrupt(monkeypatch, training.Trainer, "_descend", 1)
         try:
             calibrate(unet, subject.calibration_set, subject.config, Distillation(**SMALL, folder=tmp_path))
         finally:
@@ -217,7 +217,7 @@ def test_a_rank_that_dies_ends_the_others(subject, monkeypatch, tmp_path):
     def work(rank):
         if rank == 1:
             torch.save(None, tmp_path / "1.pt")
-            monkeypatch.setattr(distillation._Trainer, "_descend", lambda *_: os._exit(1))
+            monkeypatch.setattr(training.Trainer, "_descend", lambda *_: os._exit(1))
         subject.distil()
 
     first, _ = on_ranks(work, tmp_path)

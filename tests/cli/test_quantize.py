@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_pipeline import SHORT
 
 import dq_runtime
-from dq_runtime.calibration.distillation import _Trainer
+from dq_runtime.calibration.training import Trainer
 from dq_runtime.cli.drawing import record
 from dq_runtime.layers import is_quantized, quantized_layers
 
@@ -47,7 +47,7 @@ def test_an_interruption_after_the_recording_changes_no_byte(quantize, packed_fo
 
 def test_an_interruption_after_the_first_block_changes_no_byte(quantize, packed_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        distilling.interrupt(patch, _Trainer, "distil", 1)
+        distilling.interrupt(patch, Trainer, "distil", 1)
         assert "Interrupted" in quantize(tmp_path / "out", code=130).stderr
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "out.work" / "blocks").glob("*.safetensors"))) == 1

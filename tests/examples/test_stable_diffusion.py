@@ -39,7 +39,7 @@ def test_a_pipeline_is_quantized_loaded_and_compared_and_a_second_run_resumes(pi
 
     # The second run neither records nor trains.
     monkeypatch.setattr(example.dq_runtime, "collect_from_pipeline", None)
-    monkeypatch.setattr("dq_runtime.calibration.distillation._Trainer._train", None)
+    monkeypatch.setattr("dq_runtime.calibration.training.Trainer._train", None)
     example.main()
 
     assert json.loads((tmp_path / "out" / "report.json").read_text())["psnr_db"] == report["psnr_db"]

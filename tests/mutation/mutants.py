@@ -1029,13 +1029,13 @@ CALIBRATION = [
         (f"{TESTS}/test_simulated.py",), "test_weight_just_below_the_middle_of_two_values_keeps_its_value",
     ),
     Mutant(
-        "distillation_keeps_the_last_state", f"{FOLDER}/distillation.py",
+        "distillation_keeps_the_last_state", f"{FOLDER}/training.py",
         "ranks.from_first(self.store[_state(best)])",
         "ranks.from_first(self.store[_state(len(errors) - 1)])",
         (f"{TESTS}/test_distillation.py",), "test_a_polish_that_diverges_is_undone_and_named",
     ),
     Mutant(
-        "distillation_shares_ignored", f"{FOLDER}/distillation.py",
+        "distillation_shares_ignored", f"{FOLDER}/training.py",
         "1 / present[self.indices[i]] / self.shares[i]",
         "1 / present[self.indices[i]]",
         (f"{TESTS}/test_lessons.py",), "test_in_a_block_every_timestep_counts_the_same",
