@@ -916,7 +916,7 @@ CALIBRATION = [
     ),
     Mutant(
         "temporal_lower_end_is_not_searched", f"{FOLDER}/temporal.py",
-        "low = _best_end(values, bits, [(lowest * fraction, high) for fraction in fractions])[0]",
+        "low = _best_end(values, bits, lowest * fractions, high.expand(candidates, -1))[0]",
         "low = lowest",
         (f"{TESTS}/test_temporal.py",), "test_either_end_is_clipped_when_that_pays",
     ),
