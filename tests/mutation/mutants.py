@@ -1035,6 +1035,12 @@ CALIBRATION = [
         (f"{TESTS}/test_distillation.py",), "test_a_polish_that_diverges_is_undone_and_named",
     ),
     Mutant(
+        "distillation_gradients_underflow", f"{FOLDER}/training.py",
+        "LOSS_SCALE = 2.0**10",
+        "LOSS_SCALE = 1.0",
+        (f"{TESTS}/test_distillation.py",), "test_gradients_do_not_underflow_in_float16",
+    ),
+    Mutant(
         "distillation_shares_ignored", f"{FOLDER}/training.py",
         "1 / present[self.indices[i]] / self.shares[i]",
         "1 / present[self.indices[i]]",
