@@ -2,9 +2,7 @@
 
 import copy
 import logging
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from distilling import (
     Subject,
     assert_same_state,
     distilled,
-    interrupt,
     messages,
     output_error,
     quantized_layers,
@@ -27,7 +24,6 @@ from distilling import (
 import dq_runtime
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, QuantConv2d, calibrate, record
 from dq_runtime.calibration import distillation, training
-from dq_runtime.calibration.replay import TensorStore
 
 
 @pytest.fixture(scope="module", params=[unet2d, unet2d_condition])
@@ -319,156 +315,6 @@ def test_autocast_trains_nearly_as_well(plain):
     error = plain.error(result)
     assert error < 1.3 * plain.error(plain.distilled)  # bf16 has 8 bits
     assert result.dtype == torch.float32
-
-
-def test_activations_lie_on_the_disk_while_a_block_is_trained_and_no_longer(plain, monkeypatch, tmp_path):
-    original, sizes = training.Trainer._train, {}
-
-    def train(self, name, *args):
-        files = list((tmp_path / "activations").iterdir())
-        sizes[name] = sum(file.stat().st_size for file in files)
-        return original(self, name, *args)
-
-    monkeypatch.setattr(training.Trainer, "_train", train)
-    plain.distil(folder=tmp_path, iterations=0)
-    # Inputs and target of 24 samples, 8 x 8: 16 channels each, and the time embedding of 64.
-    assert sizes["down_blocks.0.resnets.0"] >= 4 * 24 * (2 * 16 * 64 + 64)
-    assert not list((tmp_path / "activations").iterdir())
-
-
-def test_targets_of_many_blocks_at_once_are_those_of_each_by_itself(plain, monkeypatch):
-    original, wanted = training.outputs_of, []
-
-    def outputs_of(unet, blocks, *args):
-        wanted.append(len(blocks))
-        return original(unet, blocks, *args)
-
-    monkeypatch.setattr(training, "outputs_of", outputs_of)
-    plain.distil(iterations=0)
-    batches = len(wanted)
-    assert wanted == batches * [6]
-
-    wanted.clear()
-    monkeypatch.setattr(training, "STORED_BYTES", 1)
-    one_by_one = plain.distil()
-    later = [1] * (batches - 1)
-    assert wanted == [6, *later, 5, *later, 4, *later, 3, *later, 2, *later, 1, *later]
-    assert_same_state(one_by_one, plain.distilled)
-
-
-@pytest.fixture
-def results(monkeypatch):
-    """Names under which results of finished blocks are stored, and read."""
-    put, get, names = TensorStore.__setitem__, TensorStore.__getitem__, {"stored": [], "read": []}
-
-    def noting(what, original):
-        def method(store, name, *tree):
-            if name.startswith("output_"):
-                names[what].append(name)
-            return original(store, name, *tree)
-
-        return method
-
-    monkeypatch.setattr(TensorStore, "__setitem__", noting("stored", put))
-    monkeypatch.setattr(TensorStore, "__getitem__", noting("read", get))
-    return names
-
-
-def test_each_block_reads_what_it_depends_on_alone(plain, results):
-    plain.distil(**UNTRAINED)
-    batches = len({name.rpartition("_")[2] for name in results["stored"]})
-    assert len(set(results["stored"])) == len(results["stored"]) == 5 * batches  # none reads the sixth block's
-    # The blocks: two linears of the time embedding, then conv1, conv2 and the shortcut of a resnet, conv_out.
-    assert len(results["read"]) == 6 * batches
-
-
-def test_blocks_run_once_for_each_batch_before_their_training_and_once_after(plain, monkeypatch):
-    """However many blocks come after them."""
-    calls, original = [], training.Trainer._call_block
-
-    def call_block(self, block, i):
-        calls.append(block)
-        return original(self, block, i)
-
-    monkeypatch.setattr(training.Trainer, "_call_block", call_block)
-    plain.distil(**UNTRAINED | {"error_feedback": False})
-    numbers = {block: calls.count(block) for block in calls}
-    assert len(numbers) == 6
-    assert len(set(numbers.values())) == 1
-
-
-def test_layers_hold_more_than_four_bits_a_weight_in_their_block_alone(plain, monkeypatch):
-    unpacked, original = [], training.Trainer.distil
-
-    def distil(self, name, blocks, layers):
-        original(self, name, blocks, layers)
-        held = {other for other, layer in self.layers.items() if layer._values is not None}
-        unpacked.append(held == layers.keys())
-
-    monkeypatch.setattr(training.Trainer, "distil", distil)
-    assert_same_state(plain.distil(), plain.distilled)
-    assert unpacked == [True] * 6
-
-
-def test_samples_whose_activations_do_not_fit_run_apart_and_train_together(plain, monkeypatch):
-    batches, steps = [], []
-    call_block, step = training.Trainer._call_block, torch.optim.Adam.step
-
-    def counted(self, block, i):
-        batches.append(len(self.indices[i]))
-        return call_block(self, block, i)
-
-    monkeypatch.setattr(training.Trainer, "_call_block", counted)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *args: steps.append(self) or step(self, *args))
-    monkeypatch.setattr(distillation, "ACTIVATION_BYTES", 1)
-    apart = plain.distil()
-
-    assert set(batches) == {1}
-    assert len(steps) == 2 * 6
-    assert plain.error(apart) == pytest.approx(plain.error(plain.distilled), rel=0.1)
-
-
-def test_what_no_later_block_reads_is_deleted(plain, monkeypatch):
-    """At the end of the last block nothing is left."""
-    left = []
-    original = training.Trainer.store_outputs
-
-    def store_outputs(self, name, block):
-        original(self, name, block)
-        left.append(sorted({key.rpartition("_")[0] for key in self.store._trees if key.startswith("output_")}))
-
-    monkeypatch.setattr(training.Trainer, "store_outputs", store_outputs)
-    plain.distil(**UNTRAINED)
-    assert len(left) == 6
-    assert max(map(len, left)) <= 3
-    assert left[-1] == []
-
-
-@pytest.mark.parametrize("most", [1, 200_000])
-def test_targets_that_do_not_fit_on_the_disk_are_computed_again(plain, monkeypatch, tmp_path, most):
-    monkeypatch.setattr(training, "STORED_BYTES", most)
-    assert_same_state(plain.distil(), plain.distilled)
-
-    with monkeypatch.context() as patch:
-        interrupt(patch, training.Trainer, "distil", 3)
-        with pytest.raises(KeyboardInterrupt):
-            plain.distil(folder=tmp_path)
-    assert_same_state(plain.distil(folder=tmp_path), plain.distilled)
-
-
-def test_the_temporary_folder_is_removed(plain, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    original, seen = training.Trainer.distil, set()
-
-    def distil(self, *args):
-        seen.update(tmp_path.iterdir())
-        return original(self, *args)
-
-    monkeypatch.setattr(training.Trainer, "distil", distil)
-    plain.distil(**UNTRAINED)
-    assert len(seen) == 1
-    assert isinstance(next(iter(seen)), Path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
