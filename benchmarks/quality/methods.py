@@ -105,6 +105,7 @@ METHODS: dict[str, Quantize] = {  # the table's rows, for each number of activat
     "WD": dilatequant("joint", 1, None),
     "WD as published + TPQ": dilatequant("weight", None, None),
     "WD + TPQ": dilatequant("joint", None, None),
+    "WD + TPQ + error feedback": dilatequant("joint", None, Distillation(iterations=0)),
     "TPQ + BKD": dilatequant("none", None, BLOCKWISE),
     "WD + BKD": dilatequant("joint", 1, BLOCKWISE),
     "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),
