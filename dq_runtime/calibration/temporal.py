@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
     grid = TimestepGrid(calibration_set.timesteps)
     indices = [grid.nearest(c.timestep, c.sample.shape[0], c.timestep.device) for c in calibration_set.calls]
     meets = torch.stack([torch.bincount(i, minlength=grid.num_timesteps) > 0 for i in indices])  # [calls, T]
-    earlier_calls = meets.cumsum(0) - 1
+    timesteps_of_call = [met.nonzero()[:, 0].tolist() for met in meets]
+    earlier_calls = (meets.cumsum(0) - 1).tolist()
     calls_at = meets.sum(0).tolist()
     position = 0  # of the running call
     kept: dict[str, list[tuple[int, torch.Tensor]]] = {}  # of the running call: a timestep's index, and rows
@@ -60,17 +62,22 @@ def sample_inputs(unet: nn.Module, layers: Mapping[str, nn.Module], calibration_
             )
         x = x.movedim(1, -1) if isinstance(layers[name], nn.Conv2d) else x  # [B, ..., K]
         rows_of_layer = kept.setdefault(name, [])
-        for t in index.unique().tolist():
-            wanted = max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
-            if earlier_calls[position, t] % -(-calls_at[t] // wanted):
+        wanted = max(LEAST_ROWS, -(-VALUES_PER_TIMESTEP // x.shape[-1]))
+        for t in timesteps_of_call[position]:
+            if earlier_calls[position][t] % -(-calls_at[t] // wanted):
                 continue  # one row of each call would be too many
-            members = (index == t).nonzero()[:, 0]
-            rows = len(members), *x.shape[1:-1]
-            # The seed gives layers that share their input the same rows.
-            chosen = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(position))
-            member, *pixel = torch.unravel_index(chosen[: -(-wanted // calls_at[t])], rows)
-            place = tuple(numbers.to(x.device) for numbers in (members[member], *pixel))
-            rows_of_layer.append((t, x[place].float().cpu()))
+            place = places(position, t, x.shape[1:-1], -(-wanted // calls_at[t]))
+            rows_of_layer.append((t, x[tuple(numbers.to(x.device) for numbers in place)].float().cpu()))
+
+    # A call's layers have few sizes. Layers that share their input get the same rows.
+    @lru_cache(maxsize=64)
+    def places(position: int, t: int, inner: tuple[int, ...], count: int) -> tuple[torch.Tensor, ...]:
+        """Random rows of the samples [B, *inner, K] that have the timestep: their indices in each dimension."""
+        members = (indices[position] == t).nonzero()[:, 0]
+        rows = len(members), *inner
+        chosen = torch.randperm(math.prod(rows), generator=torch.Generator().manual_seed(position))
+        member, *pixel = torch.unravel_index(chosen[:count], rows)
+        return members[member], *pixel
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))

@@ -1,5 +1,6 @@
 """``dq-runtime inspect``: what it says is what the loaded model has, and it reads no tensor."""
 
+import os
 import shutil
 
 import pytest
@@ -66,3 +67,15 @@ def test_a_layer_that_the_files_lack_is_named_with_exit_code_1(run, packed_folde
     save_file({name: t for name, t in load_file(file).items() if not name.startswith("time_embedding.linear_2.")}, file)
 
     assert "Missing in the files: time_embedding.linear_2." in run("inspect", tmp_path / "unet", code=1).stderr
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "error"), ("info", "info")])
+def test_transformers_tells_of_errors_alone_unless_told_otherwise(run, packed_folder, monkeypatch, own, expected):
+    """It warns that torchvision is missing, which no command needs."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", own or "")
+    if own is None:
+        monkeypatch.delenv("TRANSFORMERS_VERBOSITY")
+
+    run("inspect", packed_folder)
+
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == expected
