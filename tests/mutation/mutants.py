@@ -928,8 +928,8 @@ CALIBRATION = [
     ),
     Mutant(
         "temporal_rows_of_all_timesteps", f"{FOLDER}/temporal.py",
-        "members = (index == t).nonzero()[:, 0]",
-        "members = (index >= 0).nonzero()[:, 0]",
+        "members = (indices[position] == t).nonzero()[:, 0]",
+        "members = (indices[position] >= 0).nonzero()[:, 0]",
         (f"{TESTS}/test_temporal.py",), "test_each_sample_of_a_mixed_batch_counts_for_its_own_timestep",
     ),
     Mutant(
