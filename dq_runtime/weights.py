@@ -74,12 +74,15 @@ def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple
     largest = rows.abs().amax(1, keepdim=True)
     rows = torch.where(largest > 0, rows / largest, 0.0)  # in [-1, 1], so that no square underflows
     best_clip, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-    steps = torch.empty_like(rows)  # changed in place: allocation would take longer than the arithmetic
-    for clip in torch.linspace(1.0, SMALLEST_CLIP, candidates, dtype=torch.float32):
-        scale = clip.to(rows) / INT4_MAX
-        rounded = torch.div(rows, scale, out=steps).add_(0.5).floor_().clamp_(INT4_MIN, INT4_MAX)
-        error = rounded.mul_(scale).sub_(rows).square_().sum(1, keepdim=True)
-        best_clip = torch.where(error < best_error, clip.to(rows), best_clip)
+    clips = torch.linspace(1.0, SMALLEST_CLIP, candidates, dtype=torch.float32)[:, None, None].to(rows.device)
+    at_once = max(1, WEIGHTS_AT_ONCE // max(1, rows.numel()))
+    # Changed in place: allocation would take longer than the arithmetic.
+    steps = torch.empty(min(at_once, candidates), *rows.shape, dtype=torch.float32, device=rows.device)
+    for some in clips.split(at_once):
+        scale = some / INT4_MAX
+        rounded = torch.div(rows, scale, out=steps[: len(some)]).add_(0.5).floor_().clamp_(INT4_MIN, INT4_MAX)
+        error, best = rounded.mul_(scale).sub_(rows).square_().sum(2, keepdim=True).min(0)
+        best_clip = torch.where(error < best_error, some.take(best), best_clip)
         best_error = torch.minimum(error, best_error)
     weight_scale = (best_clip * largest / INT4_MAX).clamp(min=torch.finfo(torch.float32).tiny).flatten()
     return round_to_int4(rows / (best_clip / INT4_MAX)).to(torch.int8).view(weight.shape), weight_scale

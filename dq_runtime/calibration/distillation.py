@@ -17,6 +17,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import nn
 from dq_runtime import __version__
 from dq_runtime.calibration import ranks
 from dq_runtime.calibration.batches import MixedBatches
-from dq_runtime.calibration.collect import CalibrationSet
+from dq_runtime.calibration.collect import CalibrationSet, RecordedCall
 from dq_runtime.calibration.finished_blocks import ACTIVATIONS, FinishedBlocks, fingerprint, work_folder
 from dq_runtime.calibration.replay import (
     TensorStore,
@@ -92,41 +93,54 @@ def distil(
     digest = fingerprint(unet, batches, _fingerprinted(config, settings))
     with (
         work_folder(None if settings.folder is None else Path(settings.folder)) as (folder, prefix),
+        TensorStore(folder / ACTIVATIONS, prefix) as store,
         _checkpointing(unet, settings.gradient_checkpointing),
-        simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers,
     ):
         finished = FinishedBlocks(folder, digest)
-        store = TensorStore(folder / ACTIVATIONS, prefix)
-        trainer = Trainer(unet, simulated_layers, _own_part(batches), store, grid, settings)
-        blocks = blocks_in_order(unet, simulated_layers.values(), batches[0])
-        trainer.last_readers = last_readers(sources_of(unet, blocks, batches[0]))
-        report, count = settings.progress or (lambda name, number, count: None), len(blocks)
-        report("", 0, count)
-        try:
-            for done, (name, block) in enumerate(list(blocks.items()), start=1):
-                inside = set(block.modules())
-                block_layers = {n: layer for n, layer in simulated_layers.items() if layer in inside}
-                trainer.store_inputs(block)
-                if not finished.restore(name, block_layers):
-                    trainer.distil(name, blocks, block_layers)
-                    finished.save(name, block_layers)
-                for layer in block_layers.values():
-                    layer.quantized = True
-                    trainer.free_quantizers.discard(layer.input_quantizer)
-                trainer.store_outputs(name, blocks.pop(name))
-                if not settings.polish_iterations:
-                    tensors |= {n: layer.pack() for n, layer in block_layers.items()}
-                return_free_memory()
-                report(name, done, count)
+        for name, of_layer in tensors.items():
+            of_layer["packed_weight"] = store.mapped(_packed(name), of_layer["packed_weight"])
+        with simulated(unet, layers, tensors, sharing, config, grid) as simulated_layers:
+            trainer = Trainer(unet, simulated_layers, _own_part(batches), store, grid, settings)
+            _distil_blocks(trainer, finished, batches[0], tensors)
             if settings.polish_iterations:
-                store.clear()
                 wanted = settings.polish_iterations * settings.batch_size
                 batches = MixedBatches(calibration_set, wanted, settings.batch_size, settings.seed, at_once)
                 Trainer(unet, simulated_layers, _own_part(batches), store, grid, settings).polish()
                 tensors |= {name: layer.pack() for name, layer in simulated_layers.items()}
-        finally:
-            store.clear()
-        return tensors
+        for of_layer in tensors.values():
+            of_layer["packed_weight"] = of_layer["packed_weight"].to(unet.device, copy=True)
+    return tensors
+
+
+def _distil_blocks(
+    trainer: Trainer, finished: FinishedBlocks, call: RecordedCall, tensors: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Trains one block after the other, or takes it from the finished ones, and replaces its layers' tensors."""
+    store, settings = trainer.store, trainer.settings
+    blocks = blocks_in_order(trainer.unet, trainer.layers.values(), call)
+    trainer.last_readers = last_readers(sources_of(trainer.unet, blocks, call))
+    report, count = settings.progress or (lambda name, number, count: None), len(blocks)
+    report("", 0, count)
+    for done, (name, block) in enumerate(list(blocks.items()), start=1):
+        inside = set(block.modules())
+        layers = {n: layer for n, layer in trainer.layers.items() if layer in inside}
+        trainer.store_inputs(block)
+        if not finished.restore(name, layers):
+            trainer.distil(name, blocks, layers)
+            finished.save(name, layers)
+        for layer in layers.values():
+            layer.quantized = True
+            trainer.free_quantizers.discard(layer.input_quantizer)
+        trainer.store_outputs(name, blocks.pop(name))
+        if not settings.polish_iterations:
+            tensors |= {n: layer.pack(partial(store.mapped, _packed(n))) for n, layer in layers.items()}
+        return_free_memory()
+        report(name, done, count)
+
+
+def _packed(layer: str) -> str:
+    """The key of a layer's packed weights in the store: they are read when its block's turn has come."""
+    return f"packed_{layer}"
 
 
 def _samples_at_once(

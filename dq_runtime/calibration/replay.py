@@ -267,6 +267,12 @@ class TensorStore:
             leaves[int(i)] = tensor.as_strided(*leaves[int(i)])
         return tree_unflatten(leaves, structure)
 
+    def mapped(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Stores a tensor and returns it, on the CPU. Only the parts of the result that are read take memory."""
+        self[name] = tensor
+        stored: torch.Tensor = self[name]
+        return stored
+
     def __contains__(self, name: str) -> bool:
         return name in self._trees
 
@@ -274,7 +280,10 @@ class TensorStore:
         self.nbytes -= self._trees.pop(name)[-1]
         self._file(name).unlink(missing_ok=True)
 
-    def clear(self) -> None:
+    def __enter__(self) -> TensorStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Deletes all trees."""
         for name in list(self._trees):
             del self[name]

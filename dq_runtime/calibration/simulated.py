@@ -8,7 +8,7 @@ weight's step and a typical input, and a scale is the logarithm of its ratio to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -189,7 +189,8 @@ class SimulatedLayer(nn.Module):
         if self._values is not None:
             return self._values
         assert self._packed is not None
-        return unpack_int4(self._packed)[..., : self.layer.weight.shape[1]].movedim(-1, 1).contiguous()
+        packed = self._packed.to(self.weight_scale.device)
+        return unpack_int4(packed)[..., : self.layer.weight.shape[1]].movedim(-1, 1).contiguous()
 
     @property
     def unrounded(self) -> torch.Tensor:
@@ -203,10 +204,15 @@ class SimulatedLayer(nn.Module):
         if self._unrounded is None:
             self._fix(self.dilated_weight() / self.weight_scale, self.values)
 
-    def pack(self) -> dict[str, torch.Tensor]:
-        """Holds four bits for a weight alone: the layer is not trained again. Returns its state dict (``tensors``)."""
+    def pack(self, keep: Callable[[torch.Tensor], torch.Tensor] = lambda packed: packed) -> dict[str, torch.Tensor]:
+        """Holds four bits for a weight alone: the layer is not trained again. Returns its state dict (``tensors``).
+
+        Args:
+            keep: returns the packed weights in the memory where they are kept.
+        """
         tensors = self.tensors()
-        self._packed, self._values, self._unrounded = tensors["packed_weight"], None, None
+        self._packed = tensors["packed_weight"] = keep(tensors["packed_weight"])
+        self._values = self._unrounded = None
         return tensors
 
     def dilated_weight(self) -> torch.Tensor:

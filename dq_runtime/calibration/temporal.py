@@ -21,6 +21,7 @@ VALUES_PER_TIMESTEP = 8192  # of each layer's input, used by the search
 LEAST_ROWS = 4  # per timestep, even of wide inputs
 CANDIDATES = 24
 ROUNDS = 2
+VALUES_AT_ONCE = 2**18  # of which there are copies in fp32 at a time; these fit into a processor's cache
 
 Samples = dict[str, list[torch.Tensor]]
 
@@ -157,10 +158,10 @@ def search_range(values: torch.Tensor, bits: int, candidates: int = CANDIDATES) 
     """
     low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
     lowest, highest = low, high
-    fractions = torch.linspace(1.0, 1.0 / candidates, candidates, dtype=torch.float32).tolist()
+    fractions = torch.linspace(1.0, 1.0 / candidates, candidates, dtype=torch.float32)[:, None].to(values.device)
     for _ in range(ROUNDS):
-        high = _best_end(values, bits, [(low, highest * fraction) for fraction in fractions])[1]
-        low = _best_end(values, bits, [(lowest * fraction, high) for fraction in fractions])[0]
+        high = _best_end(values, bits, low.expand(candidates, -1), highest * fractions)[1]
+        low = _best_end(values, bits, lowest * fractions, high.expand(candidates, -1))[0]
     return _scale_and_zero_point(low, high, bits)
 
 
@@ -171,15 +172,16 @@ def rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor,
 
 
 def _best_end(
-    values: torch.Tensor, bits: int, ranges: list[tuple[torch.Tensor, torch.Tensor]]
+    values: torch.Tensor, bits: int, lows: torch.Tensor, highs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row the range of least error, among several that contain zero."""
-    errors = []
-    for low, high in ranges:
-        scale, zero_point = (table[:, None] for table in _scale_and_zero_point(low, high, bits))
-        errors.append(rounded(values, scale, zero_point, bits).sub_(values).square_().sum(1))
-    best = torch.stack(errors).argmin(0, keepdim=True)
-    lows, highs = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+    """For each row of ``values`` [T, n] the range of least error, among several [C, T] that contain zero."""
+    at_once = max(1, VALUES_AT_ONCE // max(1, values.numel()))
+    tables = (table[..., None].split(at_once) for table in _scale_and_zero_point(lows, highs, bits))
+    errors = [
+        rounded(values, scale, zero_point, bits).sub_(values).square_().sum(-1)
+        for scale, zero_point in zip(*tables, strict=True)
+    ]
+    best = torch.cat(errors).argmin(0, keepdim=True)
     return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 

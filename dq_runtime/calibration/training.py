@@ -21,6 +21,7 @@ from dq_runtime.calibration.error_feedback import SecondMoments
 from dq_runtime.calibration.replay import TensorStore, inputs_of, outputs_of, squared_error
 from dq_runtime.calibration.settings import Distillation
 from dq_runtime.calibration.simulated import SimulatedLayer, set_states, states_of
+from dq_runtime.rollback import uninterrupted
 from dq_runtime.timesteps import TimestepGrid
 
 logger = logging.getLogger("dq_runtime")
@@ -79,9 +80,9 @@ class Trainer:
             layer.quantized = True
         present = self._error_of_timesteps(error)
         weights = {i: 1 / present[self.indices[i]] / self.shares[i] for i in self.own}
-        self._train(
-            name, lambda i: error(i) * weights[i], layers, start, self.settings.iterations, self.settings.learning_rate
-        )
+        iterations, learning_rate = self.settings.iterations, self.settings.learning_rate
+        with self._on_disk([layer.weight for layer in layers.values()]):
+            self._train(name, lambda i: error(i) * weights[i], layers, start, iterations, learning_rate)
         for i in self.own:
             del self.store[_target(name, i)]
 
@@ -296,6 +297,24 @@ class Trainer:
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(self.device), self.store[f"inputs_{i}"])
         self.grid.index = self.indices[i]
         return block(*args, **kwargs)
+
+    @contextmanager
+    def _on_disk(self, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Holds floating-point weights, which training does not read, in files instead of a CPU's memory."""
+        if self.device.type != "cpu":
+            yield
+            return
+        keys = {weight: f"weight_{number}" for number, weight in enumerate(weights)}
+        try:
+            for weight, key in keys.items():
+                weight.data = self.store.mapped(key, weight.data)
+            yield
+        finally:
+            with uninterrupted():
+                for weight, key in keys.items():
+                    if key in self.store:
+                        weight.data = weight.data.clone()
+                        del self.store[key]
 
     @contextmanager
     def _in_floating_point(self) -> Iterator[None]:

@@ -43,9 +43,10 @@ STATE_BYTES = 20  # a trained weight: it, its gradient, Adam's two moments and t
 LARGER, SLOW = 4, 2.0  # times; seconds
 TIMED = 16  # candidates of a search that is timed
 MOST_OVERHEAD = 100  # a sample's time is at least this fraction of a call's time for each sample
-BLOCK_BYTES = 32  # a weight of the block in training, with the temporary copies of its largest layer
-PACKED_BYTES = 0.5  # a weight that is not trained at the moment
+BLOCK_BYTES = 28  # a weight of the block in training, with the temporary copies of its largest layer
+PACKED_BYTES = 0.5  # a packed weight: in memory before and after the blocks, on disk meanwhile
 FILE_BYTES = 2  # a weight in a finished block's file
+WEIGHT_BYTES = 4  # a floating-point weight of the block in training, on disk
 KEPT_STATES = 3  # of the block in training, on disk
 PROCESS_BYTES = 6e8  # Python, torch and diffusers, on a CPU
 
@@ -202,8 +203,8 @@ def estimate(
         collecting + CANDIDATES * measured.search / ranks.count()
     )  # the calls run once more, for the layers' inputs
     held = measured.weights + (PROCESS_BYTES if measured.device.type == "cpu" else 0)
-    training = held + PACKED_BYTES * measured.parameters + BLOCK_BYTES * measured.block_parameters
-    training += KEPT_BYTES * at_once * measured.block_activations
+    packed = PACKED_BYTES * measured.parameters
+    training = held + BLOCK_BYTES * measured.block_parameters + KEPT_BYTES * at_once * measured.block_activations
     if settings.polish_iterations:
         # With gradient checkpointing a block's activations are computed again.
         kept = measured.activations / max(1, len(measured.blocks)) + measured.block_activations
@@ -211,7 +212,8 @@ def estimate(
     drawn = samples + samples / HELD_OUT
     disk = rows * row_bytes + min(STORED_BYTES, drawn * measured.targets) + drawn * measured.stored
     disk += FILE_BYTES * (measured.parameters + KEPT_STATES * measured.block_parameters)
-    return Estimate(collecting, searching, blocks, polish, max(training, held + others), disk)
+    disk += packed + WEIGHT_BYTES * measured.block_parameters
+    return Estimate(collecting, searching, blocks, polish, max(training, held + max(packed, others)), disk)
 
 
 class Remaining:

@@ -157,7 +157,7 @@ struct Gemm {
             __m512 scale_n = _mm512_maskz_loadu_ps(inside, weight_scale + n);
             __m512 addend = bias ? _mm512_maskz_loadu_ps(inside, bias + n) : _mm512_setzero_ps();
             for (int r = 0; r < ROWS; ++r) {
-                // oneDNN's order of the operations, so that results do not depend on the processor.
+                // oneDNN's order of the operations with VNNI, so that results do not depend on which of both computes.
                 __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][j], shift)), _mm512_set1_ps(scale));
                 float* at = out + ((sample * a.out_height * a.out_width) + first + r) * a.out_channels + n;
                 _mm512_mask_storeu_ps(at, inside, _mm512_add_ps(_mm512_mul_ps(y, scale_n), addend));
@@ -226,10 +226,12 @@ struct Gemm {
             _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(sum)), 7));
         __m256 scale_n = _mm256_maskload_ps(weight_scale + n, inside);
         __m256 addend = bias ? _mm256_maskload_ps(bias + n, inside) : _mm256_setzero_ps();
+        // oneDNN's order of the operations without VNNI, as above.
+        __m256 factor = _mm256_mul_ps(_mm256_set1_ps(scale), scale_n);
         for (int r = 0; r < ROWS; ++r) {
-            __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums[r][j], shift)), _mm256_set1_ps(scale));
+            __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums[r][j], shift)), factor);
             float* at = out + ((sample * a.out_height * a.out_width) + first + r) * a.out_channels + n;
-            _mm256_maskstore_ps(at, inside, _mm256_add_ps(_mm256_mul_ps(y, scale_n), addend));
+            _mm256_maskstore_ps(at, inside, _mm256_add_ps(y, addend));
         }
     }
 

@@ -61,7 +61,7 @@ def test_two_quantizers_win_where_ranges_are_far_apart():
 
 
 def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run, monkeypatch):
-    names, steps = ("DDIM, 20 steps", "LCM, 4 steps"), (10, 4)
+    names, steps = ("DDIM, 20 steps", "LCM, 4 steps"), (6, 3)
     samplers = {name: (unseen_timesteps.SAMPLERS[name][0], number) for name, number in zip(names, steps, strict=True)}
     config = functools.partial(dq_runtime.DilateQuantConfig, dilation="weight")
     monkeypatch.setattr(unseen_timesteps.dq_runtime, "DilateQuantConfig", config)
@@ -79,9 +79,9 @@ def test_a_sampler_of_other_steps_draws_with_each_kind_of_scales(run, monkeypatc
 
 def test_attention_in_int8_costs_an_image_next_to_nothing(run, monkeypatch):
     monkeypatch.setattr(study, "CALIBRATION_SAMPLES", 4)
-    monkeypatch.setattr(study, "STEPS", 4)
+    monkeypatch.setattr(study, "STEPS", 2)
 
-    report = run(int8_attention, "--seeds", "1", IMAGES=4, ITERATIONS=0, STEPS=4, ACTIVATION_BITS=(4,))
+    report = run(int8_attention, "--seeds", "1", IMAGES=4, ITERATIONS=0, STEPS=2, ACTIVATION_BITS=(4,))
 
     psnr_db = {row["unet"]: row["mean_psnr_db"] for row in report["rows"]}
     assert list(psnr_db) == ["fp32", "W4A4", "fp32, int8 attention", "W4A4, int8 attention"]

@@ -19,7 +19,7 @@ from elsewhere import DEVICE, Elsewhere
 make, dilation, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 distillation = None if settings is None else Distillation(**{**distilling.SMALL, **settings})
 unet = getattr(distilling, make)()
-calibration_set = distilling.recorded(unet, rows=16)
+calibration_set = distilling.recorded(unet, rows=8)
 kept = [*distilling.FEW_BLOCKS["modules_to_not_convert"], "down_blocks.0"]
 config = DilateQuantConfig(activation_bits=4, dilation=dilation, modules_to_not_convert=kept)
 
@@ -43,7 +43,7 @@ print(json.dumps(errors))
     ("make", "dilation", "settings"),
     [
         ("unet2d", "joint", None),
-        ("unet2d_condition", "weight", {"polish_iterations": 2, "gradient_checkpointing": True}),
+        ("unet2d_condition", "weight", {"iterations": 1, "polish_iterations": 1, "gradient_checkpointing": True}),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -364,10 +365,9 @@ def test_memory_layouts_come_back_too(tmp_path):
 def test_files_of_other_names_stay_and_are_not_read(tmp_path):
     TensorStore(tmp_path, "earlier.")["x"] = torch.ones(3)
 
-    store = TensorStore(tmp_path, "this.")
-    assert "x" not in store
-    store["x"] = torch.zeros(3)
-    store.clear()
+    with TensorStore(tmp_path, "this.") as store:
+        assert "x" not in store
+        store["x"] = torch.zeros(3)
     assert [file.name for file in tmp_path.iterdir()] == ["earlier.x.safetensors"]
     assert (tmp_path / "earlier.x.safetensors").stat().st_mode & 0o777 == 0o600
 
@@ -379,26 +379,37 @@ def test_views_of_one_tensor_may_be_stored_together(tmp_path):
     assert_same_tree(store["views"], (whole, whole[:3], whole))
 
 
-def test_stored_tensors_are_on_the_disk_and_clear_deletes_them(tmp_path):
-    store = TensorStore(tmp_path)
+def test_stored_tensors_are_on_the_disk_and_are_deleted_at_the_end(tmp_path):
     other = tmp_path / "not the stores"
     other.touch()
-    for i in range(3):
-        store[f"inputs_{i}"] = torch.full((1000,), float(i))
-    assert len(list(tmp_path.iterdir())) == 4
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) >= 3 * 4000
+    with TensorStore(tmp_path) as store:
+        for i in range(3):
+            store[f"inputs_{i}"] = torch.full((1000,), float(i))
+        assert len(list(tmp_path.iterdir())) == 4
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) >= 3 * 4000
 
-    assert store.nbytes == 3 * 4000
-    store["inputs_2"] = torch.ones(10), {"x": torch.ones(2, dtype=torch.float16)}, None
-    assert store.nbytes == 2 * 4000 + 44
-    del store["inputs_0"]
-    assert store.nbytes == 4044
+        assert store.nbytes == 3 * 4000
+        store["inputs_2"] = torch.ones(10), {"x": torch.ones(2, dtype=torch.float16)}, None
+        assert store.nbytes == 2 * 4000 + 44
+        del store["inputs_0"]
+        assert store.nbytes == 4044
 
-    store.clear()
     assert store.nbytes == 0
     assert list(tmp_path.iterdir()) == [other]
     with pytest.raises(KeyError):
         store["inputs_0"]
-    store.clear()
-    store["again"] = torch.ones(1)
-    assert torch.equal(store["again"], torch.ones(1))
+
+
+def test_mapped_tensor_is_read_from_its_file(tmp_path):
+    weight = torch.randn(64, 3, 3, 3).to(memory_format=torch.channels_last)
+
+    with TensorStore(tmp_path) as store:
+        mapped = store.mapped("weight", weight)
+        assert torch.equal(mapped, weight)
+        assert mapped.stride() == weight.stride()
+        (file,) = tmp_path.iterdir()
+        content = bytearray(file.read_bytes())
+        content[-4:] = np.float32(7.0).tobytes()  # the last element
+        with file.open("r+b") as stream:
+            stream.write(content)
+        assert 7.0 in mapped

@@ -26,12 +26,15 @@ def test_recording_takes_its_calls_and_the_search_runs_them_again():
     assert expected.blocks == pytest.approx(passes + estimate.FEEDBACK * 0.25)
 
 
-def test_memory_holds_the_model_its_packed_weights_and_one_block_in_training():
+def test_memory_holds_the_model_and_one_block_in_training_or_all_packed_weights():
     small = estimate.estimate(PROBE, 10, 2, 64, 0, Distillation(batch_size=4))
     beside = estimate.estimate(PROBE, 10, 2, 64, 10**9, Distillation(batch_size=4))
 
     training = estimate.BLOCK_BYTES * 100 + distillation.KEPT_BYTES * 4 * 20
-    assert small.memory == pytest.approx(estimate.PROCESS_BYTES + 1000 + 250 / 2 + training)
+    assert small.memory == pytest.approx(estimate.PROCESS_BYTES + 1000 + training)
+    many_weights = replace(PROBE, parameters=25000)
+    packed = estimate.estimate(many_weights, 10, 2, 64, 0, Distillation(batch_size=4))
+    assert packed.memory == pytest.approx(estimate.PROCESS_BYTES + 1000 + 25000 / 2)
     assert beside.memory == pytest.approx(estimate.PROCESS_BYTES + 1000 + 10**9)
 
 
@@ -62,7 +65,8 @@ def test_training_takes_time_in_proportion_to_its_iterations_and_polish_is_apart
 def test_the_disk_holds_recorded_samples_targets_and_what_later_blocks_read():
     expected = estimate.estimate(PROBE, 100, 2, 64, 0, Distillation(samples=64))
 
-    assert expected.disk == 200 * 64 + (64 + 8) * (70 + 30) + estimate.FILE_BYTES * (250 + 3 * 100)
+    weights = estimate.FILE_BYTES * (250 + 3 * 100) + 250 / 2 + 100 * 4
+    assert expected.disk == 200 * 64 + (64 + 8) * (70 + 30) + weights
     returned, sources = {"a": 1, "b": 10, "c": 100, "d": 5}, {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"a", "c"}}
     assert estimate._stored(returned, sources) == 1 + 100 + (1 + 100)  # at d; a's output waits for it
 

@@ -916,7 +916,7 @@ CALIBRATION = [
     ),
     Mutant(
         "temporal_lower_end_is_not_searched", f"{FOLDER}/temporal.py",
-        "low = _best_end(values, bits, [(lowest * fraction, high) for fraction in fractions])[0]",
+        "low = _best_end(values, bits, lowest * fractions, high.expand(candidates, -1))[0]",
         "low = lowest",
         (f"{TESTS}/test_temporal.py",), "test_either_end_is_clipped_when_that_pays",
     ),
@@ -1033,6 +1033,12 @@ CALIBRATION = [
         "ranks.from_first(self.store[_state(best)])",
         "ranks.from_first(self.store[_state(len(errors) - 1)])",
         (f"{TESTS}/test_distillation.py",), "test_a_polish_that_diverges_is_undone_and_named",
+    ),
+    Mutant(
+        "distillation_gradients_underflow", f"{FOLDER}/training.py",
+        "LOSS_SCALE = 2.0**10",
+        "LOSS_SCALE = 1.0",
+        (f"{TESTS}/test_distillation.py",), "test_gradients_do_not_underflow_in_float16",
     ),
     Mutant(
         "distillation_shares_ignored", f"{FOLDER}/training.py",
