@@ -11,7 +11,7 @@ from dq_kernels.ops import INT4_MAX, INT4_MIN, pack_int4
 
 CANDIDATES = 64
 SMALLEST_CLIP = 0.4  # relative to the largest magnitude
-WEIGHTS_AT_ONCE = 2**18  # of which there are copies in fp32 at a time; these fit into a processor's cache
+VALUES_AT_ONCE = 2**18  # of which there are copies in fp32 at a time; these fit into a processor's cache
 
 
 def weight_dilation(weight: torch.Tensor, max_dilation: float) -> torch.Tensor:
@@ -40,7 +40,7 @@ def shared_weight_dilation(weights: Sequence[torch.Tensor], max_dilation: float)
 
 def in_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Some output channels of a weight [N, ...] after the others, so that copies of a large one are never whole."""
-    yield from weight.detach().split(max(1, WEIGHTS_AT_ONCE // max(1, weight[0].numel())))
+    yield from weight.detach().split(max(1, VALUES_AT_ONCE // max(1, weight[0].numel())))
 
 
 def quantize_dilated(
@@ -75,7 +75,7 @@ def quantize_weight(weight: torch.Tensor, candidates: int = CANDIDATES) -> tuple
     rows = torch.where(largest > 0, rows / largest, 0.0)  # in [-1, 1], so that no square underflows
     best_clip, best_error = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     clips = torch.linspace(1.0, SMALLEST_CLIP, candidates, dtype=torch.float32)[:, None, None].to(rows.device)
-    at_once = max(1, WEIGHTS_AT_ONCE // max(1, rows.numel()))
+    at_once = max(1, VALUES_AT_ONCE // max(1, rows.numel()))
     # Changed in place: allocation would take longer than the arithmetic.
     steps = torch.empty(min(at_once, candidates), *rows.shape, dtype=torch.float32, device=rows.device)
     for some in clips.split(at_once):

@@ -20,6 +20,7 @@ from torch import nn
 
 from benchmarks.peers.unets import late_layers
 from dq_runtime import CalibrationSet, DilateQuantConfig, Distillation, calibrate
+from dq_runtime.calibration.settings import ERROR_FEEDBACK
 from dq_runtime.calibration.temporal import layers_by_input, sample_inputs, temporal_quantizer
 from dq_runtime.config import NOT_CONVERTED
 from dq_runtime.convert import convert, plan_conversion
@@ -105,7 +106,7 @@ METHODS: dict[str, Quantize] = {  # the table's rows, for each number of activat
     "WD": dilatequant("joint", 1, None),
     "WD as published + TPQ": dilatequant("weight", None, None),
     "WD + TPQ": dilatequant("joint", None, None),
-    "WD + TPQ + error feedback": dilatequant("joint", None, Distillation(iterations=0)),
+    "WD + TPQ + error feedback": dilatequant("joint", None, ERROR_FEEDBACK),
     "TPQ + BKD": dilatequant("none", None, BLOCKWISE),
     "WD + BKD": dilatequant("joint", 1, BLOCKWISE),
     "WD + TPQ + BKD": dilatequant("joint", None, BLOCKWISE),

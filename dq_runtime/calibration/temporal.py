@@ -17,12 +17,12 @@ from torch import nn
 from dq_runtime.calibration import ranks
 from dq_runtime.calibration.collect import CalibrationSet
 from dq_runtime.timesteps import TimestepGrid
+from dq_runtime.weights import VALUES_AT_ONCE
 
 VALUES_PER_TIMESTEP = 8192  # of each layer's input, used by the search
 LEAST_ROWS = 4  # per timestep, even of wide inputs
 CANDIDATES = 24
 ROUNDS = 2
-VALUES_AT_ONCE = 2**18  # of which there are copies in fp32 at a time; these fit into a processor's cache
 
 Samples = dict[str, list[torch.Tensor]]
 

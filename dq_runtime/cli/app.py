@@ -66,7 +66,8 @@ app = typer.Typer(
 def _commands(context: typer.Context) -> None:
     """Packed-INT4 diffusion models: quantize, inspect, run and compare them."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, which users cannot heed
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses torchvision, which nothing needs
+    # transformers warns that torchvision is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if are_several_processes() and context.invoked_subcommand not in FOR_SEVERAL_PROCESSES:
         raise UserError(f"{context.invoked_subcommand} runs in one process: start it without torchrun or accelerate")
     if not is_first_process():  # libraries, too, speak in the first one alone

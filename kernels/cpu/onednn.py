@@ -1,7 +1,7 @@
 """INT4 layers on CPUs: exact integers, by ``gemm.cpp`` where it runs, otherwise by oneDNN's int8 operators.
 
 oneDNN takes some 80 us a call to find its code, longer than most layers of a small UNet compute at a batch of 1. Both
-have the same results, bit for bit, so that a sample's do not depend on the size of its batch.
+have the same results, bit for bit, so that in a batch of one timestep a sample's do not depend on the batch's size.
 
 oneDNN multiplies uint8 by int8, so activations are shifted by 128 together with their zero point. It takes one
 activation scale per call, so the scales of a batch with several timesteps follow in a pass of their own. Both read int8

@@ -111,7 +111,7 @@ def test_a_weight_in_parts_has_the_values_of_the_whole(shape, monkeypatch):
     values, scale = quantize_dilated(weight, dilation)
     expected_values, expected_scale = quantize_weight(weight.movedim(1, -1) * dilation)
 
-    monkeypatch.setattr(weights, "WEIGHTS_AT_ONCE", 2 * weight[0].numel())
+    monkeypatch.setattr(weights, "VALUES_AT_ONCE", 2 * weight[0].numel())
     assert len(list(in_parts(weight))) == -(-len(weight) // 2)
 
     assert torch.equal(weight_dilation(weight, 8.0), dilation)
@@ -134,7 +134,7 @@ class LargestInFp32(TorchDispatchMode):
 
 def test_a_large_weight_has_no_copies_in_fp32(monkeypatch):
     weight = random_weight(40, 10, 3, 3).half()
-    monkeypatch.setattr(weights, "WEIGHTS_AT_ONCE", 500)
+    monkeypatch.setattr(weights, "VALUES_AT_ONCE", 500)
 
     with LargestInFp32() as largest:
         quantize_dilated(weight, weight_dilation(weight, 8.0))
